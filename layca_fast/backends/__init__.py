@@ -1,0 +1,54 @@
+"""The registry of backends: which there are, which can run here, and which one a tensor takes."""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+
+import torch
+
+from .base import Backend
+
+#: Name of each backend and of the module that holds it.
+MODULES = {"cuda": "cuda", "triton": "triton_", "cpu": "cpu", "torch": "torch_"}
+
+#: The order in which backend="auto" tries them, by device type; elsewhere it is torch.
+PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a backend can run on this machine; where it cannot, ``reason`` says why."""
+
+    available: bool
+    reason: str = ""
+
+
+@cache
+def load(name: str) -> Backend:
+    """The backend called ``name``; ValueError with the valid names if there is none."""
+    if name not in MODULES:
+        raise ValueError(f"backend={name!r} is unknown: choose 'auto' or one of {sorted(MODULES)}")
+    module = import_module(f"{__name__}.{MODULES[name]}")
+    backend: Backend = module.BACKEND
+    return backend
+
+
+def backends() -> dict[str, Status]:
+    """Every backend by name, with ``available`` and, where it is missing, ``reason``."""
+    reasons = {name: load(name).missing() for name in MODULES}
+    return {name: Status(reason is None, reason or "") for name, reason in reasons.items()}
+
+
+def choose(name: str, device: torch.device) -> Backend:
+    """The backend for tensors on ``device``: the named one, or for "auto" the first of the preferred that runs.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that cannot run here.
+    """
+    if name == "auto":
+        candidates = (load(each) for each in PREFERENCE.get(device.type, ("torch",)))
+        return next(each for each in candidates if each.missing() is None and each.refuses(device) is None)
+    backend = load(name)
+    reason = backend.missing() or backend.refuses(device)
+    if reason is not None:
+        raise RuntimeError(f"backend={name!r} cannot run on {device}: {reason}; backend='auto' picks one that can")
+    return backend

@@ -1,0 +1,46 @@
+"""What every backend is: three verbs over a batch, and a word on where it runs."""
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from ..batch import Batch
+
+
+class Backend(ABC):
+    """One way to run measure, coefficients and rotate. Stateless: all it works on is the batch.
+
+    ``tile`` is the number of elements that one partial sum covers. The order of summation follows from the tiles
+    alone, so results do not depend on threads or on which other tensors share the batch.
+    """
+
+    name: str
+    tile: int
+    #: Whether a tensor's layers must lie in memory as one run, one after the other.
+    needs_dense: bool = True
+
+    @abstractmethod
+    def missing(self) -> str | None:
+        """Why this backend cannot run here at all, or None where it can."""
+
+    @abstractmethod
+    def refuses(self, device: torch.device) -> str | None:
+        """Why an available backend cannot take tensors on ``device``, or None where it can."""
+
+    @abstractmethod
+    def measure(self, batch: Batch) -> None:
+        """Advance the base optimizer's state (in place) and write ``batch.dots`` and the non-finite counts."""
+
+    @abstractmethod
+    def coefficients(self, batch: Batch) -> None:
+        """From ``batch.dots``: write ``batch.coefficients``, the other counts, and radii on their first use."""
+
+    @abstractmethod
+    def rotate(self, batch: Batch) -> None:
+        """Apply ``batch.coefficients`` to the parameters (in place)."""
+
+    def step(self, batch: Batch) -> None:
+        """All three. A backend may override it with a schedule that keeps layers in cache between the verbs."""
+        self.measure(batch)
+        self.coefficients(batch)
+        self.rotate(batch)

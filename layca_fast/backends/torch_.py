@@ -1,0 +1,158 @@
+"""The pure-PyTorch backend: runs wherever torch does, and needs nothing else."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch, Coefficient, Column, Count, Flag, Hyper, Slot, scalar_device
+from ..formulas import KEEP, LINEAR, PRECISE, coefficients, finite_or_zero
+from ..layout import memory_order
+from .base import Backend
+
+#: Sums run over rows of this length first: torch's own full reductions split by the number of threads, so their bits
+#: depend on it; sums along rows do not.
+ROW = 1024
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """The sum of each row of ``x`` (rows, n), in an order that depends on n alone: (rows,)."""
+    rows, n = x.shape
+    while n > ROW:
+        whole = n // ROW * ROW
+        sums = x[:, :whole].reshape(rows, -1, ROW).sum(2)
+        x = sums if whole == n else torch.cat((sums, x[:, whole:].sum(1, keepdim=True)), 1)
+        n = x.shape[1]
+    return x.sum(1)
+
+
+def layer_matrix(tensor: Tensor, slot: Slot) -> Tensor:
+    """A tensor of ``slot`` as (layers, elements of one layer) where the dots live: a view if memory allows it."""
+    matrix = memory_order(tensor).view(slot.layers, -1) if slot.dense else tensor.reshape(slot.layers, -1)
+    return matrix.to(scalar_device(tensor.device))
+
+
+def store(tensor: Tensor, matrix: Tensor) -> None:
+    """Write a matrix of ``layer_matrix`` back to ``tensor``; nothing to do where it is a view of it."""
+    if matrix.data_ptr() != tensor.data_ptr():
+        tensor.copy_(matrix.view(tensor.shape))
+
+
+class Blocks:
+    """One slot as matrices of layers, walked in blocks small enough that float64 copies of them stay in cache."""
+
+    def __init__(self, batch: Batch, index: int, tile: int) -> None:
+        self.slot: Slot = batch.slots[index]
+        self.formula = batch.formula
+        self.options = batch.options(self.slot)
+        grad = batch.grads[index]
+        assert grad is not None
+        self.grad = layer_matrix(grad, self.slot)
+        self.weight = layer_matrix(self.slot.param, self.slot)
+        self.states = [layer_matrix(state, self.slot) for state in self.slot.states]
+        self.scale = -1.0 if self.slot.group["maximize"] else 1.0
+        self._tile = tile
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        layers, length = self.weight.shape
+        height = max(1, self._tile // length)
+        for row in range(0, layers, height):
+            for column in range(0, length, self._tile):
+                yield slice(row, row + height), slice(column, column + self._tile)
+
+    def measure(self, dots: Tensor, bad: Tensor) -> None:
+        """Advance the states; write the slot's rows of dots (layers, 3) and of non-finite counts (layers,)."""
+        dots.zero_()
+        for block in self:
+            raw = self.scale * self.grad[block]
+            grad = finite_or_zero(raw)
+            advanced = self.formula.advance(grad, tuple(state[block] for state in self.states), self.options)
+            clean = tuple(finite_or_zero(state) for state in advanced)
+            step = self.formula.step(grad, clean, self.options)
+            for state, value in zip(self.states, clean, strict=True):
+                state[block] = value
+            suspects = (raw, *advanced, step)
+            infinite = torch.stack([each - each != 0 for each in suspects]).any(0)
+            bad[block[0]] += infinite.sum(1)
+            w, u = self.weight[block].double(), finite_or_zero(step).double()
+            dots[block[0]] += torch.stack([row_sums(w * w), row_sums(w * u), row_sums(u * u)], 1)
+        for state, matrix in zip(self.slot.states, self.states, strict=True):
+            store(state, matrix)
+
+    def rotate(self, table: Tensor) -> None:
+        """Apply the slot's rows of coefficients (layers, 4) to its weights."""
+        for rows, columns in self:
+            modes = table[rows, Coefficient.MODE :]
+            # On the CPU the modes can be read; elsewhere that would make the host wait, so every form is computed.
+            present = set(modes.flatten().tolist()) if modes.device.type == "cpu" else {KEEP, LINEAR, PRECISE}
+            if present == {KEEP}:
+                continue
+            grad = finite_or_zero(self.scale * self.grad[rows, columns]) if self.formula.reads_grad else None
+            states = tuple(state[rows, columns] for state in self.states)
+            u = finite_or_zero(self.formula.step(grad, states, self.options))
+            w = self.weight[rows, columns]
+            a, b, c, _ = table[rows].unsqueeze(2).unbind(1)
+            rotated = w
+            if PRECISE in present:
+                precise = a * w.double() + b * (u.double() - c * w.double())
+                rotated = torch.where(modes == PRECISE, precise.to(w.dtype), rotated)
+            if LINEAR in present:
+                linear = a.to(w.dtype) * w + b.to(w.dtype) * u
+                rotated = linear if present == {LINEAR} else torch.where(modes == LINEAR, linear, rotated)
+            w.copy_(rotated)
+        store(self.slot.param, self.weight)
+
+
+class TorchBackend(Backend):
+    name = "torch"
+    tile = 2**17
+    needs_dense = False
+
+    def missing(self) -> str | None:
+        return None
+
+    def refuses(self, device: torch.device) -> str | None:
+        return None
+
+    def _blocks(self, batch: Batch) -> Iterator[tuple[slice, Blocks]]:
+        for index, (slot, first) in enumerate(zip(batch.slots, batch.first_layers, strict=True)):
+            if batch.grads[index] is not None and slot.param.numel() > 0:
+                yield slice(first, first + slot.layers), Blocks(batch, index, self.tile)
+
+    def measure(self, batch: Batch) -> None:
+        batch.dots.zero_()
+        for rows, blocks in self._blocks(batch):
+            blocks.measure(batch.dots[rows], batch.counts[rows, Count.NON_FINITE])
+
+    def coefficients(self, batch: Batch) -> None:
+        tensors = batch.tensors[batch.layer_tensors]
+        hypers = batch.hypers[tensors[:, Column.HYPER]]
+        rotates = tensors[:, Column.FLAGS] & Flag.ROTATES != 0
+        current = tensors[:, Column.FLAGS] & Flag.CURRENT != 0
+        has_grad = tensors[:, Column.GRAD] != 0
+        lr, weight_decay = hypers[:, Hyper.LR], hypers[:, Hyper.WEIGHT_DECAY]
+        radii = [slot.radius for slot in batch.slots]
+        before = torch.cat(
+            [
+                batch.dots.new_zeros(slot.layers) if radius is None else radius.to(batch.dots.device)
+                for slot, radius in zip(batch.slots, radii, strict=True)
+            ]
+        )
+        n2, d, q = batch.dots.unbind(1)
+        *abc, mode, after = coefficients(n2, d, q, lr, before, weight_decay, rotates, current)
+        mode = torch.where(has_grad, mode, KEEP)
+        torch.stack([*abc, mode], 1, out=batch.coefficients)
+        for radius, value in zip(radii, after.split([slot.layers for slot in batch.slots]), strict=True):
+            if radius is not None:
+                radius.copy_(value)
+        stuck = rotates & has_grad & (lr > 0) & (mode == KEEP)
+        finite = n2 - n2 == 0
+        batch.counts[:, Count.NO_DIRECTION] += stuck & finite
+        batch.counts[:, Count.BROKEN] += rotates & has_grad & ~finite
+
+    def rotate(self, batch: Batch) -> None:
+        for rows, blocks in self._blocks(batch):
+            blocks.rotate(batch.coefficients[rows])
+
+
+BACKEND = TorchBackend()

@@ -1,0 +1,294 @@
+"""The flattened multi-tensor batch: all tensors of one device, type and formula, as tables of numbers.
+
+A backend walks these tables with a fixed number of launches however many tensors there are. ``csrc/batch.h`` names
+the same columns in the same order. Row indices are those of the batch; offsets and lengths count elements.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bases import Base, Formula
+from .checks import check_gradient
+from .upload import Mirror
+
+MAX_STATES = 2
+MAX_OPTIONS = 5
+
+
+class Column(IntEnum):
+    """Columns of the tensor table, int64. Pointers are addresses; 0 stands for "none"."""
+
+    PARAM = 0
+    GRAD = 1  # 0: no gradient this step, the tensor is left alone
+    STATE = 2  # MAX_STATES columns, in the formula's order
+    RADIUS = 4  # float64, one per layer; 0 where the tensor does not rotate
+    NUMEL = 5
+    LAYERS = 6  # equal slices of the tensor, one layer each
+    FIRST_LAYER = 7  # row in dots, coefficients and counts
+    HYPER = 8  # row in the hyperparameter table
+    FLAGS = 9
+    WIDTH = 10
+
+
+class Flag(IntEnum):
+    """Bits of ``Column.FLAGS``."""
+
+    ROTATES = 1
+    CURRENT = 2  # radius="current"
+
+
+class Hyper(IntEnum):
+    """Columns of the hyperparameter table, float64."""
+
+    LR = 0
+    WEIGHT_DECAY = 1
+    GRAD_SCALE = 2  # multiplies the gradient: -1 under maximize
+    OPTION = 3  # MAX_OPTIONS columns, in the formula's order
+    WIDTH = 8
+
+
+class Layer(IntEnum):
+    """Columns of the layer table, int64."""
+
+    TENSOR = 0
+    FIRST_TILE = 1
+    TILES = 2
+    WIDTH = 3
+
+
+class Tile(IntEnum):
+    """Columns of the tile table, int64. A tile never crosses from one layer into the next."""
+
+    TENSOR = 0
+    LAYER = 1
+    OFFSET = 2  # from the tensor's first element
+    LENGTH = 3
+    WIDTH = 4
+
+
+class Count(IntEnum):
+    """Columns of the counts, int64, summed over steps, per layer."""
+
+    NON_FINITE = 0  # elements of gradient, state or step that counted as zero
+    NO_DIRECTION = 1  # steps at lr > 0 in which a rotating layer had no direction to turn in
+    BROKEN = 2  # steps in which a rotating layer's weights were not finite
+    WIDTH = 3
+
+
+class Coefficient(IntEnum):
+    """Columns of the coefficient table, float64: see ``formulas.coefficients``."""
+
+    A = 0
+    B = 1
+    C = 2
+    MODE = 3
+    WIDTH = 4
+
+
+@dataclass
+class Slot:
+    """One parameter's place in a batch.
+
+    ``states`` are the buffers of the formula in its order, ``radius`` the float64 state (None where the tensor does
+    not rotate), ``layers`` the number of equal slices, ``dense`` whether these lie in memory one after the other,
+    ``fresh`` whether the state was created for the coming step.
+    """
+
+    param: Tensor
+    group: Mapping[str, Any]
+    base: Base
+    label: str
+    states: tuple[Tensor, ...]
+    radius: Tensor | None
+    layers: int
+    dense: bool
+    fresh: bool
+
+    def __post_init__(self) -> None:
+        self._memory = self._where()
+
+    def _where(self) -> tuple[int, tuple[int, ...], torch.dtype]:
+        return self.param.data_ptr(), self.param.stride(), self.param.dtype
+
+    def holds(self, state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Whether the parameter's memory and its tensors in ``state`` are those that this slot was made for."""
+        ours: dict[str, Tensor] = dict(zip(self.base.formula(self.group).states, self.states, strict=True))
+        if self.radius is not None:
+            ours["radius"] = self.radius
+        theirs = state.get(self.param, {})
+        return self._where() == self._memory and all(theirs.get(name) is tensor for name, tensor in ours.items())
+
+    def gradient(self) -> Tensor | None:
+        """This step's gradient, checked, with the parameter's strides where kernels walk both as one run of memory."""
+        grad = self.param.grad
+        if grad is None:
+            return None
+        check_gradient(grad, self.param, self.label)
+        if not self.dense or grad.stride() == self.param.stride():
+            return grad
+        return torch.empty_like(self.param).copy_(grad)
+
+    @property
+    def flags(self) -> int:
+        if self.radius is None:
+            return 0
+        return Flag.ROTATES | (Flag.CURRENT if self.group["radius"] == "current" else 0)
+
+
+def scalar_device(device: torch.device) -> torch.device:
+    """Where the float64 dots and coefficients of tensors on ``device`` live: MPS has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+class Batch:
+    """The tables for ``slots``: tensors of one device, dtype and formula, cut into tiles of ``tile`` elements.
+
+    The structure (which tensors, how many layers) is fixed at construction; :meth:`refresh` brings pointers and
+    hyperparameters up to date before each step and :meth:`release` lets the gradients go after it. A backend reads
+    ``tensors`` (tensors, Column.WIDTH), ``hypers`` (rows, Hyper.WIDTH), ``layers`` (layers, Layer.WIDTH) and ``tiles``
+    (tiles, Tile.WIDTH), and writes ``dots`` (layers, 3: n2, d, q), ``coefficients`` (layers, Coefficient.WIDTH),
+    ``counts`` (layers, Count.WIDTH), the parameters and their states. All lie on the parameters' device.
+    """
+
+    def __init__(self, formula: Formula, slots: Sequence[Slot], tile: int) -> None:
+        self.formula = formula
+        self.slots = list(slots)
+        self.tile = tile
+        self.params = [slot.param for slot in self.slots]
+        self.states = [[slot.states[i] for slot in self.slots] for i in range(len(formula.states))]
+        self.grads: list[Tensor | None] = [None] * len(self.slots)
+        self.device = self.params[0].device
+        self.dtype = self.params[0].dtype
+        self._home = scalar_device(self.device)
+
+        self.n_layers = sum(slot.layers for slot in self.slots)
+        self.dots = torch.zeros(self.n_layers, 3, dtype=torch.float64, device=self._home)
+        self.coefficients = torch.zeros(self.n_layers, Coefficient.WIDTH, dtype=torch.float64, device=self._home)
+        self.counts = torch.zeros(self.n_layers, Count.WIDTH, dtype=torch.int64, device=self._home)
+
+        # Two rows per group: for settled tensors, and for those whose state was created for the coming step.
+        self._groups: list[tuple[Mapping[str, Any], Base]] = []
+        rows: dict[int, int] = {}
+        for slot in self.slots:
+            if id(slot.group) not in rows:
+                rows[id(slot.group)] = 2 * len(self._groups)
+                self._groups.append((slot.group, slot.base))
+        self._rows = [rows[id(slot.group)] for slot in self.slots]
+
+        self._hyper_mirror = Mirror(2 * len(self._groups), Hyper.WIDTH, torch.float64, self._home)
+        self._tensor_mirror = Mirror(len(self.slots), Column.WIDTH, torch.int64, self._home)
+        self.first_layers = list(accumulate((slot.layers for slot in self.slots[:-1]), initial=0))
+        table = self._tensor_mirror
+        table.set_column(Column.NUMEL, [slot.param.numel() for slot in self.slots])
+        table.set_column(Column.LAYERS, [slot.layers for slot in self.slots])
+        table.set_column(Column.FIRST_LAYER, self.first_layers)
+        table.set_column(Column.FLAGS, [slot.flags for slot in self.slots])
+        table.set_column(Column.RADIUS, [0 if slot.radius is None else slot.radius.data_ptr() for slot in self.slots])
+
+    def refresh(self) -> None:
+        """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone)."""
+        table = self._tensor_mirror
+        table.set_column(Column.PARAM, [param.data_ptr() for param in self.params])
+        table.set_column(Column.GRAD, [0 if grad is None else grad.data_ptr() for grad in self.grads])
+        for i, states in enumerate(self.states):
+            table.set_column(Column.STATE + i, [state.data_ptr() for state in states])
+        table.set_column(
+            Column.HYPER, [row + slot.fresh for row, slot in zip(self._rows, self.slots, strict=True)]
+        )
+        table.push()
+        self._refresh_hypers()
+
+    def _refresh_hypers(self) -> None:
+        rows: list[float] = []
+        on_device: list[tuple[int, Tensor]] = []
+        for i, (group, base) in enumerate(self._groups):
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                # Copied from device to device below: reading it here would make the host wait.
+                on_device.append((2 * i, lr))
+                lr = 0.0
+            head = (float(lr), float(group["weight_decay"]), -1.0 if group["maximize"] else 1.0)
+            for fresh in (False, True):
+                scalars = base.scalars(group, fresh)
+                rows += (*head, *scalars, *(0.0,) * (MAX_OPTIONS - len(scalars)))
+        self._hyper_mirror.set_all(rows)
+        self._hyper_mirror.push()
+        for row, value in on_device:
+            self._hyper_mirror.device_tensor[row : row + 2, Hyper.LR].copy_(value.reshape(1))
+
+    def release(self) -> None:
+        """After a step: drop the gradients, so that zero_grad frees them, and settle the fresh slots."""
+        self.grads = [None] * len(self.slots)
+        for slot in self.slots:
+            slot.fresh = False
+
+    def lr_of(self, slot: Slot) -> Tensor:
+        """The rotation rate of ``slot`` in the last step, 0-d on the device."""
+        row = next(row for row, (group, _) in enumerate(self._groups) if group is slot.group)
+        return self.hypers[2 * row, Hyper.LR]
+
+    def options(self, slot: Slot) -> tuple[float, ...]:
+        """The formula's scalars for ``slot``, on the host."""
+        return slot.base.scalars(slot.group, slot.fresh)
+
+    @property
+    def tensors(self) -> Tensor:
+        """The tensor table, (tensors, Column.WIDTH) int64."""
+        return self._tensor_mirror.device_tensor
+
+    @property
+    def hypers(self) -> Tensor:
+        """The hyperparameter table, (rows, Hyper.WIDTH) float64."""
+        return self._hyper_mirror.device_tensor
+
+    @cached_property
+    def layer_tensors(self) -> Tensor:
+        """The tensor row of each layer, (layers,) int64."""
+        return self.layers[:, Layer.TENSOR]
+
+    @cached_property
+    def layers(self) -> Tensor:
+        """The layer table, (layers, Layer.WIDTH) int64."""
+        rows, first_tile = [], 0
+        for tensor, slot in enumerate(self.slots):
+            length = slot.param.numel() // slot.layers
+            tiles = -(-length // self.tile)
+            for _ in range(slot.layers):
+                rows.append((tensor, first_tile, tiles))
+                first_tile += tiles
+        return torch.tensor(rows, dtype=torch.int64).to(self._home)
+
+    @cached_property
+    def tiles(self) -> Tensor:
+        """The tile table, (tiles, Tile.WIDTH) int64."""
+        rows, layer = [], 0
+        for tensor, slot in enumerate(self.slots):
+            length = slot.param.numel() // slot.layers
+            for first in range(0, slot.param.numel(), max(length, 1)):
+                rows += [
+                    (tensor, layer, first + start, min(self.tile, length - start))
+                    for start in range(0, length, self.tile)
+                ]
+                layer += 1
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, Tile.WIDTH).to(self._home)
+
+    @cached_property
+    def n_tiles(self) -> int:
+        return sum(slot.layers * -(-(slot.param.numel() // slot.layers) // self.tile) for slot in self.slots)
+
+    @cached_property
+    def partials(self) -> Tensor:
+        """Scratch for the dots of each tile, (tiles, 3) float64."""
+        return torch.zeros(self.n_tiles, 3, dtype=torch.float64, device=self._home)
+
+    @cached_property
+    def partial_counts(self) -> Tensor:
+        """Scratch for the non-finite elements of each tile, (tiles,) int64."""
+        return torch.zeros(self.n_tiles, dtype=torch.int64, device=self._home)

@@ -1,0 +1,137 @@
+"""What FusedLayca accepts. Each check raises an error that names the parameter, the value and the way out."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bases import BASES, Base
+from .layout import overlaps
+
+RULES = ("layca",)
+RADII = ("initial", "current")
+DTYPES = (torch.float32, torch.float64)
+
+
+def labelled(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], str, Tensor]]:
+    """Every parameter with its group and what to call it in a message: its name, if the group knows it."""
+    for number, group in enumerate(groups):
+        names = group.get("param_names")
+        for index, param in enumerate(group["params"]):
+            yield group, f"parameter {names[index]!r}" if names else f"parameter {index} of group {number}", param
+
+
+def describe(label: str, tensor: Tensor) -> str:
+    """A parameter in an error message: its label, shape and dtype."""
+    return f"{label} (shape {tuple(tensor.shape)}, {tensor.dtype})"
+
+
+def check_parameter(tensor: Tensor, label: str) -> None:
+    """Raise TypeError or ValueError for a tensor that no kernel may be handed."""
+    name = describe(label, tensor)
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}: FusedLayca reads plain tensors only; pass the plain tensor inside it"
+        )
+    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"{label} is not initialized yet: run one forward pass before the first step")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor, parameter.to_dense()")
+    if tensor.is_quantized or not (tensor.is_floating_point() or tensor.is_complex()):
+        raise TypeError(f"{name} is not a floating-point tensor: leave it out, or convert it to float32")
+    if tensor.is_complex():
+        raise TypeError(f"{name} is complex: pass torch.view_as_real(parameter) as the parameter instead")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: this version trains float32 and float64 parameters; keep the parameters in float32 and let "
+            f"torch.autocast run the model in {tensor.dtype}"
+        )
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device: materialize it first, with module.to_empty(device=...)")
+    if overlaps(tensor):
+        raise ValueError(
+            f"{name} has elements that share memory (strides {tensor.stride()}), as expanded tensors do: "
+            "pass parameter.clone() as the parameter"
+        )
+
+
+def check_gradient(grad: Tensor, param: Tensor, label: str) -> None:
+    """Raise TypeError or ValueError for a gradient that does not fit its parameter."""
+    name = describe(f"the gradient of {label}", grad)
+    if grad.layout != torch.strided:
+        raise TypeError(f"{name} has layout {grad.layout}: FusedLayca needs dense gradients (sparse=False)")
+    if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(f"{name} is a {type(grad).__name__}: FusedLayca reads plain tensors only")
+    for what in ("shape", "dtype", "device"):
+        theirs, ours = getattr(grad, what), getattr(param, what)
+        if theirs != ours:
+            raise ValueError(f"{name} has {what} {theirs}, its parameter {ours}: they must be the same")
+
+
+def check_lr(lr: Any) -> None:
+    """Raise for a learning rate that is no finite number >= 0. One that lives on a device is not read back."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: it must hold one number")
+        if lr.device.type != "cpu":
+            return
+    elif not isinstance(lr, (int, float)):
+        raise TypeError(f"lr={lr!r}: must be a number, or a tensor that holds one")
+    if not (0.0 <= float(lr) < math.inf):
+        raise ValueError(f"lr={lr!r}: must be finite and >= 0 (each step turns a layer by atan(lr) radians)")
+
+
+def _check_choice(group: Mapping[str, Any], name: str, choices: tuple[Any, ...]) -> None:
+    if not any(group[name] is each or group[name] == each for each in choices):
+        raise ValueError(f"{name}={group[name]!r} is unknown: choose one of {list(choices)}")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise for hyperparameters of a param group that are unknown or out of range."""
+    check_lr(group["lr"])
+    find_base(group["base"]).check(group)
+    _check_choice(group, "rule", RULES)
+    _check_choice(group, "radius", RADII)
+    if group["rotate"] not in (None, True, False):
+        raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (tensors of 2 or more dimensions)")
+    chunks = group["chunks"]
+    if chunks != "all" and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
+        raise ValueError(f"chunks={chunks!r}: must be a whole number >= 1, or 'all' (one layer per slice)")
+    decay = group["weight_decay"]
+    if not isinstance(decay, (int, float)) or not (0.0 <= decay < math.inf):
+        raise ValueError(f"weight_decay={decay!r}: must be a finite number >= 0")
+
+
+def find_base(name: Any) -> Base:
+    """The base optimizer called ``name``; ValueError with the valid names if there is none."""
+    if name not in BASES:
+        raise ValueError(f"base={name!r} is unknown: choose one of {sorted(BASES)}")
+    return BASES[name]
+
+
+def check_options(base: Base, given: Mapping[str, Any]) -> None:
+    """Raise TypeError for a keyword that ``base`` does not have."""
+    for name in given:
+        if name not in base.options:
+            others = sorted(each.name for each in BASES.values() if name in each.options)
+            owner = f" (it belongs to {', '.join(others)})" if others else ""
+            raise TypeError(
+                f"{name}={given[name]!r} is no option of base={base.name!r}{owner}: it has {sorted(base.options)}"
+            )
+
+
+def count_layers(param: Tensor, chunks: int | str, label: str) -> int:
+    """How many layers a rotating tensor holds; ValueError where ``chunks`` does not divide its first dimension."""
+    if chunks == 1:
+        return 1
+    rows = param.shape[0] if param.dim() > 0 else 1
+    if chunks == "all":
+        return max(rows, 1)
+    if rows % int(chunks) != 0:
+        raise ValueError(
+            f"chunks={chunks!r} does not divide the first dimension of {describe(label, param)}: choose a divisor of "
+            f"{rows}, or put the tensor in a group with chunks=1"
+        )
+    return int(chunks)

@@ -1,0 +1,51 @@
+"""How a tensor lies in memory: what the kernels may walk as one run of addresses, and what they may not."""
+
+from torch import Tensor
+
+
+def _dims(tensor: Tensor) -> list[tuple[int, int]]:
+    """(stride, size) of the dimensions longer than 1, innermost first."""
+    dims = zip(tensor.stride(), tensor.shape, strict=True)
+    return sorted((stride, size) for stride, size in dims if size != 1)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one run of memory without gaps or overlaps, in whatever order of dimensions."""
+    if tensor.numel() == 0:
+        return True
+    expected = 1
+    for stride, size in _dims(tensor):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share an address, as in expanded tensors.
+
+    Strides that interleave without touching (made by ``as_strided`` only) are reported as overlapping, too.
+    """
+    if tensor.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in _dims(tensor):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def layers_are_dense(tensor: Tensor, layers: int) -> bool:
+    """Whether each of ``layers`` equal slices of the first dimension is one run of memory, one after the other."""
+    if not is_dense(tensor):
+        return False
+    if layers == 1 or tensor.numel() == 0:
+        return True
+    # The first dimension must be the outermost in memory.
+    return tensor.stride(0) * tensor.shape[0] == tensor.numel()
+
+
+def memory_order(tensor: Tensor) -> Tensor:
+    """A dense tensor as a flat view, in the order in which its elements lie in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))

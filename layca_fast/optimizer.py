@@ -1,0 +1,198 @@
+"""FusedLayca, the optimizer: param groups, state and the order of things. It does no arithmetic."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .bases import BASES, recommended_rate
+from .checks import check_group, check_options, check_parameter, find_base, labelled
+from .loading import check_shapes, restore_types
+from .plan import Plan, rotates
+from .stats import RotationStats, rotation_stats
+
+
+class FusedLayca(Optimizer):
+    """Layca (arXiv 1806.01603): every layer keeps its norm and turns by exactly atan(lr) per step.
+
+    Args:
+        params: tensors, named tensors or param groups, as for any torch optimizer; float32 or float64, dense. Updated
+            in place by :meth:`step`; their ``.grad`` is never modified.
+        lr: rotation rate, float or tensor of one element: a rotating layer turns by atan(lr) radians per step; other
+            tensors take the plain base step scaled by lr. None: 3**-3 where the direction is one step's gradient,
+            3**-5 where it is averaged over steps (paper, section 4).
+        base: the optimizer that proposes the direction: "sgd" or "sgd_amom".
+        rule: "layca".
+        rotate: which tensors rotate: True, False, or None for those of two or more dimensions.
+        chunks: layers per rotating tensor, as equal slices of its first dimension: 1, a divisor of that dimension, or
+            "all" for one layer per slice.
+        radius: the norm that a layer is put back to after each step: "initial", its norm before the first step that
+            moved it, or "current", its norm before the step.
+        weight_decay: decoupled decay of the tensors that do not rotate. Ignored, with a warning, where they do.
+        maximize: ascend instead of descend.
+        backend: "auto", "cpu", "triton", "cuda" or "torch": see :func:`layca_fast.backends`.
+        base_options: what the base has beside these. sgd: momentum, dampening, nesterov; sgd_amom: momentum.
+
+    Every argument may be set per param group. State per tensor: ``momentum_buffer`` where the base has momentum, and
+    ``radius``, float64 of shape (layers,), 0 until a step moves the layer, where the tensor rotates.
+
+    Raises TypeError or ValueError for options and tensors that it cannot take, before anything is modified.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | None = None,
+        *,
+        base: str = "sgd",
+        rule: str = "layca",
+        rotate: bool | None = None,
+        chunks: int | str = 1,
+        radius: str = "initial",
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        backend: str = "auto",
+        **base_options: Any,
+    ) -> None:
+        row = find_base(base)
+        check_options(row, base_options)
+        options = {**row.options, **base_options}
+        defaults: dict[str, Any] = {
+            "lr": recommended_rate(row, options) if lr is None else lr,
+            "base": base,
+            "rule": rule,
+            "rotate": rotate,
+            "chunks": chunks,
+            "radius": radius,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "backend": backend,
+            **options,
+        }
+        row.check(defaults)
+        self._lr_is_recommended = lr is None
+        self._plan: Plan | None = None
+        self._warned = False
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as any torch optimizer does; the group's own options are checked before it is added."""
+        given = dict(param_group)
+        base = find_base(given.get("base", self.defaults["base"]))
+        all_options = {name for each in BASES.values() for name in each.options}
+        check_options(base, {name: given[name] for name in given if name in all_options})
+        options = base.options if base.name != self.defaults["base"] else {n: self.defaults[n] for n in base.options}
+        group = {**options, **given}
+        if "lr" not in group and self._lr_is_recommended:
+            group["lr"] = recommended_rate(base, group)
+        check_group({**self.defaults, **group})
+        before = len(self.param_groups)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*duplicate parameters.*")
+            try:
+                super().add_param_group(group)
+            except UserWarning as duplicate:
+                raise ValueError(
+                    "a param group holds the same parameter twice: pass each parameter once (tied weights, too)"
+                ) from duplicate
+        added = self.param_groups[before]
+        for name in all_options - set(base.options):
+            added.pop(name, None)
+        try:
+            for group, label, param in labelled(self.param_groups):
+                if group is added:
+                    check_parameter(param, label)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._plan = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_lr_is_recommended": self._lr_is_recommended}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        self.__dict__.setdefault("_lr_is_recommended", False)
+        self.__dict__.setdefault("_warned", False)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Turn every rotating layer that has a gradient by atan(lr); take the base step on the other tensors.
+
+        Parameters and state are modified in place; parameters without a gradient are left alone, bit for bit, as all
+        are at lr = 0. ``closure``, if given, is called first with gradients enabled, and its loss returned. Never
+        waits for a GPU, but for the first step of a tensor, which looks for layers whose weights are all zero.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._plan is None or not self._plan.holds():
+            self._plan = Plan(self.param_groups, self.state, previous=self._plan)
+            self._warn_of_ignored_decay()
+        self._plan.step()
+        return loss
+
+    def _warn_of_ignored_decay(self) -> None:
+        if self._warned:
+            return
+        for group, label, param in labelled(self.param_groups):
+            if group["weight_decay"] != 0 and rotates(param, group):
+                self._warned = True
+                warnings.warn(
+                    f"weight_decay={group['weight_decay']} is ignored for {label} and every other tensor that rotates: "
+                    "Layca keeps their norms fixed. Set weight_decay=0 there to silence this",
+                    stacklevel=4,
+                )
+                return
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; every state tensor keeps its dtype and is copied.
+
+        Raises ValueError, before anything is modified, if groups or shapes do not fit.
+        """
+        incoming: dict[str, Any] = {}
+
+        # Hooks registered by users may replace the dict, so ours looks at it after all of them.
+        def keep(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+            check_shapes(optimizer, saved)
+            incoming.update(saved)
+
+        def restore(optimizer: Optimizer) -> None:
+            restore_types(optimizer, incoming)
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(keep),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._plan = None
+
+    def reset_radius(self) -> None:
+        """Forget every layer's radius, after surgery on the weights: the next step that moves a layer sets it anew."""
+        for state in self.state.values():
+            state.pop("radius", None)
+        self._plan = None
+
+    def rotation_stats(self) -> dict[Tensor, RotationStats]:
+        """What the last step did to each tensor, by parameter; empty before the first. Does not wait for a device."""
+        if self._plan is None:
+            return {}
+        return {slot.param: rotation_stats(batch, slot, rows) for batch, slot, rows in self._plan.rows()}

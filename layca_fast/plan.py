@@ -1,0 +1,224 @@
+"""From param groups to batches: which tensors are stepped, by which backend, with which state."""
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import choose
+from .backends.base import Backend
+from .bases import Formula
+from .batch import Batch, Slot, scalar_device
+from .checks import check_gradient, check_group, check_parameter, count_layers, describe, find_base, labelled
+from .layout import layers_are_dense
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+def rotates(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a tensor of this group rotates; by default those of two or more dimensions do."""
+    rotate = group["rotate"]
+    return param.dim() >= 2 if rotate is None else bool(rotate)
+
+
+@dataclass
+class _Member:
+    """One parameter on its way into a batch."""
+
+    param: Tensor
+    group: Mapping[str, Any]
+    label: str
+    backend: Backend
+    formula: Formula
+    rotates: bool
+    layers: int
+    dense: bool
+
+    def new_states(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The state tensors of this member: those it has, moved to where the parameter is now, and new ones.
+
+        Raises ValueError where one has another shape than the parameter.
+        """
+        tensors = {}
+        for name in self.formula.states:
+            tensors[name] = self._buffer(name, state.get(name))
+        if self.rotates:
+            tensors["radius"] = self._radius(state.get("radius"))
+        return tensors
+
+    def _buffer(self, name: str, old: Tensor | None) -> Tensor:
+        # Kernels walk parameter and state as one run of addresses, so their strides must agree.
+        form = torch.preserve_format if self.dense else torch.contiguous_format
+        if old is None:
+            return torch.zeros_like(self.param, memory_format=form)
+        if old.shape != self.param.shape:
+            raise ValueError(
+                f"the state {name!r} of {describe(self.label, self.param)} has shape {tuple(old.shape)}: "
+                "clear the optimizer's state for it after changing its shape, del optimizer.state[parameter]"
+            )
+        if (old.device, old.dtype) == (self.param.device, self.param.dtype) and (
+            old.stride() == self.param.stride() or not self.dense
+        ):
+            return old
+        return torch.empty_like(self.param, memory_format=form).copy_(old)
+
+    def _radius(self, old: Tensor | None) -> Tensor:
+        home = scalar_device(self.param.device)
+        if old is None:
+            return torch.zeros(self.layers, dtype=torch.float64, device=home)
+        if old.shape != (self.layers,):
+            raise ValueError(
+                f"the state 'radius' of {describe(self.label, self.param)} has shape {tuple(old.shape)} for "
+                f"{self.layers} layers: call optimizer.reset_radius() after changing chunks"
+            )
+        return old.to(device=home, dtype=torch.float64).contiguous()
+
+
+def _members(groups: Sequence[Mapping[str, Any]], state: State) -> Iterator[_Member]:
+    """Every parameter that has a gradient or a state, checked. Modifies nothing."""
+    for group, label, param in labelled(groups):
+        if param.grad is None and not state.get(param):
+            continue
+        check_parameter(param, label)
+        if param.grad is not None:
+            check_gradient(param.grad, param, label)
+        turning = rotates(param, group)
+        layers = count_layers(param, group["chunks"], label) if turning else 1
+        dense = layers_are_dense(param, layers)
+        backend = choose(group["backend"], param.device)
+        if not dense and backend.needs_dense:
+            if group["backend"] != "auto":
+                raise ValueError(
+                    f"{describe(label, param)} with strides {param.stride()} and chunks={group['chunks']!r} is not "
+                    f"laid out layer after layer in one run of memory, which backend={backend.name!r} needs: use "
+                    "backend='auto' or 'torch', or make the parameter contiguous"
+                )
+            backend = choose("torch", param.device)
+        formula = find_base(group["base"]).formula(group)
+        yield _Member(param, group, label, backend, formula, turning, layers, dense)
+
+
+def _check_norms(members: Sequence[_Member]) -> None:
+    """Raise ValueError if a layer's weights are all zero: it has no direction to turn. Waits for the device."""
+    by_device: dict[torch.device, list[_Member]] = {}
+    for member in members:
+        if member.param.numel() > 0:
+            by_device.setdefault(member.param.device, []).append(member)
+    zero = []
+    for group in by_device.values():
+        largest = torch.stack(
+            [
+                member.param.reshape(member.layers, -1).abs().amax(1).min()
+                if member.layers > 1
+                else member.param.abs().max()
+                for member in group
+            ]
+        )
+        zero += [member for member, value in zip(group, largest.tolist(), strict=True) if value == 0]
+    if zero:
+        names = ", ".join(describe(member.label, member.param) for member in zero)
+        raise ValueError(
+            f"all weights of a layer are zero in {names}: such a layer has no direction to turn. Put these parameters "
+            "in a group with rotate=False, or initialize them"
+        )
+
+
+def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """All that fixes the structure of the batches, beside the tensors' own memory."""
+    return [
+        (
+            id(group),
+            find_base(group["base"]).formula(group).name,
+            group["base"],
+            group["rotate"],
+            group["chunks"],
+            group["radius"],
+            group["backend"],
+            [id(param) for param in group["params"]],
+        )
+        for group in groups
+    ]
+
+
+class Plan:
+    """The batches for the parameters that have a gradient or a state, and the state that they need.
+
+    Building it checks everything, then creates the missing state in ``state``; nothing is modified if a check fails.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, previous: "Plan | None" = None) -> None:
+        for group in groups:
+            check_group(group)
+        members = list(_members(groups, state))
+        states = [member.new_states(state.get(member.param, {})) for member in members]
+        _check_norms([m for m in members if m.rotates and "radius" not in state.get(m.param, {})])
+
+        self._groups, self._state = groups, state
+        self._signature = _signature(groups)
+        self._members = {id(member.param) for member in members}
+        slots: dict[tuple[Any, ...], list[Slot]] = {}
+        self._formulas: dict[tuple[Any, ...], tuple[Backend, Formula]] = {}
+        for member, tensors in zip(members, states, strict=True):
+            old = state.get(member.param, {})
+            fresh = any(name not in old for name in member.formula.states)
+            if tensors:
+                state[member.param].update(tensors)
+            slot = Slot(
+                param=member.param,
+                group=member.group,
+                base=find_base(member.group["base"]),
+                label=member.label,
+                states=tuple(tensors[name] for name in member.formula.states),
+                radius=tensors.get("radius"),
+                layers=member.layers,
+                dense=member.dense,
+                fresh=fresh,
+            )
+            key = (member.backend.name, member.param.device, member.param.dtype, member.formula.name)
+            self._formulas[key] = member.backend, member.formula
+            slots.setdefault(key, []).append(slot)
+        self.batches = [
+            (backend, Batch(formula, slots[key], backend.tile)) for key, (backend, formula) in self._formulas.items()
+        ]
+        if previous is not None:
+            self._carry_counts(previous)
+
+    def _carry_counts(self, previous: "Plan") -> None:
+        old = {id(slot.param): (slot, batch.counts[rows]) for batch, slot, rows in previous.rows()}
+        for batch, slot, rows in self.rows():
+            before, counts = old.get(id(slot.param), (None, None))
+            if before is not None and counts is not None and before.layers == slot.layers:
+                batch.counts[rows] = counts.to(batch.counts.device)
+
+    def rows(self) -> Iterator[tuple[Batch, Slot, slice]]:
+        """Every slot with its batch and its rows in the batch's per-layer tables."""
+        for _, batch in self.batches:
+            for slot, first in zip(batch.slots, batch.first_layers, strict=True):
+                yield batch, slot, slice(first, first + slot.layers)
+
+    def holds(self) -> bool:
+        """Whether the batches still describe the groups, the state and the memory of the parameters."""
+        if _signature(self._groups) != self._signature:
+            return False
+        for group in self._groups:
+            for param in group["params"]:
+                if param.grad is not None and id(param) not in self._members:
+                    return False
+        for _, batch in self.batches:
+            for slot in batch.slots:
+                if not slot.holds(self._state):
+                    return False
+        return True
+
+    def step(self) -> None:
+        """Check the gradients and hyperparameters of this step, then run every batch."""
+        for group in self._groups:
+            check_group(group)
+        for _, batch in self.batches:
+            batch.grads = [slot.gradient() for slot in batch.slots]
+        for backend, batch in self.batches:
+            batch.refresh()
+            backend.step(batch)
+            batch.release()

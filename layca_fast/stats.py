@@ -1,0 +1,53 @@
+"""What the last step did to each layer, from the numbers that the kernels have anyway."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .batch import Batch, Coefficient, Count, Hyper, Slot
+from .formulas import KEEP
+
+
+@dataclass(frozen=True)
+class RotationStats:
+    """One tensor's last step, per layer: tensors of shape (layers,) on the device; reading them may wait for it.
+
+    ``angle``: the commanded rotation in radians, atan(lr), 0 where the layer was kept or does not rotate. ``cosine``:
+    of the angle between weights and base step, before the step. ``step_norm``: of the base step. ``norm``: of the
+    weights, before the step. ``radius``: the norm that steps restore (0: not yet set). ``drift``: norm / radius - 1,
+    what storing the weights has cost since the last step. Counted since the optimizer was made: ``non_finite``
+    elements that counted as zero, steps with ``no_direction`` to turn in, steps with ``broken`` (non-finite) weights.
+    """
+
+    angle: Tensor
+    cosine: Tensor
+    step_norm: Tensor
+    norm: Tensor
+    radius: Tensor
+    drift: Tensor
+    non_finite: Tensor
+    no_direction: Tensor
+    broken: Tensor
+
+
+def rotation_stats(batch: Batch, slot: Slot, rows: slice) -> RotationStats:
+    """The stats of ``slot``, which has these ``rows`` in the batch's per-layer tables."""
+    n2, d, q = batch.dots[rows].unbind(1)
+    norm, step_norm = n2.sqrt(), q.sqrt()
+    kept = batch.coefficients[rows, Coefficient.MODE] == KEEP
+    lr = batch.lr_of(slot)
+    turned = torch.zeros_like(norm) if slot.radius is None else torch.where(kept, 0.0, torch.atan(lr))
+    radius = torch.zeros_like(norm) if slot.radius is None else slot.radius.clone()
+    counts = batch.counts[rows].clone()
+    return RotationStats(
+        angle=turned,
+        cosine=d / (norm * step_norm),
+        step_norm=step_norm,
+        norm=norm,
+        radius=radius,
+        drift=norm / radius - 1,
+        non_finite=counts[:, Count.NON_FINITE],
+        no_direction=counts[:, Count.NO_DIRECTION],
+        broken=counts[:, Count.BROKEN],
+    )
