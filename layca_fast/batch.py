@@ -199,9 +199,7 @@ class Batch:
         table.set_column(Column.GRAD, [0 if grad is None else grad.data_ptr() for grad in self.grads])
         for i, states in enumerate(self.states):
             table.set_column(Column.STATE + i, [state.data_ptr() for state in states])
-        table.set_column(
-            Column.HYPER, [row + slot.fresh for row, slot in zip(self._rows, self.slots, strict=True)]
-        )
+        table.set_column(Column.HYPER, [row + slot.fresh for row, slot in zip(self._rows, self.slots, strict=True)])
         table.push()
         self._refresh_hypers()
 

@@ -35,7 +35,7 @@ def check_parameter(tensor: Tensor, label: str) -> None:
         raise TypeError(
             f"{name} is a {type(tensor).__name__}: FusedLayca reads plain tensors only; pass the plain tensor inside it"
         )
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(tensor):
         raise ValueError(f"{label} is not initialized yet: run one forward pass before the first step")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor, parameter.to_dense()")

@@ -1,7 +1,7 @@
 """FusedLayca, the optimizer: param groups, state and the order of things. It does no arithmetic."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
@@ -84,7 +84,8 @@ class FusedLayca(Optimizer):
         base = find_base(given.get("base", self.defaults["base"]))
         all_options = {name for each in BASES.values() for name in each.options}
         check_options(base, {name: given[name] for name in given if name in all_options})
-        options = base.options if base.name != self.defaults["base"] else {n: self.defaults[n] for n in base.options}
+        inherits = base.name == self.defaults["base"]
+        options = {name: self.defaults[name] if inherits else value for name, value in base.options.items()}
         group = {**options, **given}
         if "lr" not in group and self._lr_is_recommended:
             group["lr"] = recommended_rate(base, group)
@@ -102,8 +103,8 @@ class FusedLayca(Optimizer):
         for name in all_options - set(base.options):
             added.pop(name, None)
         try:
-            for group, label, param in labelled(self.param_groups):
-                if group is added:
+            for owner, label, param in labelled(self.param_groups):
+                if owner is added:
                     check_parameter(param, label)
         except (TypeError, ValueError):
             self.param_groups.pop()

@@ -44,14 +44,14 @@ def layca(weight: Tensor, step: Tensor, lr: float, radius: float | None) -> Tens
 
     Where the step has no part orthogonal to the weights, there is nothing to turn towards: returns ``weight``.
     """
-    norm = weight.norm()
-    radius = norm if radius is None else radius
+    norm = torch.linalg.vector_norm(weight)
     orthogonal = step - (step * weight).sum() / norm**2 * weight
-    if lr == 0 or not orthogonal.norm() > SMALLEST_SINE * step.norm():
+    length = torch.linalg.vector_norm(orthogonal)
+    if lr == 0 or not length > SMALLEST_SINE * torch.linalg.vector_norm(step):
         return weight
-    scaled = orthogonal * norm / orthogonal.norm()
-    moved = weight - lr * scaled
-    return moved * radius / moved.norm()
+    moved = weight - lr * (orthogonal * norm / length)
+    rotated: Tensor = moved * (norm if radius is None else radius) / torch.linalg.vector_norm(moved)
+    return rotated
 
 
 def reference_step(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .batch import Batch, Coefficient, Count, Hyper, Slot
+from .batch import Batch, Coefficient, Count, Slot
 from .formulas import KEEP
 
 

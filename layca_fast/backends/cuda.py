@@ -7,6 +7,8 @@ from .base import Backend
 
 
 class CudaBackend(Backend):
+    """Says why it is missing, and nothing else."""
+
     name = "cuda"
     tile = 4096
 

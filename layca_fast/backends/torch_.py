@@ -104,6 +104,8 @@ class Blocks:
 
 
 class TorchBackend(Backend):
+    """Torch operations, one tensor at a time; float64 copies are made block by block."""
+
     name = "torch"
     tile = 2**17
     needs_dense = False

@@ -1,0 +1,19 @@
+"""``python -m layca_fast info | verify | demo``."""
+
+import sys
+from importlib import import_module
+
+COMMANDS = ("info", "verify", "demo")
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns its exit code."""
+    if not argv or argv[0] not in COMMANDS:
+        print(f"usage: python -m layca_fast {{{','.join(COMMANDS)}}} [options]", file=sys.stderr)
+        return 2
+    code: int = import_module(f"layca_fast.{argv[0]}").main(argv[1:])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,218 @@
+"""``python -m layca_fast verify``: every backend on this machine against the float64 reference."""
+
+import argparse
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import backends, load
+from .console import print_table
+from .optimizer import FusedLayca
+from .plan import rotates
+from .reference import reference_step
+
+Shape = tuple[int, ...]
+
+ODD_SHAPES: tuple[Shape, ...] = ((17, 31), (64, 129), (8, 3, 3, 3), (1, 1), (2, 1), (33,), (), (4, 0), (130, 65))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one row of the table runs: tensors of ``shapes`` under ``options`` of FusedLayca, for ``steps`` steps.
+
+    ``sine``: of the angle between weights and gradient of the layers that rotate; None for random directions.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...] = ODD_SHAPES
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    steps: int = 50
+    lr: float = 0.05
+    sine: float | None = None
+
+
+@dataclass
+class Errors:
+    """The largest errors over the layers and steps of a case, each divided by what is allowed for it.
+
+    ``angle``: of the realised rotation, relative to atan(lr), at any step; ``norm``: relative to the radius, at any
+    step; ``weight``: distance to the reference after the last step, relative to the tensor's norm. The ``*_ratio``
+    are these over their tolerances: 1 or less passes.
+    """
+
+    angle: float = 0.0
+    norm: float = 0.0
+    weight: float = 0.0
+    angle_ratio: float = 0.0
+    norm_ratio: float = 0.0
+    weight_ratio: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        # Written so that NaN fails.
+        return all(ratio <= 1.0 for ratio in (self.angle_ratio, self.norm_ratio, self.weight_ratio))
+
+    def add(self, kind: str, error: float, allowed: float) -> None:
+        """Keep ``error`` if it is the worst of its kind so far (NaN is the worst of all)."""
+        ratio = error / allowed
+        if not ratio <= getattr(self, f"{kind}_ratio"):
+            setattr(self, kind, error)
+            setattr(self, f"{kind}_ratio", ratio)
+
+
+def angle_between(before: Tensor, after: Tensor) -> float:
+    """The angle between two float64 vectors in radians, exact for small angles, where arccos is not."""
+    dot = torch.dot(before, after)
+    orthogonal = after - dot / torch.dot(before, before) * before
+    return math.atan2(float(orthogonal.norm() * before.norm()), float(dot))
+
+
+def angle_tolerance(dtype: torch.dtype, lr: float, n: int) -> float:
+    """Relative error allowed in the angle of a layer of n weights: storing float32 costs the second term."""
+    return 1e-12 if dtype == torch.float64 else 1e-6 + 3e-7 / (lr * math.sqrt(n))
+
+
+def layers_of(tensor: Tensor, chunks: int | str) -> list[Tensor]:
+    """The layers of a rotating tensor as flat float64 vectors on the CPU."""
+    count = len(tensor) if chunks == "all" else int(chunks)
+    return [layer.flatten() for layer in tensor.detach().to("cpu", torch.float64, copy=True).chunk(count)]
+
+
+def _gradient(param: Tensor, case: Case, turns: bool, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(param.shape, dtype=torch.float64, generator=generator)
+    if case.sine is None or not turns:
+        return noise.to(case.dtype)
+    weight = param.detach().cpu().double()
+    orthogonal = noise - (noise * weight).sum() / weight.square().sum() * weight
+    tilted: Tensor = case.sine * orthogonal / orthogonal.norm() + math.sqrt(1 - case.sine**2) * weight / weight.norm()
+    return tilted.to(case.dtype)
+
+
+def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Errors:
+    """Run ``case`` on one backend beside the reference in float64 on the same gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(shape, dtype=case.dtype, generator=generator) for shape in case.shapes]
+    params = [weight.to(device, copy=True).requires_grad_() for weight in weights]
+    expected = [weight.to(torch.float64, copy=True) for weight in weights]
+    states: list[dict[str, Any]] = [{} for _ in params]
+    optimizer = FusedLayca(params, case.lr, backend=backend, **case.options)
+    group = optimizer.param_groups[0]
+    turns = [rotates(param, group) and param.numel() > 1 for param in params]
+    errors = Errors()
+    for _ in range(case.steps):
+        before = [layers_of(param, group["chunks"]) if turn else [] for param, turn in zip(params, turns, strict=True)]
+        for param, weight, state, turn in zip(params, expected, states, turns, strict=True):
+            grad = _gradient(param, case, turn, generator)
+            if case.sine is not None:
+                # A hair's difference between the weights turns such a step elsewhere: compare single steps.
+                weight.copy_(param.detach())
+            param.grad = grad.to(device)
+            reference_step(weight, grad.double(), state, lr=case.lr, **case.options)
+        optimizer.step()
+        for param, layers in zip(params, before, strict=True):
+            if layers:
+                _add_rotation(errors, case, optimizer, param, layers)
+    for param, weight in zip(params, expected, strict=True):
+        distance = float((param.detach().cpu().double() - weight).norm())
+        if param.numel() > 0:
+            # A plain tensor is no layer: its norm may pass through zero, so it is measured on the scale of its start.
+            scale = max(float(weight.norm()), math.sqrt(param.numel()))
+            errors.add("weight", distance / scale, 1e-12 if case.dtype == torch.float64 else 1e-6)
+    return errors
+
+
+def _add_rotation(errors: Errors, case: Case, optimizer: FusedLayca, param: Tensor, before: list[Tensor]) -> None:
+    group = optimizer.param_groups[0]
+    radii = optimizer.state[param]["radius"].tolist()
+    for old, new, radius in zip(before, layers_of(param, group["chunks"]), radii, strict=True):
+        angle, asked = angle_between(old, new), math.atan(case.lr)
+        errors.add("angle", abs(angle / asked - 1), angle_tolerance(case.dtype, case.lr, old.numel()))
+        target = float(old.norm()) if group["radius"] == "current" else radius
+        errors.add("norm", abs(float(new.norm()) / target - 1), 1e-12 if case.dtype == torch.float64 else 2e-7)
+
+
+BASE_OPTIONS: tuple[Mapping[str, Any], ...] = (
+    {"base": "sgd"},
+    {"base": "sgd", "momentum": 0.9},
+    {"base": "sgd", "momentum": 0.8, "dampening": 0.3},
+    {"base": "sgd", "momentum": 0.9, "nesterov": True},
+    {"base": "sgd_amom", "momentum": 0.95},
+)
+
+
+def _describe(options: Mapping[str, Any]) -> str:
+    return " ".join(str(value) if name == "base" else f"{name}={value}" for name, value in options.items())
+
+
+def cases(interpreted: bool) -> Iterator[Case]:
+    """The rows of the table. Interpreted kernels take milliseconds per tile, so they get fewer and shorter ones."""
+    steps = 10 if interpreted else 50
+    for dtype in (torch.float32, torch.float64):
+        for options in BASE_OPTIONS:
+            yield Case(f"{_describe(options)}: odd shapes", ODD_SHAPES, options, dtype, steps)
+        momentum = {"base": "sgd", "momentum": 0.9}
+        slices = {**momentum, "chunks": "all", "radius": "current", "maximize": True}
+        yield Case("a layer per slice, radius=current, maximize", ((12, 30), (5, 4, 7)), slices, dtype, steps)
+        plain = {**momentum, "rotate": False, "weight_decay": 0.1}
+        yield Case("no rotation, weight decay", ODD_SHAPES, plain, dtype, steps)
+        small = ((10, 10),) * (20 if interpreted else 3000)
+        yield Case(f"{len(small)} small tensors", small, momentum, dtype, min(steps, 10))
+        large: Shape = (300, 333) if interpreted else (1024, 4099)
+        yield Case(f"one tensor of {math.prod(large):,} weights", (large,), momentum, dtype, 5)
+    for sine in (1e-1, 1e-3, 1e-5):
+        yield Case(f"steps nearly parallel to the weights: sin = {sine:g}", ((100, 100),), {}, steps=5, sine=sine)
+
+
+def places() -> Iterator[tuple[str, torch.device]]:
+    """Every (backend, device) pair that can run here."""
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    for name, status in backends().items():
+        for device in devices:
+            if status.available and load(name).refuses(device) is None:
+                yield name, device
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run under its interpreter: always where there is no GPU for them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; returns 1 if any row failed."""
+    parser = argparse.ArgumentParser(prog="python -m layca_fast verify", description=__doc__)
+    parser.add_argument("--backend", action="append", help="only this backend (may be repeated)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and gradients (default 0)")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    for name in args.backend or ():
+        status = backends()[load(name).name]
+        if not status.available:
+            parser.error(f"--backend {name} cannot run here: {status.reason}")
+    rows, failed = [], 0
+    for name, device in places():
+        if args.backend and name not in args.backend:
+            continue
+        interpreted = name == "triton" and interpreting()
+        for case in cases(interpreted):
+            errors = compare(case, name, device, args.seed)
+            failed += not errors.passed
+            place = "interpreter" if interpreted else device.type
+            figures = [f"{value:.1e}" for value in (errors.angle, errors.norm, errors.weight)]
+            dtype = str(case.dtype).removeprefix("torch.")
+            rows.append([name, place, dtype, case.name, *figures, "pass" if errors.passed else "FAIL"])
+    columns = ["backend", "on", "dtype", "case", "angle error", "norm error", "weight error", ""]
+    print_table("Largest relative errors against the float64 reference", columns, rows)
+    for name, status in backends().items():
+        if not status.available:
+            print(f"not run: {name} ({status.reason})")
+    print(f"{len(rows) - failed} of {len(rows)} cases passed")
+    return 1 if failed or not rows else 0
