@@ -111,20 +111,6 @@ class Slot:
     dense: bool
     fresh: bool
 
-    def __post_init__(self) -> None:
-        self._memory = self._where()
-
-    def _where(self) -> tuple[int, tuple[int, ...], torch.dtype]:
-        return self.param.data_ptr(), self.param.stride(), self.param.dtype
-
-    def holds(self, state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-        """Whether the parameter's memory and its tensors in ``state`` are those that this slot was made for."""
-        ours: dict[str, Tensor] = dict(zip(self.base.formula(self.group).states, self.states, strict=True))
-        if self.radius is not None:
-            ours["radius"] = self.radius
-        theirs = state.get(self.param, {})
-        return self._where() == self._memory and all(theirs.get(name) is tensor for name, tensor in ours.items())
-
     def gradient(self) -> Tensor | None:
         """This step's gradient, checked, with the parameter's strides where kernels walk both as one run of memory."""
         grad = self.param.grad
@@ -167,6 +153,8 @@ class Batch:
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
         self._home = scalar_device(self.device)
+        self._shapes = [param.shape for param in self.params]
+        self._memory = self._where()
 
         self.n_layers = sum(slot.layers for slot in self.slots)
         self.dots = torch.zeros(self.n_layers, 3, dtype=torch.float64, device=self._home)
@@ -192,10 +180,35 @@ class Batch:
         table.set_column(Column.FLAGS, [slot.flags for slot in self.slots])
         table.set_column(Column.RADIUS, [0 if slot.radius is None else slot.radius.data_ptr() for slot in self.slots])
 
+    def _where(self) -> tuple[list[int], list[tuple[int, ...]], list[torch.dtype]]:
+        params = self.params
+        return [p.data_ptr() for p in params], [p.stride() for p in params], [p.dtype for p in params]
+
+    def holds(self) -> bool:
+        """Whether the parameters' memory is still what the batch was made for."""
+        return self._where() == self._memory
+
+    def take_gradients(self) -> None:
+        """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
+        self.grads = [param.grad for param in self.params]
+        strides, dtype, device = self._memory[1], self.dtype, self.device
+        for i, grad in enumerate(self.grads):
+            # Once per tensor and step, so the common case is a few comparisons, and all else goes the slow way.
+            if grad is None or (
+                type(grad) is Tensor
+                and grad.layout is torch.strided
+                and grad.dtype is dtype
+                and grad.device == device
+                and grad.stride() == strides[i]
+                and grad.shape == self._shapes[i]
+            ):
+                continue
+            self.grads[i] = self.slots[i].gradient()
+
     def refresh(self) -> None:
         """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone)."""
         table = self._tensor_mirror
-        table.set_column(Column.PARAM, [param.data_ptr() for param in self.params])
+        table.set_column(Column.PARAM, self._memory[0])
         table.set_column(Column.GRAD, [0 if grad is None else grad.data_ptr() for grad in self.grads])
         for i, states in enumerate(self.states):
             table.set_column(Column.STATE + i, [state.data_ptr() for state in states])

@@ -141,7 +141,7 @@ class FusedLayca(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._plan is None or not self._plan.holds():
+        if self._plan is None or not self._plan.holds(self.param_groups, self.state):
             self._plan = Plan(self.param_groups, self.state, previous=self._plan)
             self._warn_of_ignored_decay()
         self._plan.step()

@@ -157,7 +157,8 @@ class Plan:
 
         self._groups, self._state = groups, state
         self._signature = _signature(groups)
-        self._members = {id(member.param) for member in members}
+        member_ids = {id(member.param) for member in members}
+        self._waiting = [param for _, _, param in labelled(groups) if id(param) not in member_ids]
         slots: dict[tuple[Any, ...], list[Slot]] = {}
         self._formulas: dict[tuple[Any, ...], tuple[Backend, Formula]] = {}
         for member, tensors in zip(members, states, strict=True):
@@ -182,6 +183,7 @@ class Plan:
         self.batches = [
             (backend, Batch(formula, slots[key], backend.tile)) for key, (backend, formula) in self._formulas.items()
         ]
+        self._seen_state = self._state_ids()
         if previous is not None:
             self._carry_counts(previous)
 
@@ -198,26 +200,26 @@ class Plan:
             for slot, first in zip(batch.slots, batch.first_layers, strict=True):
                 yield batch, slot, slice(first, first + slot.layers)
 
-    def holds(self) -> bool:
+    def _state_ids(self) -> list[int]:
+        return [id(value) for state in self._state.values() for value in state.values()]
+
+    def holds(self, groups: Sequence[Mapping[str, Any]], state: State) -> bool:
         """Whether the batches still describe the groups, the state and the memory of the parameters."""
+        if groups is not self._groups or state is not self._state:
+            return False
         if _signature(self._groups) != self._signature:
             return False
-        for group in self._groups:
-            for param in group["params"]:
-                if param.grad is not None and id(param) not in self._members:
-                    return False
-        for _, batch in self.batches:
-            for slot in batch.slots:
-                if not slot.holds(self._state):
-                    return False
-        return True
+        for param in self._waiting:
+            if param.grad is not None:
+                return False
+        return self._state_ids() == self._seen_state and all(batch.holds() for _, batch in self.batches)
 
     def step(self) -> None:
         """Check the gradients and hyperparameters of this step, then run every batch."""
         for group in self._groups:
             check_group(group)
         for _, batch in self.batches:
-            batch.grads = [slot.gradient() for slot in batch.slots]
+            batch.take_gradients()
         for backend, batch in self.batches:
             batch.refresh()
             backend.step(batch)
