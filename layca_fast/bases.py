@@ -7,6 +7,7 @@ its row here, in ``formulas.py`` and in ``csrc/base_steps.h``; the rest of the p
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from . import formulas
@@ -57,14 +58,14 @@ def recommended_rate(base: Base, group: Options) -> float:
 
 def _check_range(group: Options, name: str, low: float, high: float, interval: str) -> None:
     value = group[name]
-    if not isinstance(value, (int, float)) or not (low <= value < high):
+    if not isinstance(value, Real) or not (low <= value < high):
         raise ValueError(f"{name}={value!r}: must be a number in {interval}")
 
 
 def _check_sgd(group: Options) -> None:
     _check_range(group, "momentum", 0.0, math.inf, "[0, inf)")
     dampening, nesterov = group["dampening"], group["nesterov"]
-    if not isinstance(dampening, (int, float)) or not math.isfinite(dampening):
+    if not isinstance(dampening, Real) or not math.isfinite(dampening):
         raise ValueError(f"dampening={dampening!r}: must be a finite number")
     if nesterov and (group["momentum"] <= 0 or dampening != 0):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def check_lr(lr: Any) -> None:
             raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: it must hold one number")
         if lr.device.type != "cpu":
             return
-    elif not isinstance(lr, (int, float)):
+    elif not isinstance(lr, Real):
         raise TypeError(f"lr={lr!r}: must be a number, or a tensor that holds one")
     if not (0.0 <= float(lr) < math.inf):
         raise ValueError(f"lr={lr!r}: must be finite and >= 0 (each step turns a layer by atan(lr) radians)")
@@ -100,7 +101,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     if chunks != "all" and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
         raise ValueError(f"chunks={chunks!r}: must be a whole number >= 1, or 'all' (one layer per slice)")
     decay = group["weight_decay"]
-    if not isinstance(decay, (int, float)) or not (0.0 <= decay < math.inf):
+    if not isinstance(decay, Real) or not (0.0 <= decay < math.inf):
         raise ValueError(f"weight_decay={decay!r}: must be a finite number >= 0")
 
 

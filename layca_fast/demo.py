@@ -2,10 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,12 +11,11 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
 import torch
-from torch.optim import Optimizer
 
 from .backends import MODULES, choose
 from .bases import RATE_OF_ONE_STEP
 from .console import print_table
-from .demo_training import Digits, Run, load_digits, train
+from .demo_training import Contestant, Digits, Run, load_digits, train
 from .optimizer import FusedLayca
 
 if TYPE_CHECKING:
@@ -31,21 +28,6 @@ EPOCHS, QUICK_EPOCHS = 40, 10
 
 #: The best of 3, 1, 1/3 and 1/9 for this network over 40 epochs.
 SGD_RATE = 1.0
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """An optimizer of the demo: what it is called, its lr, the backend it runs on, and how to make one."""
-
-    name: str
-    lr: float
-    backend: str
-    make: Callable[..., Optimizer]
-
-    @property
-    def rate(self) -> str:
-        """The lr as a fraction."""
-        return str(Fraction(self.lr).limit_denominator(1000))
 
 
 def contestants(backend: str, device: torch.device) -> list[Contestant]:
@@ -87,8 +69,7 @@ def train_all(racers: Sequence[Contestant], digits: Digits, epochs: int, seeds: 
                 progress.update(task, advance=1, accuracy=f"test accuracy {accuracy:.3f}")
 
             progress.start_task(task)
-            make = partial(racer.make, lr=racer.lr)
-            return [train(make, digits, epochs=epochs, seed=seed, on_epoch=advance) for seed in range(seeds)]
+            return [train(racer.optimizer, digits, epochs=epochs, seed=seed, on_epoch=advance) for seed in range(seeds)]
 
         return [train_each(racer, task) for racer, task in zip(racers, tasks, strict=True)]
 
@@ -160,7 +141,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = ["optimizer", "lr", "backend", "test\naccuracy", "mean rotation\n(1 - cos)", "seconds\nper epoch"]
     rows = [table_row(racer, results) for racer, results in zip(racers, runs, strict=True)]
     print_table(f"After {args.epochs} epochs, on {len(digits.test_labels):,} test digits{seeds}", columns, rows)
-    labels = [f"{racer.name}, lr {racer.rate}" for racer in racers]
-    save_figure(args.out, dict(zip(labels, runs, strict=True)))
+    save_figure(args.out, list(zip(racers, runs, strict=True)))
     print(f"Accuracy and layer rotation curves: {args.out}")
     return 0

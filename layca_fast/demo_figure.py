@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
 
-from .demo_training import DROP_FACTOR, Run, drop_epochs
+from .demo_training import DROP_FACTOR, Contestant, Run, drop_epochs
 
 #: Inches: the text width of a two-column page.
 SIZE, DPI = (7.2, 2.5), 300
@@ -45,22 +45,26 @@ Values = npt.NDArray[np.float64]
 COLOURS = ("0.6", "#c4402f")
 
 
-def save_figure(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
-    """Write the PNG. ``runs``: those of each optimizer, one per seed, by the label of the optimizer.
+Results = Sequence[tuple[Contestant, Sequence[Run]]]
+
+
+def save_figure(path: Path, results: Results) -> None:
+    """Write the PNG. ``results``: each optimizer with its runs, one per seed.
 
     Curves are means over the seeds; where there are several, bands show the lowest and the highest accuracy. Neither
     pyplot's figures nor matplotlib's settings are touched.
     """
-    first = next(iter(runs.values()))[0]
+    _, (first, *_) = results[0]
     epochs, layers = len(first.accuracy) - 1, len(first.rotation[0])
     colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 1, layers)))
     with matplotlib.rc_context(dict(STYLE)):
         figure = Figure(figsize=SIZE, layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(1, 1 + len(runs), width_ratios=[1.3] + [1.0] * len(runs))
-        _draw_accuracy(panels[0], runs)
-        for axes, (label, group) in zip(panels[1:], runs.items(), strict=True):
-            _draw_rotation(axes, label, group, colours)
+        panels = figure.subplots(1, 1 + len(runs), width_ratios=[1.3] + [1.0] * len(results))
+        _draw_accuracy(panels[0], results)
+        for axes, (contestant, runs) in zip(panels[1:], results, strict=True):
+            _draw_rotation(axes, runs, colours)
+            axes.set_title(f"{contestant.name}\nlr {contestant.rate}")
             axes.tick_params(labelleft=axes is panels[1])
         panels[1].set_ylabel(r"layer rotation, $1-\cos(w_t, w_0)$")
         for axes in panels:
@@ -70,18 +74,18 @@ def save_figure(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
         figure.savefig(path, dpi=DPI, format="png")
 
 
-def _draw_accuracy(axes: Axes, runs: Mapping[str, Sequence[Run]]) -> None:
-    for (label, group), colour in zip(runs.items(), COLOURS, strict=True):
-        curves = np.array([run.accuracy for run in group])
-        name = f"{label.partition(',')[0]}: {curves[:, -1].mean():.3f}"
-        axes.plot(curves.mean(0), color=colour, linewidth=1.2, label=name)
-        if len(group) > 1:
+def _draw_accuracy(axes: Axes, results: Results) -> None:
+    for (contestant, runs), colour in zip(results, COLOURS, strict=True):
+        curves = np.array([run.accuracy for run in runs])
+        label = f"{contestant.name}: {curves[:, -1].mean():.3f}"
+        axes.plot(curves.mean(0), color=colour, linewidth=1.2, label=label)
+        if len(runs) > 1:
             low, high = curves.min(0), curves.max(0)
             axes.fill_between(range(len(low)), low, high, color=colour, alpha=0.2, linewidth=0)
     # The climb takes up most of [0, 1] and the curves part in its last few per cent: equal distances along the axis
     # are equal ratios of the error.
     axes.set_yscale("function", functions=(_height, _accuracy_at))
-    best = max(max(run.accuracy) for group in runs.values() for run in group)
+    best = max(max(run.accuracy) for _, runs in results for run in runs)
     top = 1 - max(0.7 * (1 - best), SMALLEST_ERROR)
     axes.set_ylim(0, top)
     ticks = [tick for tick in ACCURACY_TICKS if tick <= top]
@@ -98,12 +102,11 @@ def _accuracy_at(height: Values) -> Values:
     return 1 - np.exp(-height)
 
 
-def _draw_rotation(axes: Axes, label: str, group: Sequence[Run], colours: Colormap) -> None:
-    curves = np.mean([run.rotation for run in group], axis=0)
+def _draw_rotation(axes: Axes, runs: Sequence[Run], colours: Colormap) -> None:
+    curves = np.mean([run.rotation for run in runs], axis=0)
     for layer, curve in enumerate(curves.T):
         axes.plot(curve, color=colours(layer), linewidth=1.2)
     axes.set_ylim(0, max(1.0, 1.02 * curves.max()))
-    axes.set_title(label.replace(", ", "\n"))
 
 
 def _draw_epochs(axes: Axes, epochs: int) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import median
 
 import torch
@@ -21,6 +22,25 @@ STAGES = ((16, 16), (32, 32, 32), (64, 64, 64))
 DROPS, DROP_FACTOR = (0.75, 0.9), 0.2
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimizer of the demo: what it is called, its lr, the backend it runs on, and what makes one."""
+
+    name: str
+    lr: float
+    backend: str
+    make: Callable[..., Optimizer]
+
+    @property
+    def rate(self) -> str:
+        """The lr as a fraction."""
+        return str(Fraction(self.lr).limit_denominator(1000))
+
+    def optimizer(self, params: Iterable[nn.Parameter]) -> Optimizer:
+        """A new one for these parameters."""
+        return self.make(params, lr=self.lr)
 
 
 @dataclass(frozen=True)

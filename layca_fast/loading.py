@@ -4,6 +4,7 @@ torch's own ``load_state_dict`` casts every state tensor to its parameter's dtyp
 parameter is, so the tensors are put back as they were saved once torch is done.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -21,6 +22,20 @@ def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Map
     for (group, key), (_, label, param) in zip(ids, labelled(optimizer.param_groups), strict=False):
         if key in saved["state"]:
             yield group, label, param, saved["state"][key]
+
+
+def adopt(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """``saved``, or where another optimizer wrote it: its state under the hyperparameters of ``optimizer``."""
+    ours, theirs = optimizer.param_groups, saved["param_groups"]
+    if len(ours) != len(theirs) or all("rotate" in group for group in theirs):
+        return saved
+    warnings.warn(
+        "state_dict: another optimizer wrote this checkpoint. Its state is taken over; hyperparameters stay as they "
+        "are, and radii are taken from the weights at the next step",
+        stacklevel=6,
+    )
+    groups = [{**own, "params": other["params"]} for own, other in zip(ours, theirs, strict=True)]
+    return {**saved, "param_groups": groups}
 
 
 def check_shapes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:

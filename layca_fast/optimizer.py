@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .bases import BASES, recommended_rate
+from .bases import BASES, Base, recommended_rate
 from .checks import check_group, check_options, check_parameter, find_base, labelled
-from .loading import check_shapes, restore_types
+from .loading import adopt, check_shapes, restore_types
 from .plan import Plan, rotates
 from .stats import RotationStats, rotation_stats
+
+#: What every group holds whatever its base is.
+COMMON_OPTIONS = ("lr", "base", "rule", "rotate", "chunks", "radius", "weight_decay", "maximize", "backend")
 
 
 class FusedLayca(Optimizer):
@@ -84,12 +87,11 @@ class FusedLayca(Optimizer):
         base = find_base(given.get("base", self.defaults["base"]))
         all_options = {name for each in BASES.values() for name in each.options}
         check_options(base, {name: given[name] for name in given if name in all_options})
-        inherits = base.name == self.defaults["base"]
-        options = {name: self.defaults[name] if inherits else value for name, value in base.options.items()}
-        group = {**options, **given}
-        if "lr" not in group and self._lr_is_recommended:
+        group = {**self._options_of(base), **given}
+        if group["lr"] is None or ("lr" not in given and self._lr_is_recommended):
             group["lr"] = recommended_rate(base, group)
-        check_group({**self.defaults, **group})
+        check_group(group)
+        keys = set(group)
         before = len(self.param_groups)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*duplicate parameters.*")
@@ -100,8 +102,8 @@ class FusedLayca(Optimizer):
                     "a param group holds the same parameter twice: pass each parameter once (tied weights, too)"
                 ) from duplicate
         added = self.param_groups[before]
-        for name in all_options - set(base.options):
-            added.pop(name, None)
+        for name in self.defaults.keys() - keys:
+            del added[name]
         try:
             for owner, label, param in labelled(self.param_groups):
                 if owner is added:
@@ -111,6 +113,13 @@ class FusedLayca(Optimizer):
             raise
         self._plan = None
 
+    def _options_of(self, base: Base) -> dict[str, Any]:
+        """What a group under ``base`` holds unless it says otherwise: base options of another base are not for it."""
+        ours = find_base(self.defaults["base"]).options
+        common = {name: self.defaults[name] for name in COMMON_OPTIONS}
+        inherited = {name: self.defaults[name] for name in ours} if base.options is ours else dict(base.options)
+        return {**common, **inherited}
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_lr_is_recommended": self._lr_is_recommended}
 
@@ -119,8 +128,9 @@ class FusedLayca(Optimizer):
         self._plan = None
         self.__dict__.setdefault("_lr_is_recommended", False)
         self.__dict__.setdefault("_warned", False)
+        # A group from an older version may lack options; torch's own additions to the defaults are none of ours.
         for group in self.param_groups:
-            for name, value in self.defaults.items():
+            for name, value in self._options_of(find_base(group.get("base", self.defaults["base"]))).items():
                 group.setdefault(name, value)
 
     @overload
@@ -156,21 +166,23 @@ class FusedLayca(Optimizer):
                 warnings.warn(
                     f"weight_decay={group['weight_decay']} is ignored for {label} and every other tensor that rotates: "
                     "Layca keeps their norms fixed. Set weight_decay=0 there to silence this",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 return
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; every state tensor keeps its dtype and is copied.
 
-        Raises ValueError, before anything is modified, if groups or shapes do not fit.
+        Of a checkpoint that another optimizer wrote, such as torch.optim.SGD, only the state is taken, with a warning;
+        hyperparameters stay, and radii are taken from the weights at the next step. Raises ValueError, before anything is modified, if groups or shapes do not fit.
         """
         incoming: dict[str, Any] = {}
 
         # Hooks registered by users may replace the dict, so ours looks at it after all of them.
-        def keep(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-            check_shapes(optimizer, saved)
-            incoming.update(saved)
+        def keep(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            incoming.update(adopt(optimizer, saved))
+            check_shapes(optimizer, incoming)
+            return incoming
 
         def restore(optimizer: Optimizer) -> None:
             restore_types(optimizer, incoming)

@@ -136,6 +136,7 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
             group["chunks"],
             group["radius"],
             group["backend"],
+            bool(group["weight_decay"]),
             [id(param) for param in group["params"]],
         )
         for group in groups
