@@ -282,12 +282,12 @@ class Batch:
         rows, layer = [], 0
         for tensor, slot in enumerate(self.slots):
             length = slot.param.numel() // slot.layers
-            for first in range(0, slot.param.numel(), max(length, 1)):
+            for i in range(slot.layers):
                 rows += [
-                    (tensor, layer, first + start, min(self.tile, length - start))
+                    (tensor, layer + i, i * length + start, min(self.tile, length - start))
                     for start in range(0, length, self.tile)
                 ]
-                layer += 1
+            layer += slot.layers
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, Tile.WIDTH).to(self._home)
 
     @cached_property

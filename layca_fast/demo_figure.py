@@ -39,17 +39,17 @@ STYLE: Mapping[Any, Any] = {
 #: Ticks of the accuracy axis, which ends at this error at the latest: a logarithm has no zero.
 ACCURACY_TICKS, SMALLEST_ERROR = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999), 5e-4
 
-Values = npt.NDArray[np.float64]
-
 #: Of the accuracy curves, in their order: none is a colour of viridis, and they differ in print without colour, too.
 COLOURS = ("0.6", "#c4402f")
 
-
+#: Each optimizer with its runs, one per seed.
 Results = Sequence[tuple[Contestant, Sequence[Run]]]
+
+Values = npt.NDArray[np.float64]
 
 
 def save_figure(path: Path, results: Results) -> None:
-    """Write the PNG. ``results``: each optimizer with its runs, one per seed.
+    """Write the figure of these results to ``path`` as a PNG.
 
     Curves are means over the seeds; where there are several, bands show the lowest and the highest accuracy. Neither
     pyplot's figures nor matplotlib's settings are touched.
@@ -60,7 +60,7 @@ def save_figure(path: Path, results: Results) -> None:
     with matplotlib.rc_context(dict(STYLE)):
         figure = Figure(figsize=SIZE, layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(1, 1 + len(runs), width_ratios=[1.3] + [1.0] * len(results))
+        panels = figure.subplots(1, 1 + len(results), width_ratios=[1.3] + [1.0] * len(results))
         _draw_accuracy(panels[0], results)
         for axes, (contestant, runs) in zip(panels[1:], results, strict=True):
             _draw_rotation(axes, runs, colours)

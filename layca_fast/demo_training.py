@@ -16,7 +16,7 @@ BATCH = 50
 TRAIN_SIZE = 1000
 
 #: Output channels of the 3 x 3 convolutions of each stage; stages are separated by 2 x 2 max pooling.
-STAGES = ((16, 16), (32, 32, 32), (64, 64, 64))
+STAGES = ((16, 16), (32, 32), (64, 64, 64, 64))
 
 #: Where in the training the lr drops, and by which factor: epochs 30 and 36 of 40.
 DROPS, DROP_FACTOR = (0.75, 0.9), 0.2
@@ -54,7 +54,7 @@ class Digits:
 
     def to(self, device: torch.device) -> "Digits":
         """The same digits on ``device``."""
-        return Digits(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return Digits(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ KEEP, LINEAR, PRECISE = 0.0, 1.0, 2.0
 #: No direction to turn in below this sine of the angle between weights and step: 4 float32 epsilons.
 SMALLEST_SINE = 4 * 2.0**-23
 
-#: Below this squared sine a*w and b*u cancel, and the layer is rotated by its difference in float64.
-CANCELLING_SINE2 = 1e-2
+#: Below this squared sine the three dots no longer give sigma to full accuracy: it is measured again.
+NEARLY_PARALLEL_SINE2 = 1e-2
 
 #: b as a float32 is exact to rounding, and so is b*u, only well inside float32's range.
 SMALLEST_FLOAT32_B, LARGEST_FLOAT32_B = 2.0**-100, 2.0**100
@@ -36,7 +36,8 @@ SMALLEST_FLOAT32_B, LARGEST_FLOAT32_B = 2.0**-100, 2.0**100
 
 def finite_or_zero(x):
     """x where it is finite, else 0 (Layca paper, appendix A.2.4)."""
-    return where(x - x == 0.0, x, 0.0)
+    # Not x - x == 0: where x is a product, a compiler may fuse that into the product's rounding error.
+    return where(x * 0.0 == 0.0, x, 0.0)
 
 
 def sgd_advance(grad, state, options):
@@ -60,37 +61,55 @@ def sgd_nesterov_step(grad, state, options):
     return grad + options[0] * state[0]
 
 
-def coefficients(n2, d, q, lr, radius, weight_decay, rotates, current):
-    """Three dots in, one linear combination out: DESIGN section 2.
+def orthogonal_square(n2, d, q):
+    """sigma^2, the squared norm of the part of u that is orthogonal to w, from the three dots."""
+    return q - d * (d / n2)
 
-    n2 = <w,w>, d = <w,u>, q = <u,u>, all float64, of one layer (or tensors of many). ``radius`` is the state, 0
-    while unset; ``rotates`` and ``current`` are booleans. Returns (a, b, c, mode, radius):
+
+def is_nearly_parallel(sigma2, q):
+    """Whether sigma^2 from the dots has lost digits to cancellation.
+
+    Each dot is rounded to float64, so sigma is off by about 1e-16 / sine^2 in proportion: 1e-6 at a sine of 1e-5. A
+    backend that can then takes sigma^2 from the elements, as the sum of (u - c*w)^2 with c = d / n2.
+    """
+    return sigma2 < NEARLY_PARALLEL_SINE2 * q
+
+
+def coefficients(n2, d, q, sigma2, lr, radius, weight_decay, rotates, current):
+    """Three dots in, one linear combination out (Layca, Algorithm 1, in closed form).
+
+    n2 = <w,w>, d = <w,u>, q = <u,u> and sigma2, all float64, of one layer (or tensors of many). ``radius`` is the
+    state, 0 while unset; ``rotates`` and ``current`` are booleans. Returns (a, b, c, mode, radius):
 
     - LINEAR: w+ = a*w + b*u;
-    - PRECISE: w+ = a*w + b*(u - c*w) in float64, for steps so nearly parallel to w that LINEAR would cancel;
+    - PRECISE: w+ = a*w + b*(u - c*w) in float64, where a*w and b*u of LINEAR would cancel;
     - KEEP: w+ = w, bit for bit.
 
     The fifth value is the radius state after this step: set by the first step that moves the layer.
     """
     n = sqrt(n2)
-    along = d / n
-    sigma2 = q - along * along
     sigma = sqrt(where(sigma2 > 0.0, sigma2, 0.0))
     # A NaN compares false everywhere below, so a layer with a non-finite dot never moves.
     moves = rotates & (lr > 0.0) & (n2 > 0.0) & (n2 - n2 == 0.0) & (sigma > SMALLEST_SINE * sqrt(q))
     target = where(current | (radius == 0.0), n, radius)
     safe_n = where(moves, n, 1.0)
     safe_sigma = where(moves, sigma, 1.0)
-    shrink = target / sqrt(1.0 + lr * lr)
+    grow2 = 1.0 + lr * lr
+    shrink = target / sqrt(grow2)
     k = shrink / safe_n
     b = -lr * shrink / safe_sigma
-    c = along / safe_n
-    cancels = sigma2 < CANCELLING_SINE2 * q
+    c = d / (safe_n * safe_n)
+    # The norm of b*u, in radii, is the sine of the commanded angle over the sine between w and u.
+    cancels = is_nearly_parallel(sigma2, q) | (sigma2 * grow2 < lr * lr * q)
     out_of_range = (-b < SMALLEST_FLOAT32_B) | (-b > LARGEST_FLOAT32_B)
     precise = cancels | out_of_range
 
-    plain = (lr > 0.0) & ((q > 0.0) | (weight_decay > 0.0))
-    a = where(rotates, where(precise, k, k - b * c), 1.0 - lr * weight_decay)
-    mode = where(rotates, where(moves, where(precise, PRECISE, LINEAR), KEEP), where(plain, LINEAR, KEEP))
+    # Without rotation: the base step and decoupled decay, w - lr*(u + weight_decay*w). As a float32, the factor
+    # 1 - lr*weight_decay would be wrong by the same rounding at every step.
+    steps = (lr > 0.0) & ((q > 0.0) | (weight_decay > 0.0))
+    a = where(rotates, where(precise, k, k - b * c), 1.0)
+    turn = where(moves, where(precise, PRECISE, LINEAR), KEEP)
+    plain = where(steps, where(weight_decay > 0.0, PRECISE, LINEAR), KEEP)
     first = moves & (radius == 0.0) & (current == False)  # noqa: E712  (``not`` is no elementwise operator)
-    return a, where(rotates, b, -lr), where(rotates, c, 0.0), mode, where(first, n, radius)
+    b, c, mode = where(rotates, b, -lr), where(rotates, c, -weight_decay), where(rotates, turn, plain)
+    return a, b, c, mode, where(first, n, radius)

@@ -105,6 +105,7 @@ def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Er
     group = optimizer.param_groups[0]
     turns = [rotates(param, group) and param.numel() > 1 for param in params]
     errors = Errors()
+    scales = [0.0] * len(params)
     for _ in range(case.steps):
         before = [layers_of(param, group["chunks"]) if turn else [] for param, turn in zip(params, turns, strict=True)]
         for param, weight, state, turn in zip(params, expected, states, turns, strict=True):
@@ -118,11 +119,11 @@ def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Er
         for param, layers in zip(params, before, strict=True):
             if layers:
                 _add_rotation(errors, case, optimizer, param, layers)
-    for param, weight in zip(params, expected, strict=True):
-        distance = float((param.detach().cpu().double() - weight).norm())
+        # The norm of a tensor that does not rotate may pass through zero: it is measured by its largest.
+        scales = [max(scale, float(weight.norm())) for scale, weight in zip(scales, expected, strict=True)]
+    for param, weight, scale in zip(params, expected, scales, strict=True):
         if param.numel() > 0:
-            # A plain tensor is no layer: its norm may pass through zero, so it is measured on the scale of its start.
-            scale = max(float(weight.norm()), math.sqrt(param.numel()))
+            distance = float((param.detach().cpu().double() - weight).norm())
             errors.add("weight", distance / scale, 1e-12 if case.dtype == torch.float64 else 1e-6)
     return errors
 

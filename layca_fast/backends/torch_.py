@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, Coefficient, Column, Count, Flag, Hyper, Slot, scalar_device
-from ..formulas import KEEP, LINEAR, PRECISE, coefficients, finite_or_zero
+from ..formulas import (
+    KEEP,
+    LINEAR,
+    PRECISE,
+    coefficients,
+    finite_or_zero,
+    is_nearly_parallel,
+    orthogonal_square,
+)
 from ..layout import memory_order
 from .base import Backend
 
@@ -79,6 +87,19 @@ class Blocks:
         for state, matrix in zip(self.slot.states, self.states, strict=True):
             store(state, matrix)
 
+    def _step_again(self, block: tuple[slice, slice]) -> Tensor:
+        """The base step of a block once more, from the states that measure left."""
+        grad = finite_or_zero(self.scale * self.grad[block]) if self.formula.reads_grad else None
+        return finite_or_zero(self.formula.step(grad, tuple(state[block] for state in self.states), self.options))
+
+    def orthogonal_square(self, c: Tensor) -> Tensor:
+        """The sum of (u - c*w)^2 of each layer, from the elements, (layers,) float64; ``c`` is (layers, 1)."""
+        sums = c.new_zeros(len(c))
+        for block in self:
+            difference = self._step_again(block).double() - c[block[0]] * self.weight[block].double()
+            sums[block[0]] += row_sums(difference * difference)
+        return sums
+
     def rotate(self, table: Tensor) -> None:
         """Apply the slot's rows of coefficients (layers, 4) to its weights."""
         for rows, columns in self:
@@ -87,9 +108,7 @@ class Blocks:
             present = set(modes.flatten().tolist()) if modes.device.type == "cpu" else {KEEP, LINEAR, PRECISE}
             if present == {KEEP}:
                 continue
-            grad = finite_or_zero(self.scale * self.grad[rows, columns]) if self.formula.reads_grad else None
-            states = tuple(state[rows, columns] for state in self.states)
-            u = finite_or_zero(self.formula.step(grad, states, self.options))
+            u = self._step_again((rows, columns))
             w = self.weight[rows, columns]
             a, b, c, _ = table[rows].unsqueeze(2).unbind(1)
             rotated = w
@@ -141,7 +160,11 @@ class TorchBackend(Backend):
             ]
         )
         n2, d, q = batch.dots.unbind(1)
-        *abc, mode, after = coefficients(n2, d, q, lr, before, weight_decay, rotates, current)
+        sigma2 = orthogonal_square(n2, d, q)
+        if sigma2.device.type == "cpu":
+            # Elsewhere, to know whether there is anything to measure again, the host would have to wait.
+            self._measure_again(batch, sigma2, rotates & is_nearly_parallel(sigma2, q))
+        *abc, mode, after = coefficients(n2, d, q, sigma2, lr, before, weight_decay, rotates, current)
         mode = torch.where(has_grad, mode, KEEP)
         torch.stack([*abc, mode], 1, out=batch.coefficients)
         for radius, value in zip(radii, after.split([slot.layers for slot in batch.slots]), strict=True):
@@ -151,6 +174,14 @@ class TorchBackend(Backend):
         finite = n2 - n2 == 0
         batch.counts[:, Count.NO_DIRECTION] += stuck & finite
         batch.counts[:, Count.BROKEN] += rotates & has_grad & ~finite
+
+    def _measure_again(self, batch: Batch, sigma2: Tensor, nearly_parallel: Tensor) -> None:
+        if bool(nearly_parallel.any()):
+            c = (batch.dots[:, 1] / batch.dots[:, 0]).unsqueeze(1)
+            for rows, blocks in self._blocks(batch):
+                if bool(nearly_parallel[rows].any()):
+                    again = blocks.orthogonal_square(c[rows])
+                    sigma2[rows] = torch.where(nearly_parallel[rows], again, sigma2[rows])
 
     def rotate(self, batch: Batch) -> None:
         for rows, blocks in self._blocks(batch):

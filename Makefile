@@ -1,0 +1,79 @@
+# Every target works as the first command in a fresh clone: it needs Python 3.10 or newer and, for the native CPU
+# backend, a C++ compiler. Everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+PIP_INSTALL := $(RUN) pip install --quiet --disable-pip-version-check
+
+# Stamps. Each also says what it was made for, and torch.txt constrains later installs to the torch that is there.
+TORCH_STAMP := $(VENV)/torch.txt
+STAMP := $(VENV)/installed.txt
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+# TORCH='torch==2.12.0' (any pip requirement) chooses another torch, and .venv keeps to it until another is named.
+CHOSEN_TORCH := $(shell sed -n 's/.* chosen: //p' $(TORCH_STAMP) 2>/dev/null)
+TORCH ?= $(CHOSEN_TORCH)
+TORCH_REQUIREMENT := $(if $(TORCH),'$(TORCH)',--requirement requirements/torch.txt)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test bench verify lint format FORCE
+
+help:  ## list the targets
+	@echo "make TARGET, where TARGET is one of:"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Options: PYTHON=python3.11 (for a new .venv), TORCH='torch==2.12.0', ARGS='...' (passed on to the command)"
+
+setup: $(STAMP)  ## make .venv and install layca_fast with its development tools into it
+
+demo: $(STAMP)  ## train on real MNIST digits with SGD and with FusedLayca; a table and a figure (about 3 minutes)
+	@echo "==> Running the demo"
+	@$(RUN) layca_fast demo $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	@echo "==> Running the tests"
+	@$(RUN) pytest $(ARGS)
+
+bench: $(STAMP)  ## time a step of every backend beside torch.optim.SGD
+	@echo "==> Running the benchmarks"
+	@$(RUN) pytest bench $(ARGS)
+
+verify: $(STAMP)  ## check every backend available here against the float64 reference
+	@echo "==> Checking every backend against the reference"
+	@$(RUN) layca_fast verify $(ARGS)
+
+lint: $(STAMP)  ## run ruff, mypy and clang-format through pre-commit
+	@echo "==> Running the linters"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(RUN) pre_commit run --all-files $(ARGS)
+
+format: $(STAMP)  ## format Python and C++, and mend what ruff can
+	@$(RUN) ruff check --fix-only --quiet .
+	@$(RUN) ruff format .
+	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+$(TORCH_STAMP): requirements/torch.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "PYTHON=$(PYTHON): Python 3.10 or newer is needed; name one, as in: make PYTHON=python3.11" >&2; exit 1; }
+	@echo "==> Setting up $(VENV) with $$($(PYTHON) --version) (once, a minute or more)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "==> Installing $(or $(TORCH),$$(grep '^torch' requirements/torch.txt))"
+	@$(PIP_INSTALL) $(TORCH_REQUIREMENT)
+	@$(RUN) pip list --format=freeze | grep -E '^(torch|triton)==' > $@
+	@echo "# chosen: $(TORCH)" >> $@
+
+$(STAMP): $(TORCH_STAMP) requirements/dev.txt $(SOURCES)
+	@echo "==> Building layca_fast and installing it with the development tools"
+	@$(PIP_INSTALL) --constraint $(TORCH_STAMP) --constraint requirements/dev.txt --editable '.[dev]'
+	@echo "LAYCA_REQUIRE_NATIVE=$(LAYCA_REQUIRE_NATIVE)" > $@
+
+# Set up again where a stamp was made for something else than is asked for now.
+ifneq ($(TORCH),$(CHOSEN_TORCH))
+$(TORCH_STAMP): FORCE
+endif
+ifdef LAYCA_REQUIRE_NATIVE
+ifneq ($(shell cat $(STAMP) 2>/dev/null),LAYCA_REQUIRE_NATIVE=$(LAYCA_REQUIRE_NATIVE))
+$(STAMP): FORCE
+endif
+endif

@@ -1,0 +1,104 @@
+// The flattened multi-tensor batch: the tables that layca_fast/batch.py fills, with the same columns in the same order.
+#pragma once
+
+#include <cstdint>
+
+#include "portable.h"
+#include "rotation.h"
+
+namespace layca {
+
+constexpr int max_states = 2, max_options = 5;
+
+// Columns of the tensor table, int64. Pointers are addresses; 0 stands for "none".
+struct Column {
+  enum : int {
+    PARAM = 0,
+    GRAD = 1,   // 0: no gradient this step, the tensor is left alone
+    STATE = 2,  // max_states columns, in the formula's order
+    RADIUS = STATE + max_states,
+    NUMEL,
+    LAYERS,       // equal slices of the tensor, one layer each
+    FIRST_LAYER,  // row in dots, coefficients and counts
+    HYPER,        // row in the hyperparameter table
+    FLAGS,
+    WIDTH
+  };
+};
+
+// Bits of Column::FLAGS.
+struct Flag {
+  enum : int { ROTATES = 1, CURRENT = 2 };
+};
+
+// Columns of the hyperparameter table, float64.
+struct Hyper {
+  enum : int { LR = 0, WEIGHT_DECAY = 1, GRAD_SCALE = 2, OPTION = 3, WIDTH = OPTION + max_options };
+};
+
+// Columns of the layer table, int64.
+struct Layer {
+  enum : int { TENSOR = 0, FIRST_TILE, TILES, WIDTH };
+};
+
+// Columns of the tile table, int64.
+struct Tile {
+  enum : int { TENSOR = 0, LAYER, OFFSET, LENGTH, WIDTH };
+};
+
+// Columns of the counts, int64, summed over steps, per layer.
+struct Count {
+  enum : int { NON_FINITE = 0, NO_DIRECTION, BROKEN, WIDTH };
+};
+
+// Columns of the coefficient table, float64.
+struct Coefficient {
+  enum : int { A = 0, B, C, MODE, WIDTH };
+};
+
+// The tables of one batch. `partials` (tiles, 3) and `partial_counts` (tiles) are scratch.
+struct Batch {
+  const std::int64_t* tensors;
+  const double* hypers;
+  const std::int64_t* layers;
+  double* dots;
+  double* coefficients;
+  std::int64_t* counts;
+  double* partials;
+  std::int64_t* partial_counts;
+  std::int64_t n_layers;
+  std::int64_t tile;
+};
+
+// One row of the tensor table with its row of hyperparameters.
+struct TensorRow {
+  const std::int64_t* columns;
+  const double* hyper;
+
+  template <class T>
+  LAYCA_HOST_DEVICE T* pointer(int column) const {
+    return reinterpret_cast<T*>(columns[column]);
+  }
+  LAYCA_HOST_DEVICE bool has_grad() const { return columns[Column::GRAD] != 0; }
+  LAYCA_HOST_DEVICE bool flag(int bit) const { return (columns[Column::FLAGS] & bit) != 0; }
+};
+
+// One layer: a slice of a tensor, in elements from the tensor's first, and its tiles.
+struct LayerSpan {
+  TensorRow tensor;
+  std::int64_t offset, length;
+  std::int64_t first_tile, tiles;
+};
+
+LAYCA_HOST_DEVICE inline LayerSpan layer_span(const Batch& batch, std::int64_t layer) {
+  const std::int64_t* row = batch.layers + layer * Layer::WIDTH;
+  const std::int64_t* columns = batch.tensors + row[Layer::TENSOR] * Column::WIDTH;
+  const std::int64_t length = columns[Column::NUMEL] / columns[Column::LAYERS];
+  return {{columns, batch.hypers + columns[Column::HYPER] * Hyper::WIDTH},
+          (layer - columns[Column::FIRST_LAYER]) * length,
+          length,
+          row[Layer::FIRST_TILE],
+          row[Layer::TILES]};
+}
+
+}  // namespace layca

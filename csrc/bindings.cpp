@@ -1,0 +1,96 @@
+// The Python module layca_fast._cpu: addresses, sizes, names and a thread count in, nothing out.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "batch.h"
+#include "cpu/registry.h"
+#include "cpu/runner.h"
+
+namespace py = pybind11;
+
+namespace layca {
+namespace {
+
+using Address = std::uintptr_t;
+using Columns = std::map<std::string, std::map<std::string, int>>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::unique_ptr<cpu::Runner> make_view(Address tensors, Address hypers, Address layers, Address dots,
+                                       Address coefficients, Address counts, Address partials, Address partial_counts,
+                                       std::int64_t n_layers, std::int64_t tile, const std::string& formula,
+                                       const std::string& dtype) {
+  Batch batch{};
+  batch.tensors = pointer<const std::int64_t>(tensors);
+  batch.hypers = pointer<const double>(hypers);
+  batch.layers = pointer<const std::int64_t>(layers);
+  batch.dots = pointer<double>(dots);
+  batch.coefficients = pointer<double>(coefficients);
+  batch.counts = pointer<std::int64_t>(counts);
+  batch.partials = pointer<double>(partials);
+  batch.partial_counts = pointer<std::int64_t>(partial_counts);
+  batch.n_layers = n_layers;
+  batch.tile = tile;
+  return std::make_unique<cpu::Runner>(batch, formula, dtype);
+}
+
+// The columns of every table under the names that layca_fast/batch.py gives them, for a test that compares the two.
+Columns columns() {
+#define LAYCA_COLUMN(table, name) \
+  {                               \
+    #name, table::name            \
+  }
+  return {
+      {"Column",
+       {LAYCA_COLUMN(Column, PARAM), LAYCA_COLUMN(Column, GRAD), LAYCA_COLUMN(Column, STATE),
+        LAYCA_COLUMN(Column, RADIUS), LAYCA_COLUMN(Column, NUMEL), LAYCA_COLUMN(Column, LAYERS),
+        LAYCA_COLUMN(Column, FIRST_LAYER), LAYCA_COLUMN(Column, HYPER), LAYCA_COLUMN(Column, FLAGS),
+        LAYCA_COLUMN(Column, WIDTH)}},
+      {"Flag", {LAYCA_COLUMN(Flag, ROTATES), LAYCA_COLUMN(Flag, CURRENT)}},
+      {"Hyper",
+       {LAYCA_COLUMN(Hyper, LR), LAYCA_COLUMN(Hyper, WEIGHT_DECAY), LAYCA_COLUMN(Hyper, GRAD_SCALE),
+        LAYCA_COLUMN(Hyper, OPTION), LAYCA_COLUMN(Hyper, WIDTH)}},
+      {"Layer",
+       {LAYCA_COLUMN(Layer, TENSOR), LAYCA_COLUMN(Layer, FIRST_TILE), LAYCA_COLUMN(Layer, TILES),
+        LAYCA_COLUMN(Layer, WIDTH)}},
+      {"Tile",
+       {LAYCA_COLUMN(Tile, TENSOR), LAYCA_COLUMN(Tile, LAYER), LAYCA_COLUMN(Tile, OFFSET), LAYCA_COLUMN(Tile, LENGTH),
+        LAYCA_COLUMN(Tile, WIDTH)}},
+      {"Count",
+       {LAYCA_COLUMN(Count, NON_FINITE), LAYCA_COLUMN(Count, NO_DIRECTION), LAYCA_COLUMN(Count, BROKEN),
+        LAYCA_COLUMN(Count, WIDTH)}},
+      {"Coefficient",
+       {LAYCA_COLUMN(Coefficient, A), LAYCA_COLUMN(Coefficient, B), LAYCA_COLUMN(Coefficient, C),
+        LAYCA_COLUMN(Coefficient, MODE), LAYCA_COLUMN(Coefficient, WIDTH)}},
+  };
+#undef LAYCA_COLUMN
+}
+
+}  // namespace
+}  // namespace layca
+
+PYBIND11_MODULE(_cpu, module) {
+  using layca::cpu::Runner;
+  const auto without_gil = py::call_guard<py::gil_scoped_release>();
+
+  module.doc() = "Kernels of the native CPU backend. They read and write memory at the addresses they are given.";
+  module.attr("formulas") = layca::cpu::formula_names();
+  module.attr("columns") = layca::columns();
+
+  py::class_<Runner>(module, "BatchView", py::module_local())
+      .def(py::init(&layca::make_view), py::kw_only(), py::arg("tensors"), py::arg("hypers"), py::arg("layers"),
+           py::arg("dots"), py::arg("coefficients"), py::arg("counts"), py::arg("partials"), py::arg("partial_counts"),
+           py::arg("n_layers"), py::arg("tile"), py::arg("formula"), py::arg("dtype"))
+      .def("measure", &Runner::measure, py::arg("threads"), without_gil)
+      .def("coefficients", &Runner::coefficients, without_gil)
+      .def("rotate", &Runner::rotate, py::arg("threads"), without_gil)
+      .def("step", &Runner::step, py::arg("threads"), without_gil);
+}

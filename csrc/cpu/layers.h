@@ -1,0 +1,95 @@
+// The three verbs on one layer, or on some of its tiles. None of this knows formulas, types or threads.
+#pragma once
+
+#include <algorithm>
+
+#include "../batch.h"
+#include "registry.h"
+
+namespace layca::cpu {
+
+// Advance the states of tiles [first, last) of a layer and write their partial sums.
+inline void measure_tiles(const Batch& batch, const Kernels& kernels, std::int64_t layer, std::int64_t first,
+                          std::int64_t last) {
+  const LayerSpan span = layer_span(batch, layer);
+  if (!span.tensor.has_grad()) return;
+  for (std::int64_t tile = first; tile < last; ++tile) {
+    const std::int64_t start = tile * batch.tile, length = std::min(batch.tile, span.length - start);
+    const Partial partial = kernels.measure(span.tensor, span.offset + start, length);
+    double* const dots = batch.partials + 3 * (span.first_tile + tile);
+    dots[0] = partial.dots.n2;
+    dots[1] = partial.dots.d;
+    dots[2] = partial.dots.q;
+    batch.partial_counts[span.first_tile + tile] = partial.non_finite;
+  }
+}
+
+// Sum up a layer's partial sums, in the order of its tiles, whoever computed them.
+inline void finish_dots(const Batch& batch, std::int64_t layer) {
+  const LayerSpan span = layer_span(batch, layer);
+  double sums[3] = {0, 0, 0};
+  if (span.tensor.has_grad()) {
+    std::int64_t non_finite = 0;
+    for (std::int64_t tile = span.first_tile; tile < span.first_tile + span.tiles; ++tile) {
+      for (int k = 0; k < 3; ++k) sums[k] += batch.partials[3 * tile + k];
+      non_finite += batch.partial_counts[tile];
+    }
+    batch.counts[layer * Count::WIDTH + Count::NON_FINITE] += non_finite;
+  }
+  std::copy(sums, sums + 3, batch.dots + 3 * layer);
+}
+
+// sigma^2 of a layer: from its dots, or, where these have lost too many digits, from its elements.
+inline double measure_orthogonal_square(const Kernels& kernels, const LayerSpan& span, const Dots& dots,
+                                        std::int64_t tile) {
+  const double sigma2 = orthogonal_square(dots);
+  if (!is_nearly_parallel(sigma2, dots.q)) return sigma2;
+  double sum = 0;
+  for (std::int64_t start = 0; start < span.length; start += tile) {
+    const std::int64_t length = std::min(tile, span.length - start);
+    sum += kernels.orthogonal_square(span.tensor, dots.d / dots.n2, span.offset + start, length);
+  }
+  return sum;
+}
+
+// From a layer's dots: its coefficients, its radius and its counts.
+inline void compute_coefficients(const Batch& batch, const Kernels& kernels, std::int64_t layer) {
+  const LayerSpan span = layer_span(batch, layer);
+  const double* const sums = batch.dots + 3 * layer;
+  const Dots dots{sums[0], sums[1], sums[2]};
+  const double lr = span.tensor.hyper[Hyper::LR];
+  Rotation turn = keep_rotation(0);
+  if (span.tensor.has_grad() && !span.tensor.flag(Flag::ROTATES)) {
+    turn = plain_step(dots.q, lr, span.tensor.hyper[Hyper::WEIGHT_DECAY]);
+  } else if (span.tensor.has_grad()) {
+    double* const radius =
+        span.tensor.pointer<double>(Column::RADIUS) + (layer - span.tensor.columns[Column::FIRST_LAYER]);
+    const double sigma2 = measure_orthogonal_square(kernels, span, dots, batch.tile);
+    turn = rotation(dots, sigma2, lr, *radius, span.tensor.flag(Flag::CURRENT));
+    *radius = turn.radius;
+    std::int64_t* const counts = batch.counts + layer * Count::WIDTH;
+    const bool finite = is_finite(dots.n2);
+    counts[Count::NO_DIRECTION] += lr > 0 && finite && turn.mode == Mode::KEEP;
+    counts[Count::BROKEN] += !finite;
+  }
+  double* const row = batch.coefficients + layer * Coefficient::WIDTH;
+  row[Coefficient::A] = turn.a;
+  row[Coefficient::B] = turn.b;
+  row[Coefficient::C] = turn.c;
+  row[Coefficient::MODE] = turn.mode;
+}
+
+// Apply a layer's coefficients to its tiles [first, last), the last first: those are the ones still in cache.
+inline void rotate_tiles(const Batch& batch, const Kernels& kernels, std::int64_t layer, std::int64_t first,
+                         std::int64_t last) {
+  const double* const row = batch.coefficients + layer * Coefficient::WIDTH;
+  const LayerSpan span = layer_span(batch, layer);
+  if (row[Coefficient::MODE] == Mode::KEEP || !span.tensor.has_grad()) return;
+  const Rotation turn{row[Coefficient::A], row[Coefficient::B], row[Coefficient::C], row[Coefficient::MODE], 0};
+  for (std::int64_t tile = last - 1; tile >= first; --tile) {
+    const std::int64_t start = tile * batch.tile;
+    kernels.rotate(span.tensor, turn, span.offset + start, std::min(batch.tile, span.length - start));
+  }
+}
+
+}  // namespace layca::cpu

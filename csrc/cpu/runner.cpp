@@ -1,0 +1,141 @@
+#include "runner.h"
+
+#include <thread>
+
+#include "layers.h"
+#include "threads.h"
+
+namespace layca::cpu {
+namespace {
+
+// Below this many elements waking the other threads takes longer than they save.
+constexpr std::int64_t smallest_parallel = 1 << 15;
+
+constexpr int spins_before_yielding = 1000;
+
+}  // namespace
+
+Runner::Runner(const Batch& batch, const std::string& formula, const std::string& dtype)
+    : batch_(batch),
+      kernels_(find_kernels(formula, dtype)),
+      plan_(make_plan(batch, kernels_.arrays_read_again * kernels_.item_size)),
+      progress_(std::make_unique<Progress[]>(plan_.large.size())),
+      owners_(plan_.pieces.size()) {}
+
+void Runner::measure(int threads) {
+  start();
+  in_parallel(useful_threads(threads), [&](int) {
+    draw([&](std::int64_t piece) { measure_piece(plan_.pieces[piece]); },
+         [&](std::int64_t layer) { measure_layer(layer); });
+  });
+}
+
+void Runner::coefficients() {
+  for (std::int64_t layer = 0; layer < batch_.n_layers; ++layer) compute_coefficients(batch_, kernels_, layer);
+}
+
+void Runner::rotate(int threads) {
+  start();
+  in_parallel(useful_threads(threads), [&](int) {
+    draw([&](std::int64_t piece) { rotate_piece(plan_.pieces[piece]); },
+         [&](std::int64_t layer) { rotate_layer(layer); });
+  });
+}
+
+void Runner::step(int threads) {
+  start();
+  in_parallel(useful_threads(threads), [&](int thread) { step_on_one_thread(thread); });
+}
+
+int Runner::useful_threads(int threads) const { return plan_.elements < smallest_parallel ? 1 : threads; }
+
+void Runner::start() {
+  next_.store(0, std::memory_order_relaxed);
+  for (std::size_t i = 0; i < plan_.large.size(); ++i) {
+    const LargeLayer& large = plan_.large[i];
+    progress_[i].pieces_to_measure.store(large.last_piece - large.first_piece, std::memory_order_relaxed);
+    progress_[i].ready.store(false, std::memory_order_relaxed);
+  }
+}
+
+// Draw items until the queue is empty; `do_piece` takes a place in Plan::pieces, `do_layer` a small layer.
+template <class DoPiece, class DoLayer>
+void Runner::draw(const DoPiece& do_piece, const DoLayer& do_layer) {
+  for (;;) {
+    const std::size_t item = next_.fetch_add(1, std::memory_order_relaxed);
+    if (item >= plan_.n_items()) return;
+    if (item < plan_.pieces.size()) {
+      do_piece(static_cast<std::int64_t>(item));
+      continue;
+    }
+    const Share& share = plan_.shares[item - plan_.pieces.size()];
+    for (std::int64_t place = share.first; place < share.last; ++place) do_layer(plan_.small[place]);
+  }
+}
+
+// True for the last piece of a layer, whose dots are then complete.
+bool Runner::measure_piece(const Piece& piece) {
+  const std::int64_t layer = plan_.large[piece.large].layer;
+  measure_tiles(batch_, kernels_, layer, piece.first, piece.last);
+  if (progress_[piece.large].pieces_to_measure.fetch_sub(1, std::memory_order_acq_rel) > 1) return false;
+  finish_dots(batch_, layer);
+  return true;
+}
+
+void Runner::measure_layer(std::int64_t layer) {
+  measure_tiles(batch_, kernels_, layer, 0, layer_span(batch_, layer).tiles);
+  finish_dots(batch_, layer);
+}
+
+void Runner::rotate_piece(const Piece& piece) const {
+  rotate_tiles(batch_, kernels_, plan_.large[piece.large].layer, piece.first, piece.last);
+}
+
+void Runner::rotate_layer(std::int64_t layer) const {
+  rotate_tiles(batch_, kernels_, layer, 0, layer_span(batch_, layer).tiles);
+}
+
+void Runner::step_on_one_thread(int thread) {
+  std::size_t rotated = 0;  // large layers whose own pieces are rotated: all before this one
+  const auto measure_and_rotate_what_is_ready = [&](std::int64_t index) {
+    const Piece& piece = plan_.pieces[index];
+    owners_[index] = thread;
+    if (measure_piece(piece)) {
+      compute_coefficients(batch_, kernels_, plan_.large[piece.large].layer);
+      progress_[piece.large].ready.store(true, std::memory_order_release);
+    }
+    while (rotated < plan_.large.size() && progress_[rotated].ready.load(std::memory_order_acquire)) {
+      rotate_own_pieces(plan_.large[rotated++], thread);
+    }
+  };
+  const auto step_layer = [&](std::int64_t layer) {
+    measure_layer(layer);
+    compute_coefficients(batch_, kernels_, layer);
+    rotate_layer(layer);
+  };
+  draw(measure_and_rotate_what_is_ready, step_layer);
+  for (; rotated < plan_.large.size(); ++rotated) {
+    wait_for(rotated);
+    rotate_own_pieces(plan_.large[rotated], thread);
+  }
+}
+
+// The last measured first: it is the likeliest to be still in cache.
+void Runner::rotate_own_pieces(const LargeLayer& large, int thread) const {
+  for (std::int64_t piece = large.last_piece - 1; piece >= large.first_piece; --piece) {
+    if (owners_[piece] == thread) rotate_piece(plan_.pieces[piece]);
+  }
+}
+
+// Every piece of it has been drawn by a thread that does not wait before it is measured.
+void Runner::wait_for(std::size_t large) const {
+  for (int spins = 0; !progress_[large].ready.load(std::memory_order_acquire); ++spins) {
+    if (spins < spins_before_yielding) {
+      relax();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+}  // namespace layca::cpu

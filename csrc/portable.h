@@ -1,0 +1,18 @@
+// What the compilers for hosts and for devices spell differently.
+#pragma once
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define LAYCA_HOST_DEVICE __host__ __device__
+#else
+#define LAYCA_HOST_DEVICE
+#endif
+
+// The formulas must be inlined into the kernel that calls them: that is where they are vectorised, and each clone of a
+// kernel compiles them for its own instruction set.
+#if defined(__GNUC__) || defined(__clang__)
+#define LAYCA_INLINE LAYCA_HOST_DEVICE inline __attribute__((always_inline))
+#elif defined(_MSC_VER)
+#define LAYCA_INLINE LAYCA_HOST_DEVICE __forceinline
+#else
+#define LAYCA_INLINE LAYCA_HOST_DEVICE inline
+#endif

@@ -1,0 +1,77 @@
+// From three dot products to one linear combination, per layer: layca_fast/formulas.py `coefficients`, host and device.
+#pragma once
+
+#include <cmath>
+
+#include "portable.h"
+
+namespace layca {
+
+// Compilers must not assume that numbers are finite (-ffast-math), or this is always true. Not x - x == 0: where x is a
+// product, a compiler may fuse that into the product's rounding error.
+template <class T>
+LAYCA_INLINE bool is_finite(T x) {
+  return x * T(0) == T(0);
+}
+
+// How a layer's weights change: by nothing at all, by a*w + b*u, or by a*w + b*(u - c*w) in float64.
+struct Mode {
+  static constexpr double KEEP = 0, LINEAR = 1, PRECISE = 2;
+};
+
+struct Dots {
+  double n2, d, q;  // <w,w>, <w,u>, <u,u>
+};
+
+struct Rotation {
+  double a, b, c, mode;
+  double radius;  // the radius state after this step
+};
+
+// No direction to turn in below this sine of the angle between weights and step: 4 float32 epsilons.
+constexpr double smallest_sine = 4 * 0x1p-23;
+
+// Below this squared sine the three dots no longer give sigma to full accuracy: it is measured again.
+constexpr double nearly_parallel_sine2 = 1e-2;
+
+// b as a float32 is exact to rounding, and so is b*u, only well inside float32's range.
+constexpr double smallest_float32_b = 0x1p-100, largest_float32_b = 0x1p100;
+
+LAYCA_HOST_DEVICE inline Rotation keep_rotation(double radius) { return {1, 0, 0, Mode::KEEP, radius}; }
+
+// A tensor that does not rotate: the base step with decoupled decay, w - lr*(u + weight_decay*w).
+LAYCA_HOST_DEVICE inline Rotation plain_step(double q, double lr, double weight_decay) {
+  const bool moves = lr > 0 && (q > 0 || weight_decay > 0);
+  // As a float32, the factor 1 - lr*weight_decay would be wrong by the same rounding at every step.
+  const double mode = weight_decay > 0 ? Mode::PRECISE : Mode::LINEAR;
+  return {1, -lr, -weight_decay, moves ? mode : Mode::KEEP, 0};
+}
+
+// sigma^2, the squared norm of the part of u that is orthogonal to w, from the three dots.
+LAYCA_HOST_DEVICE inline double orthogonal_square(const Dots& dots) { return dots.q - dots.d * (dots.d / dots.n2); }
+
+// Whether sigma^2 from the dots has lost digits to cancellation: see layca_fast/formulas.py `is_nearly_parallel`.
+LAYCA_HOST_DEVICE inline bool is_nearly_parallel(double sigma2, double q) { return sigma2 < nearly_parallel_sine2 * q; }
+
+// A rotating layer: turned by atan(lr) towards -u, onto the sphere of its radius (0: not yet set) or, with
+// `current`, of its norm.
+LAYCA_HOST_DEVICE inline Rotation rotation(const Dots& dots, double sigma2, double lr, double radius, bool current) {
+  using std::sqrt;
+  const double n = sqrt(dots.n2);
+  const double sigma = sqrt(sigma2 > 0 ? sigma2 : 0);
+  // A NaN compares false everywhere here, so a layer with a non-finite dot never moves.
+  const bool moves = lr > 0 && dots.n2 > 0 && is_finite(dots.n2) && sigma > smallest_sine * sqrt(dots.q);
+  if (!moves) return keep_rotation(radius);
+
+  const bool unset = radius == 0;
+  const double target = current || unset ? n : radius;
+  const double grow2 = 1 + lr * lr, shrink = target / sqrt(grow2);
+  const double k = shrink / n, b = -lr * shrink / sigma, c = dots.d / (n * n);
+  // The norm of b*u, in radii, is the sine of the commanded angle over the sine between w and u.
+  const bool cancels = is_nearly_parallel(sigma2, dots.q) || sigma2 * grow2 < lr * lr * dots.q;
+  const bool out_of_range = -b < smallest_float32_b || -b > largest_float32_b;
+  const bool precise = cancels || out_of_range;
+  return {precise ? k : k - b * c, b, c, precise ? Mode::PRECISE : Mode::LINEAR, unset && !current ? n : radius};
+}
+
+}  // namespace layca

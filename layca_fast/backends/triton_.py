@@ -1,0 +1,163 @@
+"""The Triton backend: three launches a step, however many tensors, on NVIDIA and AMD GPUs.
+
+Where TRITON_INTERPRET=1 was set before Triton was first imported, the same kernels run on CPU tensors instead: slowly,
+for tests. Triton itself is imported only where something asks for this backend.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from .base import Backend
+
+#: The first version of Triton whose compiler takes tuples.
+OLDEST = (3, 3)
+
+#: Elements of one program, and its warps: a thread holds two vectors of 16 bytes of every float32 tensor.
+TILE, TILE_WARPS = 2048, 8
+
+#: Tiles that finish adds up at a time: layers of up to 2 million elements cost it one round trip to memory.
+FINISH_BLOCK, FINISH_WARPS = 1024, 4
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and all that it is launched with: ``programs`` programs of ``warps`` warps over ``tables``."""
+
+    kernel: Any
+    programs: int
+    tables: tuple[Tensor, ...]
+    constants: Mapping[str, Any]
+    warps: int
+
+    def __call__(self) -> None:
+        """Launch on the current stream of the current device."""
+        self.kernel[(self.programs,)](*self.tables, **self.constants, num_warps=self.warps)
+
+
+def _step_constants(batch: Batch) -> dict[str, Any]:
+    """What a kernel must know to make the base step of an element."""
+    from . import triton_formulas, triton_kernels
+
+    formula = batch.formula
+    return {
+        "STEP": triton_formulas.lower(formula.step),
+        "READS_GRAD": formula.reads_grad,
+        "STATES": len(formula.states),
+        "OPTIONS": len(batch.options(batch.slots[0])),
+        "ELEMENT": triton_kernels.ELEMENTS[batch.dtype],
+        "ITEMSIZE": batch.dtype.itemsize,
+    }
+
+
+def _over_tiles(kernel: Any, batch: Batch, tables: tuple[Tensor, ...], **constants: Any) -> Launch:
+    constants |= {**_step_constants(batch), "TILE": batch.tile}
+    tables = (batch.tensors, batch.hypers, batch.tiles, *tables)
+    return Launch(kernel, batch.n_tiles, tables, constants, TILE_WARPS)
+
+
+def measure_launch(batch: Batch) -> Launch:
+    """Advance the states and write the dots and non-finite counts of every tile."""
+    from . import triton_formulas, triton_kernels
+
+    advance = triton_formulas.lower(batch.formula.advance)
+    return _over_tiles(triton_kernels.measure, batch, (batch.partials, batch.partial_counts), ADVANCE=advance)
+
+
+def finish_launch(batch: Batch, *, sums: bool, coefficients: bool) -> Launch:
+    """Add up the tiles of every layer, or turn its dots into coefficients, or both."""
+    from . import triton_kernels
+
+    scratch = (batch.partials, batch.partial_counts)
+    tables = (batch.tensors, batch.hypers, batch.layers, *scratch, batch.dots, batch.coefficients, batch.counts)
+    constants = {"SUM": sums, "COEFFICIENTS": coefficients, "BLOCK": FINISH_BLOCK, **_step_constants(batch)}
+    return Launch(triton_kernels.finish, batch.n_layers, tables, constants, FINISH_WARPS)
+
+
+def rotate_launch(batch: Batch) -> Launch:
+    """Apply the coefficients to every tile."""
+    from . import triton_kernels
+
+    return _over_tiles(triton_kernels.rotate, batch, (batch.coefficients,))
+
+
+def _launching(device: torch.device) -> AbstractContextManager[Any]:
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    import numpy
+
+    # The interpreter computes with numpy, which warns of the infinities and NaNs that the formulas allow for.
+    return numpy.errstate(all="ignore")
+
+
+@cache
+def _interpreted() -> bool:
+    from . import triton_formulas
+
+    return triton_formulas.INTERPRETED
+
+
+@cache
+def _missing() -> str | None:
+    if find_spec("triton") is None:
+        return 'Triton is not installed: pip install "layca_fast[triton]"'
+    try:
+        import triton
+
+        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+        if version < OLDEST:
+            return f"Triton {triton.__version__} is too old: it takes {'.'.join(map(str, OLDEST))} or newer"
+        if _interpreted():
+            return None
+        if not torch.cuda.is_available():
+            return "no GPU was found; TRITON_INTERPRET=1, set before Triton is imported, runs it on CPU tensors"
+        # Triton builds its link to the GPU's driver here, with the system's C compiler.
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton does not work here: {type(error).__name__}: {error}"
+    return None
+
+
+class TritonBackend(Backend):
+    """Triton kernels, compiled when they are first launched; Triton keeps what it compiled on disk."""
+
+    name = "triton"
+    tile = TILE
+
+    def missing(self) -> str | None:
+        return _missing()
+
+    def refuses(self, device: torch.device) -> str | None:
+        if _interpreted():
+            return None if device.type == "cpu" else "under TRITON_INTERPRET=1 it takes tensors on the CPU only"
+        return None if device.type == "cuda" else "it takes tensors on a GPU, or on the CPU under TRITON_INTERPRET=1"
+
+    def measure(self, batch: Batch) -> None:
+        with _launching(batch.device):
+            measure_launch(batch)()
+            finish_launch(batch, sums=True, coefficients=False)()
+
+    def coefficients(self, batch: Batch) -> None:
+        with _launching(batch.device):
+            finish_launch(batch, sums=False, coefficients=True)()
+
+    def rotate(self, batch: Batch) -> None:
+        with _launching(batch.device):
+            rotate_launch(batch)()
+
+    def step(self, batch: Batch) -> None:
+        """All three verbs in three launches: one kernel finishes the sums and makes the coefficients of them."""
+        with _launching(batch.device):
+            measure_launch(batch)()
+            finish_launch(batch, sums=True, coefficients=True)()
+            rotate_launch(batch)()
+
+
+BACKEND = TritonBackend()

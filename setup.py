@@ -1,0 +1,121 @@
+"""Hands csrc/ to CMake and Ninja. What cannot be built is left out, and ``layca_fast/_build.json`` says why.
+
+LAYCA_REQUIRE_NATIVE=1 makes a native module that cannot be built an error.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+#: The native modules, by the name of the backend that each serves.
+MODULES = {"cpu": "layca_fast._cpu"}
+
+SOURCE = Path(__file__).parent.resolve() / "csrc"
+
+
+def tool(name: str, folder: str) -> str:
+    """The program of the Python package ``name``; otherwise the one on PATH. FileNotFoundError if there is neither."""
+    suffix = ".exe" if os.name == "nt" else ""
+    try:
+        program = Path(getattr(import_module(name), folder)) / (name + suffix)
+    except (ImportError, AttributeError):
+        program = None
+    found = str(program) if program is not None and program.exists() else shutil.which(name)
+    if found is None:
+        raise FileNotFoundError(f"{name} was not found: pip install {name}")
+    return found
+
+
+def first_error(log: str) -> str:
+    """The error that a build's output reports first, on one line. What comes after it is mostly a consequence."""
+    lines = log.splitlines()
+    for i, line in enumerate(lines):
+        if line.startswith("CMake Error"):
+            message = [line]
+            for below in lines[i + 1 :]:
+                if below and not below.startswith(" "):
+                    break
+                message.append(below.strip())
+            return " ".join(filter(None, message))
+        if "error:" in line:
+            return line.strip()
+    return lines[-1] if lines else "no output"
+
+
+def run(*command: str) -> None:
+    """Run a command; RuntimeError with the first error that it reported if it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    print(done.stdout)
+    if done.returncode != 0:
+        raise RuntimeError(first_error(done.stdout))
+
+
+def build(target: str, module: Path) -> None:
+    """Build one CMake target and put it at ``module``. Raises OSError, ImportError or RuntimeError if it fails."""
+    pybind11 = import_module("pybind11")
+    cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
+    # A build folder that is kept remembers the tools of an isolated environment that has vanished.
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "module"
+        run(
+            cmake,
+            *("-S", str(SOURCE), "-B", folder, "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        )
+        run(cmake, "--build", folder, "--target", target)
+        (built,) = output.iterdir()
+        module.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(built, module)
+
+
+class BuildNative(build_ext):
+    """Builds each native module with CMake and notes the reasons for those that are missing."""
+
+    def run(self) -> None:
+        """Build into build_lib and, for an editable install, copy from there into the source tree."""
+        self.reasons: dict[str, str | None] = {}
+        folders = {Path(self.build_lib, "layca_fast")}
+        if self.inplace:
+            folders.add(Path(self.get_finalized_command("build_py").get_package_dir("layca_fast")))
+        for folder in folders:
+            for name in MODULES.values():
+                for old in folder.glob(name.rpartition(".")[2] + ".*.*"):
+                    old.unlink()
+        super().run()
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "_build.json").write_text(json.dumps(self.reasons, indent=2) + "\n", encoding="utf-8")
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one module, or note why that failed."""
+        backend = next(key for key, name in MODULES.items() if name == ext.name)
+        self.reasons[backend] = None
+        try:
+            build(ext.name.rpartition(".")[2], Path(self.get_ext_fullpath(ext.name)))
+        except (OSError, ImportError, RuntimeError) as error:
+            if os.environ.get("LAYCA_REQUIRE_NATIVE", "0") not in ("", "0"):
+                raise
+            self.reasons[backend] = f"{type(error).__name__}: {error}" if not str(error) else str(error)
+            print(f"layca_fast is installed without its {backend} backend: {error}", file=sys.stderr)
+
+    def get_outputs(self) -> list[str]:
+        """The modules that were built, not those that were wanted."""
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+
+setup(
+    ext_modules=[Extension(name, sources=[], optional=True) for name in MODULES.values()],
+    cmdclass={"build_ext": BuildNative},
+)

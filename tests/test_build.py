@@ -1,0 +1,119 @@
+"""The native module against the Python it serves, and installations on machines where it cannot be built."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+from layca_fast import _cpu, batch
+from layca_fast.bases import FORMULAS
+
+ROOT = Path(__file__).parents[1]
+TABLES = (batch.Column, batch.Flag, batch.Hyper, batch.Layer, batch.Tile, batch.Count, batch.Coefficient)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.__name__)
+def test_tables_have_the_same_columns_in_both_languages(table: type[batch.IntEnum]) -> None:
+    assert _cpu.columns[table.__name__] == {column.name: column.value for column in table}
+
+
+def test_no_table_is_known_to_one_language_only() -> None:
+    assert set(_cpu.columns) == {table.__name__ for table in TABLES}
+
+
+def test_every_formula_has_native_kernels() -> None:
+    assert set(_cpu.formulas) == set(FORMULAS)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what an installation reads, with nothing built in it."""
+    copy = tmp_path / "source"
+    built = shutil.ignore_patterns("*.so", "*.pyd", "_build.json", "__pycache__")
+    for folder in ("layca_fast", "csrc"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=built)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / file, copy)
+    return copy
+
+
+def isolation() -> list[str]:
+    """Build with the tools of this environment if it has them: faster than pip's fresh environment."""
+    try:
+        here = [version(name) for name in ("setuptools", "pybind11", "cmake", "ninja")]
+    except PackageNotFoundError:
+        return []
+    return ["--no-build-isolation"] if int(here[0].split(".")[0]) >= 77 else []
+
+
+def install(source: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """pip install into a folder of its own."""
+    target = source.parent / "installed"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--disable-pip-version-check", *isolation()]
+    done = subprocess.run(
+        [*command, "--target", str(target), str(source)],
+        env={**os.environ, "LAYCA_REQUIRE_NATIVE": "0", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done, target
+
+
+def reasons(installed: Path) -> dict[str, str]:
+    """What ``backends()`` of that installation says, in a process of its own."""
+    # The finder of an editable installation would add what the source tree holds.
+    program = (
+        "import json, sys; "
+        "sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, '__module__', '').startswith('__editable__')]; "
+        "import layca_fast; "
+        "print(json.dumps([layca_fast.__file__, {k: v.reason for k, v in layca_fast.backends().items()}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        cwd=installed,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    file, found = json.loads(done.stdout)
+    assert Path(file).is_relative_to(installed)
+    return found
+
+
+def native_modules(installed: Path) -> list[str]:
+    return [path.name for path in installed.rglob("_cpu.*") if path.suffix in (".so", ".pyd")]
+
+
+def test_without_a_compiler_the_rest_is_installed_and_says_why(source: Path) -> None:
+    # A module that an earlier build left in the source tree must not be packed beside the note that there is none.
+    (source / "layca_fast" / "_cpu.abi3.so").write_bytes(b"old")
+    done, installed = install(source, CXX="/no/such/compiler")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert native_modules(installed) == []
+    found = reasons(installed)
+    assert "CMake Error" in found["cpu"]
+    assert "/no/such/compiler" in found["cpu"]
+    assert found["torch"] == ""
+
+
+def test_the_reason_is_the_first_error_of_the_compiler(source: Path) -> None:
+    for file in (source / "csrc").rglob("*.cpp"):
+        file.write_text('#include "broken_on_purpose.h"\n')
+    done, installed = install(source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "broken_on_purpose.h" in reasons(installed)["cpu"]
+
+
+def test_a_native_module_that_is_required_fails_the_installation(source: Path) -> None:
+    done, installed = install(source, CXX="/no/such/compiler", LAYCA_REQUIRE_NATIVE="1")
+    assert done.returncode != 0
+    assert "/no/such/compiler" in done.stdout + done.stderr
+    assert not installed.exists()

@@ -1,0 +1,101 @@
+"""``python -m layca_fast info | verify``: what they print, and that verify fails where a backend is wrong."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from layca_fast import __main__, backends, console, info, verify
+from layca_fast.backends.torch_ import TorchBackend
+from layca_fast.batch import Batch, Coefficient
+
+from .support import BACKENDS
+
+
+def few_cases(interpreted: bool) -> list[verify.Case]:
+    """The shortest case of each kind, so that the table is made as for all of them."""
+    cases = [dataclasses.replace(case, steps=3) for case in verify.cases(interpreted=True)]
+    return [cases[1], cases[5], cases[-1]]
+
+
+def test_verify_covers_every_backend_and_passes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "cases", few_cases)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert verify.main([]) == 0
+    printed = capsys.readouterr().out
+    for name in BACKENDS:
+        assert f"  {name} " in printed
+    assert "interpreter" in printed
+    assert f"{3 * len(BACKENDS)} of {3 * len(BACKENDS)} cases passed" in printed
+    assert "not run: cuda (" in printed
+
+
+@pytest.mark.parametrize("column", [Coefficient.A, Coefficient.B])
+def test_verify_fails_where_a_backend_is_wrong(
+    column: Coefficient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One part in 100,000 too long (A) or too far (B)."""
+    right = TorchBackend.coefficients
+
+    def wrong(self: TorchBackend, batch: Batch) -> None:
+        right(self, batch)
+        batch.coefficients[:, column] *= 1 + 1e-5
+
+    monkeypatch.setattr(TorchBackend, "coefficients", wrong)
+    monkeypatch.setattr(verify, "cases", few_cases)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert verify.main(["--backend", "torch"]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_errors_that_are_nan_fail() -> None:
+    errors = verify.Errors()
+    errors.add("angle", float("nan"), 1.0)
+    errors.add("angle", 0.5, 1.0)
+    assert not errors.passed
+
+
+def test_verify_names_the_reason_of_a_backend_that_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        verify.main(["--backend", "cuda"])
+    assert backends()["cuda"].reason in capsys.readouterr().err.replace("\n", "")
+
+
+def test_the_angle_is_measured_exactly() -> None:
+    for angle in (1e-9, 1e-4, 1.0, 3.0):
+        before = torch.tensor([2.0, 0.0], dtype=torch.float64)
+        after = 5 * torch.tensor([angle, 0.0], dtype=torch.float64).cos().sub(torch.tensor([0.0, 1.0]))
+        after[1] = 5 * torch.tensor(angle, dtype=torch.float64).sin()
+        assert verify.angle_between(before, after) == pytest.approx(angle, rel=1e-12)
+
+
+def test_info_lists_versions_and_reasons(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    assert info.main([]) == 0
+    printed = capsys.readouterr().out
+    for expected in (torch.__version__, *backends(), *(status.reason for status in backends().values())):
+        assert expected in printed
+
+
+def test_tables_without_rich_are_plain_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    console.print_table("Title", ["name", "x"], [["long name", "1"], ["b", "22"]])
+    assert capsys.readouterr().out == "Title\nname       x\nlong name  1\nb          22\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["prove"]])
+def test_unknown_commands_show_the_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(argv) == 2
+    assert "info,verify,demo" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "layca_fast", "info"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "layca_fast" in done.stdout

@@ -1,0 +1,72 @@
+"""The Triton kernels compiled ahead of time, without a GPU: spills, vectors, and what must not be optimized away."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layca_fast.bases import FORMULAS
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+#: Two processes of about equal work.
+TARGETS = (("sm_90",), ("sm_80", "gfx942"))
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What triton_compile_worker.py prints, for every launch and target."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.triton_compile_worker", *targets],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for targets in TARGETS
+    ]
+    printed: dict[str, dict[str, Any]] = {}
+    for worker in workers:
+        out, errors = worker.communicate(timeout=600)
+        assert worker.returncode == 0, errors
+        printed |= json.loads(out)
+    return printed
+
+
+def test_every_kernel_compiles_for_every_target(reports: dict[str, dict[str, Any]]) -> None:
+    """Measure and rotate of each formula in both dtypes, and the three forms of finish."""
+    assert len(reports) == sum(map(len, TARGETS)) * (len(FORMULAS) * 2 * 2 + 3)
+
+
+def test_nothing_spills(reports: dict[str, dict[str, Any]]) -> None:
+    """Neither registers to memory nor anything to a stack."""
+    assert {name: report["spills"] for name, report in reports.items() if any(report["spills"].values())} == {}
+
+
+@pytest.mark.parametrize("what", ["loads", "stores"])
+def test_aligned_tiles_move_in_vectors_of_16_bytes(reports: dict[str, dict[str, Any]], what: str) -> None:
+    """As many as it takes for all of them; more are tables read in vectors."""
+    narrow = {name: report for name, report in reports.items() if report[what] < report["expected"].get(what, 0)}
+    assert narrow == {}
+
+
+def test_tests_for_finite_values_survive(reports: dict[str, dict[str, Any]]) -> None:
+    """One for every cleaned element: a compiler that assumed finite values would drop them."""
+    missing = {
+        name: report for name, report in reports.items() if report["finite"] < report["expected"].get("finite", 0)
+    }
+    assert missing == {}
+
+
+def test_no_denormals_are_flushed_and_no_roots_approximated(reports: dict[str, dict[str, Any]]) -> None:
+    """Gradients at 1e-30 make float32 denormals in a step, and the reference is exact."""
+    assert {name: report["inexact"] for name, report in reports.items() if report["inexact"]} == {}

@@ -1,0 +1,121 @@
+"""Compiles the Triton kernels ahead of time and prints what became of them as JSON; run by test_triton_compile.py.
+
+A process of its own, because TRITON_INTERPRET, which the other tests need, leaves nothing to compile. It needs no GPU.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from layca_fast.backends.triton_ import TILE, Launch, finish_launch, measure_launch, rotate_launch
+from layca_fast.bases import BASES, FORMULAS
+from layca_fast.batch import Batch, Slot
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = (torch.float32, torch.float64)
+POINTERS = {torch.int64: "*i64", torch.float64: "*fp64"}
+OPTIONS = ({}, {"momentum": 0.0}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})
+
+
+def batch_of(name: str, dtype: torch.dtype) -> Batch:
+    """A batch that the formula called ``name`` runs on."""
+    for base in BASES.values():
+        for options in OPTIONS:
+            group = {**base.options, **options, "lr": 0.1, "weight_decay": 0.0, "maximize": False, "radius": "initial"}
+            if base.formula(group).name == name:
+                param = torch.zeros(8, 8, dtype=dtype)
+                states = tuple(torch.zeros_like(param) for _ in FORMULAS[name].states)
+                radius = torch.zeros(1, dtype=torch.float64)
+                slot = Slot(param, group, base, "weight", states, radius, layers=1, dense=True, fresh=False)
+                return Batch(FORMULAS[name], [slot], TILE)
+    raise LookupError(f"none of OPTIONS makes a base run the formula {name!r}: add the options that do")
+
+
+def launches() -> Iterator[tuple[str, Launch, dict[str, int]]]:
+    """Every launch of the backend, with what one program should do in all: tensors' 16-byte loads and stores, and
+    tests for finite values, the latter once in the copy of the code for aligned tiles and once in the other.
+    """
+    for formula in FORMULAS.values():
+        for dtype in DTYPES:
+            batch = batch_of(formula.name, dtype)
+            vectors, states = TILE * dtype.itemsize // 16, len(formula.states)
+            reads = 1 + formula.reads_grad + states
+            measured = {"loads": vectors * (2 + states), "stores": vectors * states, "finite": 2 * TILE * (2 + states)}
+            rotated = {"loads": vectors * reads, "stores": vectors, "finite": 2 * TILE * (1 + formula.reads_grad)}
+            case = f"{formula.name}, {str(dtype).removeprefix('torch.')}"
+            yield f"measure({case})", measure_launch(batch), measured
+            for sums, coefficients in ((True, False), (False, True), (True, True)):
+                name = f"finish({case}, sums={sums}, coefficients={coefficients})"
+                yield name, finish_launch(batch, sums=sums, coefficients=coefficients), {}
+            yield f"rotate({case})", rotate_launch(batch), rotated
+
+
+def compile_for(target: GPUTarget, launch: Launch) -> Any:
+    """What Triton's own launcher would compile for tables as torch allocates them, at 16-byte addresses."""
+    names = launch.kernel.arg_names
+    tables = dict(zip(names, launch.tables, strict=False))
+    source = ASTSource(
+        launch.kernel,
+        signature={name: POINTERS[tables[name].dtype] if name in tables else "constexpr" for name in names},
+        constexprs={(names.index(name),): value for name, value in launch.constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(tables))},
+    )
+    return triton.compile(source, target=target, options={"num_warps": launch.warps})
+
+
+def cuda_report(kernel: Any) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = kernel.asm["ptx"]
+    resources = {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("STACK", "LOCAL")}
+    return {
+        "spills": {**resources, "ld.local or st.local": len(re.findall(r"\b(?:ld|st)\.local", text))},
+        "loads": len(re.findall(r"\bld\.global\S*\.(?:v4\.[bf]32|v2\.[bf]64)\b", text)),
+        "stores": len(re.findall(r"\bst\.global\S*\.(?:v4\.[bf]32|v2\.[bf]64)\b", text)),
+        "inexact": re.findall(r"\b\w\S*\.(?:approx|ftz)\b\S*", text),
+        "finite": len(re.findall(r"0f7F800000|0d7FF0000000000000", text)),
+    }
+
+
+def amd_report(kernel: Any) -> dict[str, Any]:
+    text = kernel.asm["amdgcn"]
+    names = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    return {
+        "spills": {name: int(re.search(rf"\.{name}:\s*(\d+)", text).group(1)) for name in names},
+        "loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
+        "stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", text)),
+        # Denormals are flushed unless both bits of these modes are set.
+        "inexact": re.findall(r"\.amdhsa_float_denorm_mode_\w+ [012]\b", text),
+        "finite": len(re.findall(r"v_cmp_class_f(?:32|64)|0x7f800000|0x7ff00000", text)),
+    }
+
+
+def main() -> None:
+    reports = {}
+    for target in sys.argv[1:]:
+        report = cuda_report if TARGETS[target].backend == "cuda" else amd_report
+        for name, launch, program in launches():
+            threads = launch.warps * TARGETS[target].warp_size
+            expected = {what: count // threads for what, count in program.items()}
+            reports[f"{name} for {target}"] = {**report(compile_for(TARGETS[target], launch)), "expected": expected}
+    print(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main()
