@@ -58,7 +58,7 @@ def recommended_rate(base: Base, group: Options) -> float:
 
 def _check_range(group: Options, name: str, low: float, high: float, interval: str) -> None:
     value = group[name]
-    if not isinstance(value, Real) or not (low <= value < high):
+    if not isinstance(value, Real) or not (low <= float(value) < high):
         raise ValueError(f"{name}={value!r}: must be a number in {interval}")
 
 

@@ -117,6 +117,7 @@ class Slot:
         if grad is None:
             return None
         check_gradient(grad, self.param, self.label)
+        grad = grad.resolve_neg()
         if not self.dense or grad.stride() == self.param.stride():
             return grad
         return torch.empty_like(self.param).copy_(grad)
@@ -153,7 +154,6 @@ class Batch:
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
         self._home = scalar_device(self.device)
-        self._shapes = [param.shape for param in self.params]
         self._memory = self._where()
 
         self.n_layers = sum(slot.layers for slot in self.slots)
@@ -180,9 +180,9 @@ class Batch:
         table.set_column(Column.FLAGS, [slot.flags for slot in self.slots])
         table.set_column(Column.RADIUS, [0 if slot.radius is None else slot.radius.data_ptr() for slot in self.slots])
 
-    def _where(self) -> tuple[list[int], list[tuple[int, ...]], list[torch.dtype]]:
-        params = self.params
-        return [p.data_ptr() for p in params], [p.stride() for p in params], [p.dtype for p in params]
+    def _where(self) -> tuple[list[int], list[tuple[int, ...]], list[torch.Size], list[torch.dtype]]:
+        ps = self.params
+        return [p.data_ptr() for p in ps], [p.stride() for p in ps], [p.shape for p in ps], [p.dtype for p in ps]
 
     def holds(self) -> bool:
         """Whether the parameters' memory is still what the batch was made for."""
@@ -191,7 +191,8 @@ class Batch:
     def take_gradients(self) -> None:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
         self.grads = [param.grad for param in self.params]
-        strides, dtype, device = self._memory[1], self.dtype, self.device
+        _, strides, shapes, _ = self._memory
+        dtype, device = self.dtype, self.device
         for i, grad in enumerate(self.grads):
             # Once per tensor and step, so the common case is a few comparisons, and all else goes the slow way.
             if grad is None or (
@@ -200,7 +201,8 @@ class Batch:
                 and grad.dtype is dtype
                 and grad.device == device
                 and grad.stride() == strides[i]
-                and grad.shape == self._shapes[i]
+                and grad.shape == shapes[i]
+                and not grad.is_neg()
             ):
                 continue
             self.grads[i] = self.slots[i].gradient()
@@ -235,10 +237,10 @@ class Batch:
             self._hyper_mirror.device_tensor[row : row + 2, Hyper.LR].copy_(value.reshape(1))
 
     def release(self) -> None:
-        """After a step: drop the gradients, so that zero_grad frees them, and settle the fresh slots."""
+        """After a step: drop the gradients, so that zero_grad frees them, and settle the slots that had one."""
+        for slot, grad in zip(self.slots, self.grads, strict=True):
+            slot.fresh &= grad is None
         self.grads = [None] * len(self.slots)
-        for slot in self.slots:
-            slot.fresh = False
 
     def lr_of(self, slot: Slot) -> Tensor:
         """The rotation rate of ``slot`` in the last step, 0-d on the device."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends.names import MODULES
 from .bases import BASES, Base
 from .layout import overlaps
 
@@ -19,9 +20,11 @@ DTYPES = (torch.float32, torch.float64)
 def labelled(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], str, Tensor]]:
     """Every parameter with its group and what to call it in a message: its name, if the group knows it."""
     for number, group in enumerate(groups):
-        names = group.get("param_names")
+        names = group.get("param_names") or ()
         for index, param in enumerate(group["params"]):
-            yield group, f"parameter {names[index]!r}" if names else f"parameter {index} of group {number}", param
+            # Someone may have appended to the parameters of a group with names.
+            label = f"parameter {names[index]!r}" if index < len(names) else f"parameter {index} of group {number}"
+            yield group, label, param
 
 
 def describe(label: str, tensor: Tensor) -> str:
@@ -31,13 +34,13 @@ def describe(label: str, tensor: Tensor) -> str:
 
 def check_parameter(tensor: Tensor, label: str) -> None:
     """Raise TypeError or ValueError for a tensor that no kernel may be handed."""
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ValueError(f"{label} is not initialized yet: run one forward pass before making the optimizer")
     name = describe(label, tensor)
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
             f"{name} is a {type(tensor).__name__}: FusedLayca reads plain tensors only; pass the plain tensor inside it"
         )
-    if torch.nn.parameter.is_lazy(tensor):
-        raise ValueError(f"{label} is not initialized yet: run one forward pass before the first step")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor, parameter.to_dense()")
     if tensor.is_quantized or not (tensor.is_floating_point() or tensor.is_complex()):
@@ -51,6 +54,8 @@ def check_parameter(tensor: Tensor, label: str) -> None:
         )
     if tensor.is_meta:
         raise ValueError(f"{name} is on the meta device: materialize it first, with module.to_empty(device=...)")
+    if tensor.is_neg():
+        raise ValueError(f"{name} is a lazily negated view: pass parameter.resolve_neg() as the parameter")
     if overlaps(tensor):
         raise ValueError(
             f"{name} has elements that share memory (strides {tensor.stride()}), as expanded tensors do: "
@@ -92,16 +97,21 @@ def _check_choice(group: Mapping[str, Any], name: str, choices: tuple[Any, ...])
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise for hyperparameters of a param group that are unknown or out of range."""
     check_lr(group["lr"])
-    find_base(group["base"]).check(group)
+    base = find_base(group["base"])
+    lacking = [name for name in base.options if name not in group]
+    if lacking:
+        raise ValueError(f"base={base.name!r} needs {lacking}, which its param group lacks: set them in the group")
+    base.check(group)
     _check_choice(group, "rule", RULES)
     _check_choice(group, "radius", RADII)
+    _check_choice(group, "backend", ("auto", *MODULES))
     if group["rotate"] not in (None, True, False):
         raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (tensors of 2 or more dimensions)")
     chunks = group["chunks"]
     if chunks != "all" and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
         raise ValueError(f"chunks={chunks!r}: must be a whole number >= 1, or 'all' (one layer per slice)")
     decay = group["weight_decay"]
-    if not isinstance(decay, Real) or not (0.0 <= decay < math.inf):
+    if not isinstance(decay, Real) or not (0.0 <= float(decay) < math.inf):
         raise ValueError(f"weight_decay={decay!r}: must be a finite number >= 0")
 
 

@@ -90,7 +90,7 @@ def _draw_accuracy(axes: Axes, results: Results) -> None:
     axes.set_ylim(0, top)
     ticks = [tick for tick in ACCURACY_TICKS if tick <= top]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_ylabel("test accuracy, by log of the error")
+    axes.set_ylabel("test accuracy (log of the error)")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1, labelspacing=0.2)
 
 

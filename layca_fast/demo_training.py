@@ -1,7 +1,8 @@
 """What the demo trains: a small convolutional network on real digits, and what it records of every epoch."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from statistics import median
@@ -126,6 +127,21 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     network.eval()
     hits = [network(x).argmax(1) == y for x, y in zip(images.split(500), labels.split(500), strict=True)]
     return float(torch.cat(hits).double().mean())
+
+
+@contextmanager
+def one_cpu_thread() -> Iterator[None]:
+    """Keep torch, and FusedLayca with it, to one CPU thread.
+
+    A network this small gains little from more, loses a lot where other processes want the same cores, and would end
+    at other decimals on machines with other numbers of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def drop_epochs(epochs: int) -> list[int]:

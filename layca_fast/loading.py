@@ -4,7 +4,6 @@ torch's own ``load_state_dict`` casts every state tensor to its parameter's dtyp
 parameter is, so the tensors are put back as they were saved once torch is done.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -24,25 +23,24 @@ def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Map
             yield group, label, param, saved["state"][key]
 
 
+def is_foreign(saved: Mapping[str, Any]) -> bool:
+    """Whether another optimizer wrote this checkpoint: none of its groups has an option that only ours has."""
+    return all("rotate" not in group for group in saved["param_groups"])
+
+
 def adopt(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """``saved``, or where another optimizer wrote it: its state under the hyperparameters of ``optimizer``."""
-    ours, theirs = optimizer.param_groups, saved["param_groups"]
-    if len(ours) != len(theirs) or all("rotate" in group for group in theirs):
-        return saved
-    warnings.warn(
-        "state_dict: another optimizer wrote this checkpoint. Its state is taken over; hyperparameters stay as they "
-        "are, and radii are taken from the weights at the next step",
-        stacklevel=6,
-    )
-    groups = [{**own, "params": other["params"]} for own, other in zip(ours, theirs, strict=True)]
-    return {**saved, "param_groups": groups}
+    """The state of a foreign checkpoint under the hyperparameters of ``optimizer``."""
+    # Groups that do not match are torch's to refuse.
+    groups = zip(optimizer.param_groups, saved["param_groups"], strict=False)
+    adopted = [{**ours, "params": theirs["params"]} for ours, theirs in groups]
+    return {**saved, "param_groups": adopted + saved["param_groups"][len(adopted) :]}
 
 
 def check_shapes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Raise ValueError if a saved state tensor does not fit its parameter."""
     for group, label, param, state in _pairs(optimizer, saved):
         for name, value in state.items():
-            if not isinstance(value, Tensor) or value.dim() == 0:
+            if not isinstance(value, Tensor) or name == "step":
                 continue
             layers = count_layers(param, group.get("chunks", 1), label) if name == "radius" else 0
             expected = (layers,) if name == "radius" else tuple(param.shape)

@@ -1,7 +1,7 @@
 """FusedLayca, the optimizer: param groups, state and the order of things. It does no arithmetic."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -10,12 +10,27 @@ from torch.optim import Optimizer
 
 from .bases import BASES, Base, recommended_rate
 from .checks import check_group, check_options, check_parameter, find_base, labelled
-from .loading import adopt, check_shapes, restore_types
+from .loading import adopt, check_shapes, is_foreign, restore_types
 from .plan import Plan, rotates
 from .stats import RotationStats, rotation_stats
 
 #: What every group holds whatever its base is.
 COMMON_OPTIONS = ("lr", "base", "rule", "rotate", "chunks", "radius", "weight_decay", "maximize", "backend")
+
+
+def _check_new(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError, naming it, for a parameter of ``group`` that is there twice or in one of ``groups`` already."""
+    params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+    seen = {id(param): label for _, label, param in labelled(groups)}
+    for index, entry in enumerate(params):
+        name, param = entry if isinstance(entry, tuple) else (None, entry)
+        label = f"parameter {index} of group {len(groups)}" if name is None else f"parameter {name!r}"
+        if id(param) in seen:
+            raise ValueError(
+                f"{label} is the same tensor as {seen[id(param)]}: pass each parameter once, tied weights under one of "
+                "their names"
+            )
+        seen[id(param)] = label
 
 
 class FusedLayca(Optimizer):
@@ -78,12 +93,15 @@ class FusedLayca(Optimizer):
         row.check(defaults)
         self._lr_is_recommended = lr is None
         self._plan: Plan | None = None
+        self._stale = True
         self._warned = False
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as any torch optimizer does; the group's own options are checked before it is added."""
         given = dict(param_group)
+        if not isinstance(given["params"], (Tensor, set)):
+            given["params"] = list(given["params"])
         base = find_base(given.get("base", self.defaults["base"]))
         all_options = {name for each in BASES.values() for name in each.options}
         check_options(base, {name: given[name] for name in given if name in all_options})
@@ -93,14 +111,8 @@ class FusedLayca(Optimizer):
         check_group(group)
         keys = set(group)
         before = len(self.param_groups)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*duplicate parameters.*")
-            try:
-                super().add_param_group(group)
-            except UserWarning as duplicate:
-                raise ValueError(
-                    "a param group holds the same parameter twice: pass each parameter once (tied weights, too)"
-                ) from duplicate
+        _check_new(group, self.param_groups)
+        super().add_param_group(group)
         added = self.param_groups[before]
         for name in self.defaults.keys() - keys:
             del added[name]
@@ -111,7 +123,7 @@ class FusedLayca(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._plan = None
+        self._stale = True
 
     def _options_of(self, base: Base) -> dict[str, Any]:
         """What a group under ``base`` holds unless it says otherwise: base options of another base are not for it."""
@@ -124,10 +136,11 @@ class FusedLayca(Optimizer):
         return {**super().__getstate__(), "_lr_is_recommended": self._lr_is_recommended}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # Also called by torch's load_state_dict, on an optimizer that has made its plan.
         super().__setstate__(state)
-        self._plan = None
-        self.__dict__.setdefault("_lr_is_recommended", False)
-        self.__dict__.setdefault("_warned", False)
+        for name, value in {"_plan": None, "_lr_is_recommended": False, "_warned": False}.items():
+            self.__dict__.setdefault(name, value)
+        self._stale = True
         # A group from an older version may lack options; torch's own additions to the defaults are none of ours.
         for group in self.param_groups:
             for name, value in self._options_of(find_base(group.get("base", self.defaults["base"]))).items():
@@ -151,8 +164,11 @@ class FusedLayca(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._plan is None or not self._plan.holds(self.param_groups, self.state):
+        for group in self.param_groups:
+            check_group(group)
+        if self._plan is None or self._stale or not self._plan.holds(self.param_groups, self.state):
             self._plan = Plan(self.param_groups, self.state, previous=self._plan)
+            self._stale = False
             self._warn_of_ignored_decay()
         self._plan.step()
         return loss
@@ -174,13 +190,20 @@ class FusedLayca(Optimizer):
         """Load what :meth:`state_dict` returned; every state tensor keeps its dtype and is copied.
 
         Of a checkpoint that another optimizer wrote, such as torch.optim.SGD, only the state is taken, with a warning;
-        hyperparameters stay, and radii are taken from the weights at the next step. Raises ValueError, before anything is modified, if groups or shapes do not fit.
+        hyperparameters stay, and radii are taken from the weights at the next step. Raises ValueError, before anything
+        is modified, if groups or shapes do not fit.
         """
         incoming: dict[str, Any] = {}
+        foreign = False
 
         # Hooks registered by users may replace the dict, so ours looks at it after all of them.
         def keep(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            incoming.update(adopt(optimizer, saved))
+            nonlocal foreign
+            foreign = is_foreign(saved)
+            incoming.update(adopt(optimizer, saved) if foreign else saved)
+            for group in incoming["param_groups"]:
+                base = find_base(group.get("base", self.defaults["base"]))
+                check_group({**self._options_of(base), **group})
             check_shapes(optimizer, incoming)
             return incoming
 
@@ -196,13 +219,18 @@ class FusedLayca(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-        self._plan = None
+        if foreign:
+            warnings.warn(
+                "state_dict: another optimizer wrote this checkpoint. Its state is taken over; hyperparameters stay as "
+                "they are, and radii are taken from the weights at the next step",
+                stacklevel=2,
+            )
 
     def reset_radius(self) -> None:
         """Forget every layer's radius, after surgery on the weights: the next step that moves a layer sets it anew."""
         for state in self.state.values():
             state.pop("radius", None)
-        self._plan = None
+        self._stale = True
 
     def rotation_stats(self) -> dict[Tensor, RotationStats]:
         """What the last step did to each tensor, by parameter; empty before the first. Does not wait for a device."""

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .backends import choose
 from .backends.base import Backend
 from .bases import Formula
 from .batch import Batch, Slot, scalar_device
-from .checks import check_gradient, check_group, check_parameter, count_layers, describe, find_base, labelled
+from .checks import check_gradient, check_parameter, count_layers, describe, find_base, labelled
 from .layout import layers_are_dense
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -77,14 +78,16 @@ class _Member:
 
 
 def _members(groups: Sequence[Mapping[str, Any]], state: State) -> Iterator[_Member]:
-    """Every parameter that has a gradient or a state, checked. Modifies nothing."""
+    """Every parameter that has a gradient, or all the state that it needs, checked. Modifies nothing."""
     for group, label, param in labelled(groups):
-        if param.grad is None and not state.get(param):
+        formula, turning = find_base(group["base"]).formula(group), rotates(param, group)
+        needed = (*formula.states, *(("radius",) if turning else ()))
+        has = state.get(param, {})
+        if param.grad is None and (not needed or any(has.get(name) is None for name in needed)):
             continue
         check_parameter(param, label)
         if param.grad is not None:
             check_gradient(param.grad, param, label)
-        turning = rotates(param, group)
         layers = count_layers(param, group["chunks"], label) if turning else 1
         dense = layers_are_dense(param, layers)
         backend = choose(group["backend"], param.device)
@@ -96,7 +99,6 @@ def _members(groups: Sequence[Mapping[str, Any]], state: State) -> Iterator[_Mem
                     "backend='auto' or 'torch', or make the parameter contiguous"
                 )
             backend = choose("torch", param.device)
-        formula = find_base(group["base"]).formula(group)
         yield _Member(param, group, label, backend, formula, turning, layers, dense)
 
 
@@ -144,14 +146,12 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 class Plan:
-    """The batches for the parameters that have a gradient or a state, and the state that they need.
+    """The batches for the parameters that have a gradient or had one before, and the state that they need.
 
     Building it checks everything, then creates the missing state in ``state``; nothing is modified if a check fails.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, previous: "Plan | None" = None) -> None:
-        for group in groups:
-            check_group(group)
         members = list(_members(groups, state))
         states = [member.new_states(state.get(member.param, {})) for member in members]
         _check_norms([m for m in members if m.rotates and "radius" not in state.get(m.param, {})])
@@ -164,7 +164,7 @@ class Plan:
         self._formulas: dict[tuple[Any, ...], tuple[Backend, Formula]] = {}
         for member, tensors in zip(members, states, strict=True):
             old = state.get(member.param, {})
-            fresh = any(name not in old for name in member.formula.states)
+            fresh = any(old.get(name) is None for name in member.formula.states)
             if tensors:
                 state[member.param].update(tensors)
             slot = Slot(
@@ -216,12 +216,14 @@ class Plan:
         return self._state_ids() == self._seen_state and all(batch.holds() for _, batch in self.batches)
 
     def step(self) -> None:
-        """Check the gradients and hyperparameters of this step, then run every batch."""
-        for group in self._groups:
-            check_group(group)
+        """Check the gradients of this step, then run every batch."""
         for _, batch in self.batches:
             batch.take_gradients()
         for backend, batch in self.batches:
             batch.refresh()
             backend.step(batch)
+            if backend.writes_unseen:
+                # Autograd then knows that graphs which saved these weights are out of date.
+                stepped = zip(batch.params, batch.grads, strict=True)
+                increment_version([param for param, grad in stepped if grad is not None])
             batch.release()

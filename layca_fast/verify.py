@@ -60,8 +60,8 @@ class Errors:
 
     def add(self, kind: str, error: float, allowed: float) -> None:
         """Keep ``error`` if it is the worst of its kind so far (NaN is the worst of all)."""
-        ratio = error / allowed
-        if not ratio <= getattr(self, f"{kind}_ratio"):
+        ratio, worst = error / allowed, getattr(self, f"{kind}_ratio")
+        if not math.isnan(worst) and not ratio <= worst:
             setattr(self, kind, error)
             setattr(self, f"{kind}_ratio", ratio)
 

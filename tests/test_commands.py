@@ -14,9 +14,12 @@ from layca_fast.batch import Batch, Coefficient
 from .support import BACKENDS
 
 
+ALL_CASES = verify.cases
+
+
 def few_cases(interpreted: bool) -> list[verify.Case]:
     """The shortest case of each kind, so that the table is made as for all of them."""
-    cases = [dataclasses.replace(case, steps=3) for case in verify.cases(interpreted=True)]
+    cases = [dataclasses.replace(case, steps=3) for case in ALL_CASES(interpreted=True)]
     return [cases[1], cases[5], cases[-1]]
 
 

@@ -7,12 +7,7 @@ from importlib import import_module
 import torch
 
 from .base import Backend
-
-#: Name of each backend and of the module that holds it.
-MODULES = {"cuda": "cuda", "triton": "triton_", "cpu": "cpu", "torch": "torch_"}
-
-#: The order in which backend="auto" tries them, by device type; elsewhere it is torch.
-PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
+from .names import MODULES, PREFERENCE
 
 
 @dataclass(frozen=True)

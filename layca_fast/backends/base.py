@@ -18,6 +18,8 @@ class Backend(ABC):
     tile: int
     #: Whether a tensor's layers must lie in memory as one run, one after the other.
     needs_dense: bool = True
+    #: Whether it writes to tensors by their addresses, which torch does not notice.
+    writes_unseen: bool = True
 
     @abstractmethod
     def missing(self) -> str | None:

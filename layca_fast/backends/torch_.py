@@ -90,7 +90,9 @@ class Blocks:
     def _step_again(self, block: tuple[slice, slice]) -> Tensor:
         """The base step of a block once more, from the states that measure left."""
         grad = finite_or_zero(self.scale * self.grad[block]) if self.formula.reads_grad else None
-        return finite_or_zero(self.formula.step(grad, tuple(state[block] for state in self.states), self.options))
+        states = tuple(state[block] for state in self.states)
+        step: Tensor = finite_or_zero(self.formula.step(grad, states, self.options))
+        return step
 
     def orthogonal_square(self, c: Tensor) -> Tensor:
         """The sum of (u - c*w)^2 of each layer, from the elements, (layers,) float64; ``c`` is (layers, 1)."""
@@ -128,6 +130,7 @@ class TorchBackend(Backend):
     name = "torch"
     tile = 2**17
     needs_dense = False
+    writes_unseen = False
 
     def missing(self) -> str | None:
         return None

@@ -217,6 +217,7 @@ def _measure_orthogonal_square(
     # One program walks the whole layer: slow for a large one, but next to no step is so nearly parallel.
     length = tl.load(row + _NUMEL) // tl.load(row + _LAYERS)
     first = (layer - tl.load(row + _FIRST_LAYER)) * length
+    c = d / n2
     lanes = tl.arange(0, BLOCK)
     sums = tl.full((BLOCK,), 0.0, tl.float64)
     for start in range(0, length, BLOCK):
@@ -224,7 +225,7 @@ def _measure_orthogonal_square(
         inside = lanes < length - start
         u = _step_again(addresses, hyper, lanes, inside, STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, False)
         w = _load(addresses[0], lanes, inside, ELEMENT, False, "").to(tl.float64)
-        difference = tl.where(inside, u.to(tl.float64) - d / n2 * w, 0.0)
+        difference = tl.where(inside, u.to(tl.float64) - c * w, 0.0)
         sums += difference * difference
     return tl.sum(sums, axis=0)
 
