@@ -154,6 +154,15 @@ def test_the_constructor_refuses_unknown_keywords_and_lists_those_it_has(seed: i
         FusedLayca([parameter(3, 4)], 0.1, betas=(0.9, 0.99))
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (2, 2)], ids=str)
+def test_a_group_must_be_a_dict(shape: tuple[int, ...], seed: int) -> None:
+    optimizer = running()
+    before = contents(optimizer)
+    with pytest.raises(TypeError, match="must be a dict"):
+        optimizer.add_param_group([parameter(*shape)])
+    assert same_bits(contents(optimizer), before)
+
+
 def test_a_base_set_mid_run_whose_options_the_group_lacks_says_which(seed: int) -> None:
     optimizer = running(base="sgd_amom")
     before = contents(optimizer)

@@ -147,7 +147,9 @@ def test_kernels_compute_the_formulas(formula: str, dtype: torch.dtype, seed: in
         n2, d, q = dot(w, w), dot(w, u), dot(u, u)
         expected = torch.tensor([n2, d, q], dtype=wide)
         scale = torch.tensor([n2, (n2 * q) ** 0.5, q], dtype=wide)
-        assert ((batch.dots[index] - expected).abs() <= 4 * epsilon * scale).all()
+        # Each addition of a tile's partial sum rounds once more, and such errors grow as the root of their number.
+        allowed = (4 + (w.numel() / CPU.tile) ** 0.5) * epsilon * scale
+        assert ((batch.dots[index] - expected).abs() <= allowed).all()
         if slot.radius is None:
             turned = w - lr * u
         else:

@@ -65,6 +65,34 @@ def test_an_sgd_checkpoint_gives_its_momentum_and_nothing_else(
         assert relative_distance(optimizer.state[params[0]]["momentum_buffer"], expected) <= 1e-6
 
 
+ADAMS = (
+    pytest.param(torch.optim.Adam, {"lr": 1e-3, "amsgrad": True}, id="Adam"),
+    pytest.param(torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.1}, id="AdamW"),
+)
+
+
+@pytest.mark.parametrize(("kind", "options"), ADAMS)
+@native_backends
+def test_an_adam_checkpoint_loads_and_what_the_base_does_not_use_is_kept(
+    backend: str, kind: type[torch.optim.Optimizer], options: dict[str, Any], seed: int
+) -> None:
+    source = [parameter(4, 3, backend=backend), parameter(5, backend=backend)]
+    adam = kind(source, **options)
+    train(adam, random_gradients(source, 2))
+    params = clones(source)
+    optimizer = FusedLayca(params, 0.05, momentum=0.6, dampening=0.2, backend=backend)
+    with pytest.warns(UserWarning, match="hyperparameters"):
+        optimizer.load_state_dict(adam.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert "betas" not in optimizer.param_groups[0]
+    grads = random_gradients(params, 1)
+    train(optimizer, grads)
+    for param, theirs, grad in zip(params, source, grads[0], strict=True):
+        state = optimizer.state[param]
+        assert relative_distance(state["momentum_buffer"], grad) <= 1e-7, "a first gradient is taken undampened"
+        assert same_bits({name: state[name] for name in adam.state[theirs]}, dict(adam.state[theirs]))
+
+
 def test_a_new_buffer_takes_its_first_gradient_undampened_after_loading_a_run_without_momentum(seed: int) -> None:
     """As torch.optim.SGD has it, and however many steps the parameter waits for that gradient."""
     params = [parameter(3, 4), parameter(2, 5)]

@@ -167,6 +167,19 @@ def test_counts_go_on_through_changes(backend: str, change: Any, seed: int) -> N
     assert values(optimizer.rotation_stats()[param], "non_finite") == [2]
 
 
+@native_backends
+def test_counts_outlive_a_step_that_the_tensor_sits_out(backend: str, seed: int) -> None:
+    """Without a radius and without a gradient it has no part in that step, and still its counts are its own."""
+    param, other = parameter(4, 3, backend=backend), parameter(3, 3, backend=backend)
+    optimizer = FusedLayca([param, other], 0.1, momentum=0.9, backend=backend)
+    first, second, third = random_gradients([param, other], 3)
+    first[0][0, 1] = math.nan
+    train(optimizer, [first])
+    optimizer.reset_radius()
+    train(optimizer, [[None, second[1]], third])
+    assert values(optimizer.rotation_stats()[param], "non_finite") == [1]
+
+
 @every_backend
 def test_stats_are_a_snapshot(backend: str, seed: int) -> None:
     param = parameter(4, 3, backend=backend)
