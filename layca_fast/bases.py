@@ -67,6 +67,8 @@ def _check_sgd(group: Options) -> None:
     dampening, nesterov = group["dampening"], group["nesterov"]
     if not isinstance(dampening, Real) or not math.isfinite(dampening):
         raise ValueError(f"dampening={dampening!r}: must be a finite number")
+    if nesterov not in (True, False):
+        raise ValueError(f"nesterov={nesterov!r}: must be True or False")
     if nesterov and (group["momentum"] <= 0 or dampening != 0):
         raise ValueError(
             f"nesterov={nesterov!r} needs momentum > 0 and dampening = 0, not momentum={group['momentum']!r} and "

@@ -276,7 +276,7 @@ class Batch:
             for _ in range(slot.layers):
                 rows.append((tensor, first_tile, tiles))
                 first_tile += tiles
-        return torch.tensor(rows, dtype=torch.int64).to(self._home)
+        return torch.tensor(rows, dtype=torch.int64, device=self._home)
 
     @cached_property
     def tiles(self) -> Tensor:
@@ -290,7 +290,7 @@ class Batch:
                     for start in range(0, length, self.tile)
                 ]
             layer += slot.layers
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, Tile.WIDTH).to(self._home)
+        return torch.tensor(rows, dtype=torch.int64, device=self._home).reshape(-1, Tile.WIDTH)
 
     @cached_property
     def n_tiles(self) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -105,10 +105,11 @@ def check_group(group: Mapping[str, Any]) -> None:
     _check_choice(group, "rule", RULES)
     _check_choice(group, "radius", RADII)
     _check_choice(group, "backend", ("auto", *MODULES))
+    _check_choice(group, "maximize", (False, True))
     if group["rotate"] not in (None, True, False):
         raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (tensors of 2 or more dimensions)")
     chunks = group["chunks"]
-    if chunks != "all" and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
+    if chunks != "all" and (isinstance(chunks, bool) or not isinstance(chunks, Integral) or chunks < 1):
         raise ValueError(f"chunks={chunks!r}: must be a whole number >= 1, or 'all' (one layer per slice)")
     decay = group["weight_decay"]
     if not isinstance(decay, Real) or not (0.0 <= float(decay) < math.inf):

@@ -11,8 +11,12 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .bases import FORMULAS
 from .batch import scalar_device
 from .checks import count_layers, describe, labelled
+
+#: State that the kernels read; whatever else a checkpoint holds is kept as it is.
+OUR_STATES = {"radius", *(name for formula in FORMULAS.values() for name in formula.states)}
 
 
 def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, Tensor, Any]]:
@@ -40,7 +44,7 @@ def check_shapes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Raise ValueError if a saved state tensor does not fit its parameter."""
     for group, label, param, state in _pairs(optimizer, saved):
         for name, value in state.items():
-            if not isinstance(value, Tensor) or name == "step":
+            if name not in OUR_STATES or not isinstance(value, Tensor):
                 continue
             layers = count_layers(param, group.get("chunks", 1), label) if name == "radius" else 0
             expected = (layers,) if name == "radius" else tuple(param.shape)

@@ -99,6 +99,8 @@ class FusedLayca(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as any torch optimizer does; the group's own options are checked before it is added."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict with the key 'params', not a {type(param_group).__name__}")
         given = dict(param_group)
         if not isinstance(given["params"], (Tensor, set)):
             given["params"] = list(given["params"])

@@ -185,14 +185,19 @@ class Plan:
             (backend, Batch(formula, slots[key], backend.tile)) for key, (backend, formula) in self._formulas.items()
         ]
         self._seen_state = self._state_ids()
+        self._retired: dict[Tensor, Tensor] = {}
         if previous is not None:
             self._carry_counts(previous)
 
+    def _counts(self) -> dict[Tensor, Tensor]:
+        """The counts of every tensor that has been stepped, (layers, Count.WIDTH), in this plan or before it."""
+        return {**self._retired, **{slot.param: batch.counts[rows] for batch, slot, rows in self.rows()}}
+
     def _carry_counts(self, previous: "Plan") -> None:
-        old = {id(slot.param): (slot, batch.counts[rows]) for batch, slot, rows in previous.rows()}
+        self._retired = previous._counts()
         for batch, slot, rows in self.rows():
-            before, counts = old.get(id(slot.param), (None, None))
-            if before is not None and counts is not None and before.layers == slot.layers:
+            counts = self._retired.get(slot.param)
+            if counts is not None and len(counts) == slot.layers:
                 batch.counts[rows] = counts.to(batch.counts.device)
 
     def rows(self) -> Iterator[tuple[Batch, Slot, slice]]:

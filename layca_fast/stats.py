@@ -15,9 +15,11 @@ class RotationStats:
 
     ``angle``: the commanded rotation in radians, atan(lr), 0 where the layer was kept or does not rotate. ``cosine``:
     of the angle between weights and base step, before the step. ``step_norm``: of the base step. ``norm``: of the
-    weights, before the step. ``radius``: the norm that steps restore (0: not yet set). ``drift``: norm / radius - 1,
-    what storing the weights has cost since the last step. Counted since the optimizer was made: ``non_finite``
-    elements that counted as zero, steps with ``no_direction`` to turn in, steps with ``broken`` (non-finite) weights.
+    weights, before the step. ``radius``: the norm that steps restore (0: not yet set), of tensors that do not rotate
+    their own. ``drift``: norm / radius - 1, what storing the weights has cost since the last step.
+
+    Counted since the optimizer was made: ``non_finite`` elements that counted as zero, steps with ``no_direction`` to
+    turn in, steps with ``broken`` (non-finite) weights.
     """
 
     angle: Tensor
@@ -37,8 +39,13 @@ def rotation_stats(batch: Batch, slot: Slot, rows: slice) -> RotationStats:
     norm, step_norm = n2.sqrt(), q.sqrt()
     kept = batch.coefficients[rows, Coefficient.MODE] == KEEP
     lr = batch.lr_of(slot)
-    turned = torch.zeros_like(norm) if slot.radius is None else torch.where(kept, 0.0, torch.atan(lr))
-    radius = torch.zeros_like(norm) if slot.radius is None else slot.radius.clone()
+    zeros = torch.zeros_like(norm)
+    turned, radius, drift = zeros, norm, zeros
+    if slot.radius is not None:
+        turned = torch.where(kept, 0.0, torch.atan(lr))
+        if slot.group["radius"] != "current":
+            radius = slot.radius.clone()
+            drift = torch.where(radius > 0, norm / radius - 1, 0.0)
     counts = batch.counts[rows].clone()
     return RotationStats(
         angle=turned,
@@ -46,7 +53,7 @@ def rotation_stats(batch: Batch, slot: Slot, rows: slice) -> RotationStats:
         step_norm=step_norm,
         norm=norm,
         radius=radius,
-        drift=norm / radius - 1,
+        drift=drift,
         non_finite=counts[:, Count.NON_FINITE],
         no_direction=counts[:, Count.NO_DIRECTION],
         broken=counts[:, Count.BROKEN],

@@ -15,7 +15,8 @@ class Mirror:
     """
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._host = torch.zeros(rows, columns, dtype=dtype)
+        # Named, because the user may have set another default device.
+        self._host = torch.zeros(rows, columns, dtype=dtype, device="cpu")
         self._cached: dict[int, list[Any]] = {}
         self._changed = True
         self._on_host = device.type == "cpu"
@@ -27,14 +28,14 @@ class Mirror:
     def set_column(self, column: int, values: list[int]) -> None:
         """Write one column, if it differs from what was written there last."""
         if self._cached.get(column) != values:
-            self._host[:, column] = torch.tensor(values, dtype=self._host.dtype)
+            self._host[:, column] = torch.tensor(values, dtype=self._host.dtype, device="cpu")
             self._cached[column] = values
             self._changed = True
 
     def set_all(self, values: Sequence[float]) -> None:
         """Write the whole table, given row by row, if it differs from what was written last."""
         if self._cached.get(-1) != values:
-            self._host.copy_(torch.tensor(values, dtype=self._host.dtype).view_as(self._host))
+            self._host.copy_(torch.tensor(values, dtype=self._host.dtype, device="cpu").view_as(self._host))
             self._cached[-1] = list(values)
             self._changed = True
 

@@ -16,7 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.layca_seed = config.getoption("--seed") or random.SystemRandom().randrange(2**31)
+    chosen = config.getoption("--seed")
+    config.layca_seed = random.SystemRandom().randrange(2**31) if chosen is None else chosen
 
 
 def pytest_report_header(config: pytest.Config) -> str:

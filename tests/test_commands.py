@@ -13,7 +13,6 @@ from layca_fast.batch import Batch, Coefficient
 
 from .support import BACKENDS
 
-
 ALL_CASES = verify.cases
 
 
