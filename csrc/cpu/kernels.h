@@ -39,77 +39,51 @@ struct Partial {
 template <class T>
 using Counter = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
 
-// A piece of a run on its way: new states and base steps, before anything is stored. It stays in the first-level cache.
-constexpr std::int64_t block_length = 512;
+// Elements that are advanced together before anything is stored. Their new states stay in the first-level cache.
+constexpr std::int64_t block_length = 1024;
 
 template <class Formula, class T>
-struct Block {
-  alignas(64) T step[block_length];
-  alignas(64) T states[max_states][block_length];
+struct NewStates {
+  alignas(64) T of[Formula::n_states > 0 ? Formula::n_states : 1][block_length];
 };
 
-// What is done about numbers that are not finite. `Watch` only notices them, at one addition each: x * 0 is 0 where x
-// is finite, else NaN. `Clean` takes 0 in their place.
+// What is done about numbers that are not finite, element by element. `Watch` only notices: the sum of an element's
+// numbers is not finite if one of them is (or if they are huge, in which case looking again does no harm).
 template <class T>
 struct Watch {
-  T trouble = 0;
+  using Trouble = T;
+  T sum = 0;
   LAYCA_INLINE T operator()(T x) {
-    trouble += x * T(0);
+    sum += x;
     return x;
   }
+  LAYCA_INLINE Trouble trouble() const { return sum * T(0); }
 };
 
+// `Clean` takes 0 in their place, and counts the element.
 template <class T>
 struct Clean {
-  Counter<T> trouble = 0;
+  using Trouble = Counter<T>;
+  Counter<T> broken = 0;
   LAYCA_INLINE T operator()(T x) {
-    const Counter<T> broken = is_finite(x) ? 0 : 1;
-    trouble |= broken;
-    return broken == 0 ? x : T(0);
+    const Counter<T> is_broken = is_finite(x) ? 0 : 1;
+    broken |= is_broken;
+    return is_broken == 0 ? x : T(0);
   }
+  LAYCA_INLINE Trouble trouble() const { return broken; }
 };
 
-// New states and base step of element `start + i`, into place i of the block.
-template <class Check, class Formula, class T>
-LAYCA_INLINE auto advance_element(const Run<T>& run, std::int64_t start, std::int64_t i, Block<Formula, T>& block) {
-  Check check;
-  T state[max_states] = {};
-  for (int k = 0; k < Formula::n_states; ++k) state[k] = run.states[k][start + i];
-  const T grad = check(run.grad_scale * run.grad[start + i]);
-  Formula::advance(grad, state, run.options);
-  for (int k = 0; k < Formula::n_states; ++k) block.states[k][i] = state[k] = check(state[k]);
-  block.step[i] = check(Formula::step(grad, state, run.options));
-  return check.trouble;
-}
+// A lane for each residue of the elements' index, so that every instruction set adds in the same order.
+constexpr int lanes = 16;
 
-// New states and base steps of `length` elements from `start`; the sum of their troubles.
-template <class Check, class Formula, class T>
-LAYCA_INLINE auto advance_block(const Run<T>& run, std::int64_t start, std::int64_t length, Block<Formula, T>& block) {
-  decltype(Check::trouble) trouble = 0;
-#pragma omp simd reduction(+ : trouble)
-  for (std::int64_t i = 0; i < length; ++i) trouble += advance_element<Check>(run, start, i, block);
-  return trouble;
-}
-
-// Sums over elements, a lane for each residue of their index, so that every instruction set adds in the same order.
+// The three dots, products and sums in float64.
 struct Sums {
-  static constexpr int lanes = 16;
   double n2[lanes] = {}, d[lanes] = {}, q[lanes] = {};
 
   LAYCA_INLINE void add_product(int lane, double w, double u) {
     n2[lane] += w * w;
     d[lane] += w * u;
     q[lane] += u * u;
-  }
-
-  template <class T>
-  LAYCA_INLINE void add_products(const T* param, const T* step, std::int64_t length) {
-    std::int64_t first = 0;
-    for (; first + lanes <= length; first += lanes) {
-#pragma omp simd
-      for (int lane = 0; lane < lanes; ++lane) add_product(lane, param[first + lane], step[first + lane]);
-    }
-    for (int lane = 0; first + lane < length; ++lane) add_product(lane, param[first + lane], step[first + lane]);
   }
 
   LAYCA_INLINE void add(const Sums& other) {
@@ -134,25 +108,58 @@ struct Sums {
   }
 };
 
-// Advance the states of one tile (modified in place) and sum up its dots, products and sums in float64.
+// New states of element `start + i`, into place i of `states`, and its part of the sums.
+template <class Check, class Formula, class T>
+LAYCA_INLINE auto advance_element(const Run<T>& run, std::int64_t start, std::int64_t i, int lane,
+                                  NewStates<Formula, T>& states, Sums& sums) {
+  Check check;
+  T state[max_states] = {};
+  for (int k = 0; k < Formula::n_states; ++k) state[k] = run.states[k][start + i];
+  const T grad = check(run.grad_scale * run.grad[start + i]);
+  Formula::advance(grad, state, run.options);
+  for (int k = 0; k < Formula::n_states; ++k) states.of[k][i] = state[k] = check(state[k]);
+  sums.add_product(lane, run.param[start + i], check(Formula::step(grad, state, run.options)));
+  return check.trouble();
+}
+
+// New states and sums of `length` elements from `start`; the sum of the elements' troubles.
+template <class Check, class Formula, class T>
+LAYCA_INLINE auto advance_block(const Run<T>& run, std::int64_t start, std::int64_t length,
+                                NewStates<Formula, T>& states, Sums& sums) {
+  typename Check::Trouble trouble[lanes] = {}, total = 0;
+  std::int64_t first = 0;
+  for (; first + lanes <= length; first += lanes) {
+#pragma omp simd
+    for (int lane = 0; lane < lanes; ++lane) {
+      trouble[lane] += advance_element<Check>(run, start, first + lane, lane, states, sums);
+    }
+  }
+  for (int lane = 0; first + lane < length; ++lane) {
+    trouble[lane] += advance_element<Check>(run, start, first + lane, lane, states, sums);
+  }
+  for (int lane = 0; lane < lanes; ++lane) total += trouble[lane];
+  return total;
+}
+
+// Advance the states of one tile (modified in place) and sum up its dots.
 template <class Formula, class T>
 LAYCA_CLONES Partial measure_run(const Run<T>& arguments) {
   const Run<T> run = arguments;
-  Block<Formula, T> block;
+  NewStates<Formula, T> states;
   Sums sums;
   std::int64_t non_finite = 0;
   for (std::int64_t start = 0; start < run.length; start += block_length) {
     const std::int64_t length = run.length - start < block_length ? run.length - start : block_length;
-    // Cleaning takes three times as long as noticing, and is hardly ever needed.
-    if (advance_block<Watch<T>>(run, start, length, block) != 0) {
-      non_finite += advance_block<Clean<T>>(run, start, length, block);
+    // Summing block by block keeps the rounding error near that of a single addition.
+    Sums block_sums;
+    // Cleaning takes longer than watching, and is hardly ever needed.
+    if (advance_block<Watch<T>>(run, start, length, states, block_sums) != 0) {
+      block_sums = Sums();
+      non_finite += advance_block<Clean<T>>(run, start, length, states, block_sums);
     }
     for (int k = 0; k < Formula::n_states; ++k) {
-      std::memcpy(run.states[k] + start, block.states[k], static_cast<std::size_t>(length) * sizeof(T));
+      std::memcpy(run.states[k] + start, states.of[k], static_cast<std::size_t>(length) * sizeof(T));
     }
-    // Summing block by block keeps rounding errors near those of a single addition.
-    Sums block_sums;
-    block_sums.add_products(run.param + start, block.step, length);
     sums.add(block_sums);
   }
   return {sums.total(), non_finite};
@@ -168,20 +175,26 @@ LAYCA_INLINE T step_again(const Run<T>& run, std::int64_t i) {
   return clean(Formula::step(grad, state, run.options));
 }
 
-// The sum of (u - c*w)^2, in float64, a lane for each residue of the index.
+// (u - c*w)^2 of element i, in float64.
+template <class Formula, class T>
+LAYCA_INLINE double orthogonal_square_of(const Run<T>& run, std::int64_t i, double c) {
+  const double w = run.param[i], u = step_again<Formula>(run, i);
+  return (u - c * w) * (u - c * w);
+}
+
+// The sum of (u - c*w)^2 over a run.
 template <class Formula, class T>
 LAYCA_CLONES double orthogonal_square_of_run(const Run<T>& arguments, double c) {
-  constexpr int lanes = Sums::lanes;
   const Run<T> run = arguments;
-  double sums[lanes] = {};
-  for (std::int64_t first = 0; first < run.length; first += lanes) {
-    const int length = static_cast<int>(run.length - first < lanes ? run.length - first : lanes);
-    for (int lane = 0; lane < length; ++lane) {
-      const double w = run.param[first + lane], u = step_again<Formula>(run, first + lane);
-      sums[lane] += (u - c * w) * (u - c * w);
-    }
+  double sums[lanes] = {}, total = 0;
+  std::int64_t first = 0;
+  for (; first + lanes <= run.length; first += lanes) {
+#pragma omp simd
+    for (int lane = 0; lane < lanes; ++lane) sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
   }
-  double total = 0;
+  for (int lane = 0; first + lane < run.length; ++lane) {
+    sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
+  }
   for (const double sum : sums) total += sum;
   return total;
 }

@@ -31,7 +31,9 @@ void Runner::measure(int threads) {
 }
 
 void Runner::coefficients() {
-  for (std::int64_t layer = 0; layer < batch_.n_layers; ++layer) compute_coefficients(batch_, kernels_, layer);
+  in_parallel(1, [&](int) {
+    for (std::int64_t layer = 0; layer < batch_.n_layers; ++layer) compute_coefficients(batch_, kernels_, layer);
+  });
 }
 
 void Runner::rotate(int threads) {
