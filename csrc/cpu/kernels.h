@@ -74,7 +74,7 @@ struct Clean {
 };
 
 // A lane for each residue of the elements' index, so that every instruction set adds in the same order.
-constexpr int lanes = 16;
+constexpr int lanes = 8;
 
 // The three dots, products and sums in float64.
 struct Sums {

@@ -79,17 +79,15 @@ inline void compute_coefficients(const Batch& batch, const Kernels& kernels, std
   row[Coefficient::MODE] = turn.mode;
 }
 
-// Apply a layer's coefficients to its tiles [first, last), the last first: those are the ones still in cache.
+// Apply a layer's coefficients to its tiles [first, last).
 inline void rotate_tiles(const Batch& batch, const Kernels& kernels, std::int64_t layer, std::int64_t first,
                          std::int64_t last) {
   const double* const row = batch.coefficients + layer * Coefficient::WIDTH;
   const LayerSpan span = layer_span(batch, layer);
   if (row[Coefficient::MODE] == Mode::KEEP || !span.tensor.has_grad()) return;
   const Rotation turn{row[Coefficient::A], row[Coefficient::B], row[Coefficient::C], row[Coefficient::MODE], 0};
-  for (std::int64_t tile = last - 1; tile >= first; --tile) {
-    const std::int64_t start = tile * batch.tile;
-    kernels.rotate(span.tensor, turn, span.offset + start, std::min(batch.tile, span.length - start));
-  }
+  const std::int64_t start = first * batch.tile, end = std::min(last * batch.tile, span.length);
+  kernels.rotate(span.tensor, turn, span.offset + start, end - start);
 }
 
 }  // namespace layca::cpu

@@ -122,7 +122,8 @@ void Runner::step_on_one_thread(int thread) {
   }
 }
 
-// The last measured first: it is the likeliest to be still in cache.
+// The last measured first: it is the likeliest to be still in cache. Only pieces go backwards: within one, addresses
+// must ascend for the processor to fetch ahead.
 void Runner::rotate_own_pieces(const LargeLayer& large, int thread) const {
   for (std::int64_t piece = large.last_piece - 1; piece >= large.first_piece; --piece) {
     if (owners_[piece] == thread) rotate_piece(plan_.pieces[piece]);

@@ -24,7 +24,7 @@ OLDEST = (3, 3)
 TILE, TILE_WARPS = 2048, 8
 
 #: Tiles that finish adds up at a time: layers of up to 2 million elements cost it one round trip to memory.
-FINISH_BLOCK, FINISH_WARPS = 1024, 4
+FINISH_BLOCK, FINISH_WARPS = 1024, 8
 
 
 @dataclass(frozen=True)
