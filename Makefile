@@ -28,7 +28,7 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## make .venv and install layca_fast with its development tools into it
 
-demo: $(STAMP)  ## train on real MNIST digits with SGD and with FusedLayca; a table and a figure (about 3 minutes)
+demo: $(STAMP)  ## train on real MNIST digits with SGD and with FusedLayca; a table and a figure (about a minute)
 	@echo "==> Running the demo"
 	@$(RUN) layca_fast demo $(ARGS)
 

@@ -68,9 +68,9 @@ def providers(device: torch.device) -> list[Provider]:
     layca = [name for name in ("cuda", "triton", "cpu", "torch") if _native(name, device)]
     return [
         Provider("SGD fused", 20, _sgd(fused=True)),
-        Provider("SGD foreach", 36, _sgd(foreach=True)),
+        Provider("SGD foreach", 32, _sgd(foreach=True)),
         *(Provider(f"FusedLayca {name}", 28, _layca(name)) for name in layca),
-        Provider("Layca by hand", 128, _four_operations),
+        Provider("Layca by hand", 104, _four_operations),
     ]
 
 

@@ -60,12 +60,13 @@ LAYCA_HOST_DEVICE inline Rotation rotation(const Dots& dots, double sigma2, doub
   const double n = sqrt(dots.n2);
   const double sigma = sqrt(sigma2 > 0 ? sigma2 : 0);
   // A NaN compares false everywhere here, so a layer with a non-finite dot never moves.
-  const bool moves = lr > 0 && dots.n2 > 0 && is_finite(dots.n2) && sigma > smallest_sine * sqrt(dots.q);
+  const double grow2 = 1 + lr * lr;
+  const bool moves = lr > 0 && is_finite(grow2) && dots.n2 > 0 && is_finite(dots.n2) && sigma > smallest_sine * sqrt(dots.q);
   if (!moves) return keep_rotation(radius);
 
   const bool unset = radius == 0;
   const double target = current || unset ? n : radius;
-  const double grow2 = 1 + lr * lr, shrink = target / sqrt(grow2);
+  const double shrink = target / sqrt(grow2);
   const double k = shrink / n, b = -lr * shrink / sigma, c = dots.d / (n * n);
   // The norm of b*u, in radii, is the sine of the commanded angle over the sine between w and u.
   const bool cancels = is_nearly_parallel(sigma2, dots.q) || sigma2 * grow2 < lr * lr * dots.q;

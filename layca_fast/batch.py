@@ -154,8 +154,6 @@ class Batch:
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
         self._home = scalar_device(self.device)
-        self._memory = self._where()
-
         self.n_layers = sum(slot.layers for slot in self.slots)
         self.dots = torch.zeros(self.n_layers, 3, dtype=torch.float64, device=self._home)
         self.coefficients = torch.zeros(self.n_layers, Coefficient.WIDTH, dtype=torch.float64, device=self._home)
@@ -179,13 +177,25 @@ class Batch:
         table.set_column(Column.FIRST_LAYER, self.first_layers)
         table.set_column(Column.FLAGS, [slot.flags for slot in self.slots])
         table.set_column(Column.RADIUS, [0 if slot.radius is None else slot.radius.data_ptr() for slot in self.slots])
+        table.set_column(Column.PARAM, [param.data_ptr() for param in self.params])
+        for i, states in enumerate(self.states):
+            table.set_column(Column.STATE + i, [state.data_ptr() for state in states])
+
+        radii = [slot.radius for slot in self.slots if slot.radius is not None]
+        self._kept = [*self.params, *(state for states in self.states for state in states), *radii]
+        self._memory = self._where()
 
     def _where(self) -> tuple[list[int], list[tuple[int, ...]], list[torch.Size], list[torch.dtype]]:
-        ps = self.params
-        return [p.data_ptr() for p in ps], [p.stride() for p in ps], [p.shape for p in ps], [p.dtype for p in ps]
+        kept = self._kept
+        return (
+            [t.data_ptr() for t in kept],
+            [t.stride() for t in kept],
+            [t.shape for t in kept],
+            [t.dtype for t in kept],
+        )
 
     def holds(self) -> bool:
-        """Whether the parameters' memory is still what the batch was made for."""
+        """Whether parameters, states and radii lie in memory as they did when the batch was made for them."""
         return self._where() == self._memory
 
     def take_gradients(self) -> None:
@@ -210,10 +220,7 @@ class Batch:
     def refresh(self) -> None:
         """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone)."""
         table = self._tensor_mirror
-        table.set_column(Column.PARAM, self._memory[0])
         table.set_column(Column.GRAD, [0 if grad is None else grad.data_ptr() for grad in self.grads])
-        for i, states in enumerate(self.states):
-            table.set_column(Column.STATE + i, [state.data_ptr() for state in states])
         table.set_column(Column.HYPER, [row + slot.fresh for row, slot in zip(self._rows, self.slots, strict=True)])
         table.push()
         self._refresh_hypers()

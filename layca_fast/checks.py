@@ -118,7 +118,7 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 def find_base(name: Any) -> Base:
     """The base optimizer called ``name``; ValueError with the valid names if there is none."""
-    if name not in BASES:
+    if not isinstance(name, str) or name not in BASES:
         raise ValueError(f"base={name!r} is unknown: choose one of {sorted(BASES)}")
     return BASES[name]
 

@@ -90,11 +90,13 @@ def coefficients(n2, d, q, sigma2, lr, radius, weight_decay, rotates, current):
     n = sqrt(n2)
     sigma = sqrt(where(sigma2 > 0.0, sigma2, 0.0))
     # A NaN compares false everywhere below, so a layer with a non-finite dot never moves.
-    moves = rotates & (lr > 0.0) & (n2 > 0.0) & (n2 - n2 == 0.0) & (sigma > SMALLEST_SINE * sqrt(q))
+    grow2 = 1.0 + lr * lr
+    moves = (
+        rotates & (lr > 0.0) & (grow2 * 0.0 == 0.0) & (n2 > 0.0) & (n2 - n2 == 0.0) & (sigma > SMALLEST_SINE * sqrt(q))
+    )
     target = where(current | (radius == 0.0), n, radius)
     safe_n = where(moves, n, 1.0)
     safe_sigma = where(moves, sigma, 1.0)
-    grow2 = 1.0 + lr * lr
     shrink = target / sqrt(grow2)
     k = shrink / safe_n
     b = -lr * shrink / safe_sigma

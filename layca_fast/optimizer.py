@@ -44,7 +44,8 @@ class FusedLayca(Optimizer):
             3**-5 where it is averaged over steps (paper, section 4).
         base: the optimizer that proposes the direction: "sgd" or "sgd_amom".
         rule: "layca".
-        rotate: which tensors rotate: True, False, or None for those of two or more dimensions.
+        rotate: which tensors rotate: True, False, or None for those of two or more dimensions. A tensor that rotates
+            again after a pause goes back to its old radius; :meth:`reset_radius` forgets it.
         chunks: layers per rotating tensor, as equal slices of its first dimension: 1, a divisor of that dimension, or
             "all" for one layer per slice.
         radius: the norm that a layer is put back to after each step: "initial", its norm before the first step that
@@ -159,15 +160,18 @@ class FusedLayca(Optimizer):
         """Turn every rotating layer that has a gradient by atan(lr); take the base step on the other tensors.
 
         Parameters and state are modified in place; parameters without a gradient are left alone, bit for bit, as all
-        are at lr = 0. ``closure``, if given, is called first with gradients enabled, and its loss returned. Never
-        waits for a GPU, but for the first step of a tensor, which looks for layers whose weights are all zero.
+        are at lr = 0. ``closure``, if given, is called first with gradients enabled, and its loss returned. Does not
+        wait for a GPU, but for the first step of a tensor, which looks for layers whose weights are all zero, and where
+        the GPU is two steps behind.
         """
         loss = None
+        for group in self.param_groups:
+            check_group(group)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            check_group(group)
+            for group in self.param_groups:
+                check_group(group)
         if self._plan is None or self._stale or not self._plan.holds(self.param_groups, self.state):
             self._plan = Plan(self.param_groups, self.state, previous=self._plan)
             self._stale = False

@@ -110,15 +110,8 @@ def _check_norms(members: Sequence[_Member]) -> None:
             by_device.setdefault(member.param.device, []).append(member)
     zero = []
     for group in by_device.values():
-        largest = torch.stack(
-            [
-                member.param.reshape(member.layers, -1).abs().amax(1).min()
-                if member.layers > 1
-                else member.param.abs().max()
-                for member in group
-            ]
-        )
-        zero += [member for member, value in zip(group, largest.tolist(), strict=True) if value == 0]
+        has_zero = torch.stack([(member.param.reshape(member.layers, -1).abs().amax(1) == 0).any() for member in group])
+        zero += [member for member, value in zip(group, has_zero.tolist(), strict=True) if value]
     if zero:
         names = ", ".join(describe(member.label, member.param) for member in zero)
         raise ValueError(
@@ -207,7 +200,7 @@ class Plan:
                 yield batch, slot, slice(first, first + slot.layers)
 
     def _state_ids(self) -> list[int]:
-        return [id(value) for state in self._state.values() for value in state.values()]
+        return [id(value) for state in self._state.values() for value in state.values() if isinstance(value, Tensor)]
 
     def holds(self, groups: Sequence[Mapping[str, Any]], state: State) -> bool:
         """Whether the batches still describe the groups, the state and the memory of the parameters."""

@@ -80,8 +80,10 @@ def angle_tolerance(dtype: torch.dtype, lr: float, n: int) -> float:
 
 def layers_of(tensor: Tensor, chunks: int | str) -> list[Tensor]:
     """The layers of a rotating tensor as flat float64 vectors on the CPU."""
-    count = len(tensor) if chunks == "all" else int(chunks)
-    return [layer.flatten() for layer in tensor.detach().to("cpu", torch.float64, copy=True).chunk(count)]
+    wide = tensor.detach().to("cpu", torch.float64, copy=True)
+    if chunks == 1:
+        return [wide.flatten()]
+    return [layer.flatten() for layer in wide.chunk(len(wide) if chunks == "all" else int(chunks))]
 
 
 def _gradient(param: Tensor, case: Case, turns: bool, generator: torch.Generator) -> Tensor:
@@ -105,7 +107,8 @@ def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Er
     group = optimizer.param_groups[0]
     turns = [rotates(param, group) and param.numel() > 1 for param in params]
     errors = Errors()
-    scales = [0.0] * len(params)
+    chunks = [group["chunks"] if turn else 1 for turn in turns]
+    largest = [[0.0] * len(layers_of(weight, each)) for weight, each in zip(expected, chunks, strict=True)]
     for _ in range(case.steps):
         before = [layers_of(param, group["chunks"]) if turn else [] for param, turn in zip(params, turns, strict=True)]
         for param, weight, state, turn in zip(params, expected, states, turns, strict=True):
@@ -120,11 +123,13 @@ def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Er
             if layers:
                 _add_rotation(errors, case, optimizer, param, layers)
         # The norm of a tensor that does not rotate may pass through zero: it is measured by its largest.
-        scales = [max(scale, float(weight.norm())) for scale, weight in zip(scales, expected, strict=True)]
-    for param, weight, scale in zip(params, expected, scales, strict=True):
-        if param.numel() > 0:
-            distance = float((param.detach().cpu().double() - weight).norm())
-            errors.add("weight", distance / scale, 1e-12 if case.dtype == torch.float64 else 1e-6)
+        for norms, weight, each in zip(largest, expected, chunks, strict=True):
+            norms[:] = map(max, norms, (float(layer.norm()) for layer in layers_of(weight, each)))
+    allowed = 1e-12 if case.dtype == torch.float64 else 1e-6
+    for param, weight, norms, each in zip(params, expected, largest, chunks, strict=True):
+        for ours, theirs, norm in zip(layers_of(param, each), layers_of(weight, each), norms, strict=True):
+            if ours.numel() > 0:
+                errors.add("weight", float((ours - theirs).norm()) / norm, allowed)
     return errors
 
 

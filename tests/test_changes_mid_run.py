@@ -161,6 +161,53 @@ def test_a_parameter_may_move_in_memory(backend: str, move: Move, seed: int) -> 
     assert_close(moved, stayed, move.tolerance)
 
 
+def set_state(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+    def do(tensor: Tensor) -> None:
+        tensor.data = change(tensor.data)
+
+    return do
+
+
+STATE_MOVES = {
+    "copied": set_state(torch.clone),
+    "to shared memory": lambda tensor: tensor.share_memory_(),
+    "to another layout": set_state(lambda data: data.t().contiguous().t() if data.dim() == 2 else data.clone()),
+    "to float64 and back": lambda tensor: set_state(torch.Tensor.double)(tensor),
+}
+
+
+@pytest.mark.parametrize("name", ["momentum_buffer", "radius"])
+@pytest.mark.parametrize("move", STATE_MOVES)
+@every_backend
+def test_state_may_move_in_memory(backend: str, move: str, name: str, seed: int) -> None:
+    """Scripts offload optimizers, or share them between processes, by setting ``.data`` of every state tensor."""
+    params = [parameter(7, 9, backend=backend), parameter(4, 5, backend=backend)]
+    options = {"backend": backend, "momentum": 0.9, "chunks": "all"}
+    moved, stayed = (FusedLayca(each, 0.1, **options) for each in (params, clones(params)))
+    for _ in range(4):
+        grads = random_gradients(params, 1)
+        train(moved, grads)
+        train(stayed, grads)
+        for param in params:
+            STATE_MOVES[move](moved.state[param][name])
+    grads = random_gradients(params, 1)
+    train(moved, grads)
+    train(stayed, grads)
+    assert_close(moved, stayed, 0.0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_doubling_a_radius_doubles_the_layer(backend: str, seed: int) -> None:
+    """A radius set by hand, through its data, is the one that the next step restores."""
+    params = [parameter(7, 9)]
+    optimizer = FusedLayca(params, 0.1, backend=backend)
+    train(optimizer, random_gradients(params, 1))
+    radius = optimizer.state[params[0]]["radius"]
+    radius.data = radius.data * 2
+    train(optimizer, random_gradients(params, 1))
+    assert float(params[0].detach().double().norm()) == pytest.approx(float(radius), rel=1e-6)
+
+
 @every_backend
 def test_a_module_cast_to_float64_trains_on_in_float64(backend: str, seed: int) -> None:
     module = nn.Linear(5, 7).to(parameter(1, backend=backend).device)

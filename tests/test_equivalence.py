@@ -42,6 +42,13 @@ def test_follows_the_reference(backend: str, case: Case, seed: int) -> None:
     assert errors.passed, errors
 
 
+@pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
+def test_interpreted_triton_follows_the_reference_for_50_steps(options: dict[str, object], seed: int) -> None:
+    """As long as the native backends, on few tiles."""
+    errors = compare(Case("50 steps", ((9, 21), (7,)), options, lr=0.03), "triton", torch.device("cpu"), seed)
+    assert errors.passed, errors
+
+
 LARGE = (
     Case("one large tensor", ((1024, 1025),), {"momentum": 0.9}, steps=10),
     Case("one large tensor of float64", ((1024, 1025),), {"momentum": 0.9, "nesterov": True}, torch.float64, 5),

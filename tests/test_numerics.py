@@ -187,6 +187,16 @@ def test_first_momentum_is_undampened_as_in_torch(backend: str, dtype: torch.dty
         torch.testing.assert_close(param, twin, rtol=1e-6, atol=1e-6 if dtype == torch.float32 else 1e-13)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rate_beyond_all_measure_keeps_the_weights(backend: str, seed: int) -> None:
+    """1 + lr^2 overflows: no angle can be computed, and nothing may be written."""
+    params, optimizer = make(backend, lr=1e200, rotate=True)
+    fill_grads(params)
+    before = bits(params)
+    optimizer.step()
+    assert equal(before, bits(params))
+
+
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e36])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_gradients_turn_by_the_right_angle(backend: str, scale: float, seed: int) -> None:
@@ -201,3 +211,16 @@ def test_extreme_gradients_turn_by_the_right_angle(backend: str, scale: float, s
     for old, param in list(zip(before, params, strict=True))[:3]:
         angle = angle_between(old, param.detach().double().flatten())
         assert angle == pytest.approx(math.atan(0.1), rel=1e-6 + 3e-6 / math.sqrt(param.numel()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_zero_layer_is_found_beside_one_with_nan(backend: str, seed: int) -> None:
+    param = torch.randn(4, 5)
+    param[1], param[2, 3] = 0.0, math.nan
+    param.requires_grad_()
+    optimizer = FusedLayca([param], lr=0.1, chunks="all", backend=backend)
+    param.grad = torch.randn(4, 5)
+    before = bits([param])
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 .*rotate=False"):
+        optimizer.step()
+    assert equal(before, bits([param]))

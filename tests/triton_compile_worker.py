@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from layca_fast.backends.triton_ import TILE, Launch, finish_launch, measure_launch, rotate_launch
 from layca_fast.bases import BASES, FORMULAS
 from layca_fast.batch import Batch, Slot
+from layca_fast.verify import BASE_OPTIONS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -27,21 +28,20 @@ TARGETS = {
 }
 DTYPES = (torch.float32, torch.float64)
 POINTERS = {torch.int64: "*i64", torch.float64: "*fp64"}
-OPTIONS = ({}, {"momentum": 0.0}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True})
 
 
 def batch_of(name: str, dtype: torch.dtype) -> Batch:
     """A batch that the formula called ``name`` runs on."""
-    for base in BASES.values():
-        for options in OPTIONS:
-            group = {**base.options, **options, "lr": 0.1, "weight_decay": 0.0, "maximize": False, "radius": "initial"}
-            if base.formula(group).name == name:
-                param = torch.zeros(8, 8, dtype=dtype)
-                states = tuple(torch.zeros_like(param) for _ in FORMULAS[name].states)
-                radius = torch.zeros(1, dtype=torch.float64)
-                slot = Slot(param, group, base, "weight", states, radius, layers=1, dense=True, fresh=False)
-                return Batch(FORMULAS[name], [slot], TILE)
-    raise LookupError(f"none of OPTIONS makes a base run the formula {name!r}: add the options that do")
+    for options in BASE_OPTIONS:
+        base = BASES[options["base"]]
+        group = {**base.options, **options, "lr": 0.1, "weight_decay": 0.0, "maximize": False, "radius": "initial"}
+        if base.formula(group).name == name:
+            param = torch.zeros(8, 8, dtype=dtype)
+            states = tuple(torch.zeros_like(param) for _ in FORMULAS[name].states)
+            radius = torch.zeros(1, dtype=torch.float64)
+            slot = Slot(param, group, base, "weight", states, radius, layers=1, dense=True, fresh=False)
+            return Batch(FORMULAS[name], [slot], TILE)
+    raise LookupError(f"none of verify.BASE_OPTIONS makes a base run the formula {name!r}: add the options that do")
 
 
 def launches() -> Iterator[tuple[str, Launch, dict[str, int]]]:
