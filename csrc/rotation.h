@@ -61,7 +61,8 @@ LAYCA_HOST_DEVICE inline Rotation rotation(const Dots& dots, double sigma2, doub
   const double sigma = sqrt(sigma2 > 0 ? sigma2 : 0);
   // A NaN compares false everywhere here, so a layer with a non-finite dot never moves.
   const double grow2 = 1 + lr * lr;
-  const bool moves = lr > 0 && is_finite(grow2) && dots.n2 > 0 && is_finite(dots.n2) && sigma > smallest_sine * sqrt(dots.q);
+  const bool moves =
+      lr > 0 && is_finite(grow2) && dots.n2 > 0 && is_finite(dots.n2) && sigma > smallest_sine * sqrt(dots.q);
   if (!moves) return keep_rotation(radius);
 
   const bool unset = radius == 0;
