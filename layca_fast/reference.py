@@ -84,7 +84,8 @@ def adam(
     if amsgrad:
         square = torch.maximum(state.get("max_exp_avg_sq", square), square)
         state["max_exp_avg_sq"] = square
-    return mean / ((square / (1 - betas[1] ** state["step"])).sqrt() + eps)
+    step: Tensor = mean / ((square / (1 - betas[1] ** state["step"])).sqrt() + eps)
+    return step
 
 
 BASES: dict[str, Callable[..., Tensor]] = {
