@@ -1,9 +1,10 @@
 """FusedLayca: rotation-controlled optimization for PyTorch (Layca, arXiv 1806.01603)."""
 
 from .backends import backends
+from .groups import LayerGroups, layer_groups
 from .optimizer import FusedLayca
 from .stats import RotationStats
 
-__all__ = ["FusedLayca", "RotationStats", "__version__", "backends"]
+__all__ = ["FusedLayca", "LayerGroups", "RotationStats", "__version__", "backends", "layer_groups"]
 
 __version__ = "0.1.0"

@@ -62,6 +62,18 @@ def recommended_rate(base: Base, group: Options) -> float:
     return RATE_OF_AVERAGE if base.averages(group) else RATE_OF_ONE_STEP
 
 
+def scaled_rate(lr: Any, factor: Any) -> Any:
+    """``lr * factor``, a tensor as a new tensor; at factor 1 ``lr`` itself, so that tensors stay shared.
+
+    Raises TypeError or ValueError for a factor that is no finite number >= 0.
+    """
+    if not isinstance(factor, Real):
+        raise TypeError(f"lr_factor={factor!r}: must be a number")
+    if not (0.0 <= float(factor) < math.inf):
+        raise ValueError(f"lr_factor={factor!r}: must be finite and >= 0; it multiplies the lr of its group")
+    return lr if factor == 1 else lr * float(factor)
+
+
 def _check_range(group: Options, name: str, low: float, high: float, interval: str) -> None:
     value = group[name]
     if not isinstance(value, Real) or not (low <= float(value) < high):

@@ -15,6 +15,9 @@ from .bases import FORMULAS
 from .batch import scalar_device
 from .checks import count_layers, describe, labelled
 
+#: Every group of FusedLayca has all of these. Groups made by layer_groups for another optimizer have some.
+OUR_OPTIONS = {"base", "rule", "rotate"}
+
 #: State that the kernels read; whatever else a checkpoint holds is kept as it is.
 OUR_STATES = {"radius", "step", *(name for formula in FORMULAS.values() for name in formula.states)}
 
@@ -28,8 +31,8 @@ def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Map
 
 
 def is_foreign(saved: Mapping[str, Any]) -> bool:
-    """Whether another optimizer wrote this checkpoint: none of its groups has an option that only ours has."""
-    return all("rotate" not in group for group in saved["param_groups"])
+    """Whether another optimizer wrote this checkpoint: none of its groups has the options that only ours have."""
+    return not any(group.keys() >= OUR_OPTIONS for group in saved["param_groups"])
 
 
 def adopt(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
