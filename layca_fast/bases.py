@@ -135,10 +135,15 @@ def _check_adam(group: Options) -> None:
     _check_truth(group, "amsgrad")
 
 
+#: Every formula that some base runs, by name: what a compiled backend must offer.
+FORMULAS: dict[str, Formula] = {}
+
+
 def _formula(name: str, *states: str, reads_grad: bool, **more: Any) -> Formula:
-    """The formula that ``formulas.py`` has as ``<name>_advance`` and ``<name>_step``."""
+    """The formula that ``formulas.py`` has as ``<name>_advance`` and ``<name>_step``, listed in FORMULAS."""
     advance, step = getattr(formulas, f"{name}_advance"), getattr(formulas, f"{name}_step")
-    return Formula(name, advance, step, states, reads_grad, **more)
+    FORMULAS[name] = Formula(name, advance, step, states, reads_grad, **more)
+    return FORMULAS[name]
 
 
 _SGD = _formula("sgd", reads_grad=True)
@@ -228,9 +233,4 @@ BASES: Mapping[str, Base] = {
             averages=lambda group: True,
         ),
     )
-}
-
-#: Every formula that some base runs, by name: what a compiled backend must offer.
-FORMULAS: Mapping[str, Formula] = {
-    formula.name: formula for formula in (_SGD, _MOMENTUM, _NESTEROV, *_RMSPROP.values(), _ADAGRAD, _ADAM, _AMSGRAD)
 }
