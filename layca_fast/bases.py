@@ -135,6 +135,12 @@ def _check_adam(group: Options) -> None:
     _check_truth(group, "amsgrad")
 
 
+def _check_lion(group: Options) -> None:
+    _check_betas(group)
+    if group["betas"][1] == 0:
+        raise ValueError(f"betas={group['betas']!r}: lion needs a second beta > 0, which keeps the last average")
+
+
 #: Every formula that some base runs, by name: what a compiled backend must offer.
 FORMULAS: dict[str, Formula] = {}
 
@@ -161,6 +167,7 @@ _ADAGRAD = _formula("adagrad", "sum", reads_grad=True, counts_steps=True)
 _OF_ADAM: Mapping[str, Any] = {"reads_grad": False, "counts_steps": True, "prepare": formulas.adam_prepare}
 _ADAM = _formula("adam", "exp_avg", "exp_avg_sq", **_OF_ADAM)
 _AMSGRAD = _formula("adam_amsgrad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", **_OF_ADAM)
+_LION = _formula("lion", "exp_avg", reads_grad=True)
 
 
 def _sgd_formula(group: Options) -> Formula:
@@ -186,6 +193,11 @@ def _adam_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
     beta1, beta2 = map(float, group["betas"])
     logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     return (1.0 - beta1, beta2, 1.0 - beta2, float(group["eps"]), *logs)
+
+
+def _lion_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
+    beta1, beta2 = map(float, group["betas"])
+    return (1.0 - beta2, beta1 / beta2, (1.0 - beta1) - beta1 / beta2 * (1.0 - beta2))
 
 
 BASES: Mapping[str, Base] = {
@@ -230,6 +242,14 @@ BASES: Mapping[str, Base] = {
             formula=lambda group: _AMSGRAD if group["amsgrad"] else _ADAM,
             scalars=_adam_scalars,
             check=_check_adam,
+            averages=lambda group: True,
+        ),
+        Base(
+            "lion",
+            options={"betas": (0.9, 0.99)},
+            formula=lambda group: _LION,
+            scalars=_lion_scalars,
+            check=_check_lion,
             averages=lambda group: True,
         ),
     )
