@@ -1,9 +1,10 @@
 """FusedLayca: rotation-controlled optimization for PyTorch (Layca, arXiv 1806.01603)."""
 
+from .attach import Handle, attach, detach
 from .backends import backends
 from .optimizer import FusedLayca
 from .stats import RotationStats
 
-__all__ = ["FusedLayca", "RotationStats", "__version__", "backends"]
+__all__ = ["FusedLayca", "Handle", "RotationStats", "__version__", "attach", "backends", "detach"]
 
 __version__ = "0.1.0"
