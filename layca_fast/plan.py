@@ -110,7 +110,13 @@ def _check_norms(members: Sequence[_Member]) -> None:
             by_device.setdefault(member.param.device, []).append(member)
     zero = []
     for group in by_device.values():
-        has_zero = torch.stack([(member.param.reshape(member.layers, -1).abs().amax(1) == 0).any() for member in group])
+        # The norm needs no memory for the absolute values.
+        has_zero = torch.stack(
+            [
+                (torch.linalg.vector_norm(member.param.reshape(member.layers, -1), torch.inf, dim=1) == 0).any()
+                for member in group
+            ]
+        )
         zero += [member for member, value in zip(group, has_zero.tolist(), strict=True) if value]
     if zero:
         names = ", ".join(describe(member.label, member.param) for member in zero)
