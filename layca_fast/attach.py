@@ -157,10 +157,11 @@ def attach(
     Memory: one copy of the weights that rotate and may move (frozen ones are not copied), kept between steps, and a
     scratch of at most 2**18 elements per dtype on a CPU, 2**22 on other devices.
 
-    Precision: w_after is stored in the parameter's type, so u carries its rounding: the direction is off by an angle of
-    at most eps/2 * |w|/|u|, eps being 1.2e-7 in float32, and typically 0.4 of that. A base step of 1e-3 of the weights
-    is off by 6e-5 radians at most, one of 1e-6 by 0.06. The angle turned is atan(lr) all the same. ``python -m
-    bench.attach_error`` measures this; the README says what to do about it.
+    Precision: w_after is stored in the parameter's type, so u carries its rounding: its direction is off by an angle of
+    at most eps/2 * |w|/|u|, eps being 1.2e-7 in float32, and on random weights by 0.4 of that: 2.5e-5 radians where the
+    base step is 1e-3 of the weights, 2.5e-2 where it is 1e-6. Elements of u below half a unit in the last place of
+    their weight are lost. The angle turned is atan(lr) all the same. ``python -m bench.attach_error`` measures this;
+    the README says what to do about it.
 
     Weight decay inside the optimizer: a decay that is parallel to w is projected away by rule="layca". So it is with
     decoupled decay (AdamW) and with SGD without momentum. L2 decay that goes through momentum or is divided by a second

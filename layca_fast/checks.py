@@ -39,7 +39,7 @@ def check_parameter(tensor: Tensor, label: str) -> None:
     name = describe(label, tensor)
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
-            f"{name} is a {type(tensor).__name__}: FusedLayca reads plain tensors only; pass the plain tensor inside it"
+            f"{name} is a {type(tensor).__name__}: layca_fast reads plain tensors only; pass the plain tensor inside it"
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor, parameter.to_dense()")
