@@ -1,7 +1,6 @@
-"""Attached optimizers among groups, schedulers, scalers, hooks and changes in the middle of a run; their memory."""
+"""Attached optimizers among groups, schedulers, scalers, hooks and changes in the middle of a run."""
 
 import math
-import weakref
 from typing import Any
 
 import pytest
@@ -10,11 +9,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from layca_fast import attach
-from layca_fast.shadow import BLOCK_ON_CPU
 from layca_fast.verify import angle_between, layers_of
 
 from .support import (
@@ -263,46 +259,3 @@ def test_autograd_notices_the_turn(seed: int) -> None:
     train(optimizer, random_gradients([param], 1))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of the storages that torch's operations make, as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {storage._cdata for storage in self._storages((args, kwargs))}
-        out = func(*args, **(kwargs or {}))
-        for storage in self._storages(out):
-            if storage._cdata not in given | self._known:
-                self._known.add(storage._cdata)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-        return out
-
-    def _storages(self, values: Any) -> list[torch.UntypedStorage]:
-        return [each.untyped_storage() for each in tree_leaves(values) if isinstance(each, Tensor)]
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.remove(key)
-        self.live -= size
-
-
-def test_the_extra_memory_is_one_copy_of_the_rotating_weights(seed: int) -> None:
-    params = [parameter(3 * BLOCK_ON_CPU // 1000, 1000), parameter(700, 900), parameter(2000)]
-    frozen = parameter(1000, 1000).requires_grad_(False)
-    optimizer = SGD([*params, frozen], 0.02, foreach=False)
-    attach(optimizer, backend="cpu")
-    for param in params:
-        param.grad = torch.randn_like(param)
-    rotating = sum(4 * param.numel() for param in params[:2])
-    scratch = 4 * BLOCK_ON_CPU
-    with Allocations() as allocations:
-        for _ in range(3):
-            optimizer.step()
-    # What is left is tables: a row for each tensor and tile.
-    assert rotating <= allocations.live <= allocations.peak <= rotating + scratch + 2**17
