@@ -175,6 +175,46 @@ def test_without_gradient_rate_or_step_the_bits_stay(name: str, seed: int) -> No
     assert same_bits([copy_of(param) for param in params_of(optimizer)], weights)
 
 
+@every_optimizer
+def test_a_first_gradient_that_comes_late_finds_the_optimizers_state_unmade(name: str, seed: int) -> None:
+    """Most optimizers make a parameter's state where it is empty: a radius in it too early would break them."""
+    optimizer = OPTIMIZERS[name](new_params(name), lr=0.03)
+    attach(optimizer)
+    gradients = random_gradients(params_of(optimizer), 3)
+    late = params_of(optimizer)[0]
+    before, norm = layers_of(late, 1)[0], float(late.detach().norm())
+    train(optimizer, [[None, *gradients[0][1:]]])
+    assert torch.equal(before, layers_of(late, 1)[0])
+    assert optimizer.state.get(late, {}).get("radius", torch.zeros(1)).item() == 0
+    train(optimizer, gradients[1:2])
+    assert angle_between(before, layers_of(late, 1)[0]) == pytest.approx(math.atan(0.03), rel=1e-12)
+    assert float(optimizer.state[late]["radius"]) == pytest.approx(norm, rel=1e-12)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(optimizer, gradients[2:])
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_the_exchange_in_blocks_changes_no_bit(block: int, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    params = [
+        *(parameter(*shape) for shape in ((6, 5), (3, 4, 5), (2, 2), (1, 1), (4, 0))),
+        parameter(5, 3, dtype=torch.float64),
+        Parameter(torch.randn(8, 6)[:, ::2]),
+        Parameter(torch.randn(6, 5).t()),
+    ]
+    gradients = random_gradients(params, 3)
+    optimizers = [SGD(clones(params), 0.05, momentum=0.9)]
+    # Clones of strided parameters are dense.
+    optimizers.append(SGD(params, 0.05, momentum=0.9))
+    attach(optimizers[0])
+    monkeypatch.setattr("layca_fast.shadow.BLOCK_ON_CPU", block)
+    attach(optimizers[1])
+    for optimizer in optimizers:
+        train(optimizer, gradients)
+    for ours, theirs in zip(params, params_of(optimizers[0]), strict=True):
+        strided = not ours.detach().is_contiguous()
+        assert relative_distance(ours, theirs) <= 1e-6 if strided else torch.equal(ours, theirs)
+
+
 def test_non_finite_elements_of_the_step_count_as_zero(seed: int) -> None:
     param = parameter(8, 5)
     optimizer, fused = SGD([param], 0.05), FusedLayca(clones([param]), 0.05)
