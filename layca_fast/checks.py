@@ -49,7 +49,7 @@ def check_parameter(tensor: Tensor, label: str) -> None:
     name = describe(label, tensor)
     if _is_wrapper(tensor):
         raise TypeError(
-            f"{name} is a {type(tensor).__name__}: FusedLayca reads plain tensors only; pass the plain tensor inside it"
+            f"{name} is a {type(tensor).__name__}: layca_fast reads plain tensors only; pass the plain tensor inside it"
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor, parameter.to_dense()")
@@ -174,7 +174,8 @@ def have_zero_layers(tensors: Sequence[tuple[Tensor, int]]) -> list[bool]:
     found: dict[torch.device, dict[int, Tensor]] = {}
     for index, (tensor, layers) in enumerate(tensors):
         if tensor.numel() > 0 and tensor.layout == torch.strided and not (tensor.is_meta or _is_wrapper(tensor)):
-            largest = tensor.detach().reshape(layers, -1).abs().amax(1)
+            # The norm needs no memory for the absolute values.
+            largest = torch.linalg.vector_norm(tensor.detach().reshape(layers, -1), torch.inf, dim=1)
             found.setdefault(tensor.device, {})[index] = (largest == 0).any()
     for on_device in found.values():
         for index, value in zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True):

@@ -86,7 +86,8 @@ class _Member:
         if old.shape != (self.layers,):
             raise ValueError(
                 f"the state 'radius' of {describe(self.label, self.param)} has shape {tuple(old.shape)} for "
-                f"{self.layers} layers: call optimizer.reset_radius() after changing chunks"
+                f"{self.layers} layers: call optimizer.reset_radius() after changing chunks (of an optimizer that "
+                "Layca is attached to: del optimizer.state[parameter]['radius'])"
             )
         return old.to(device=home, dtype=torch.float64).contiguous()
 
