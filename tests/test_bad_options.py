@@ -47,8 +47,8 @@ BAD_OPTIONS = (
     BadOption("lr NaN in a tensor", {"lr": torch.tensor(NAN)}, ValueError, rf"lr=tensor\(nan\).*{LR_RANGE}"),
     BadOption("two rates in one tensor", {"lr": torch.ones(2)}, ValueError, r"lr.*\(2,\).*must hold one number"),
     BadOption("lr as text", {"lr": "0.1"}, TypeError, r"lr='0\.1': must be a number"),
-    BadOption("unknown base", {"base": "adamw9"}, ValueError, r"base='adamw9' is unknown.*'sgd', 'sgd_amom'"),
-    BadOption("unknown rule", {"rule": "lamb"}, ValueError, r"rule='lamb' is unknown.*'layca'"),
+    BadOption("unknown base", {"base": "adamw9"}, ValueError, r"base='adamw9' is unknown.*'adam', .*'sgd_amom'"),
+    BadOption("unknown rule", {"rule": "lamb"}, ValueError, r"rule='lamb' is unknown.*'layca', 'hyperball'"),
     BadOption("unknown radius", {"radius": "first"}, ValueError, r"radius='first' is unknown.*'initial', 'current'"),
     BadOption("unknown backend", {"backend": "warp"}, ValueError, r"backend='warp' is unknown.*'auto'.*'cpu'.*'torch'"),
     BadOption("rotate as text", {"rotate": "yes"}, ValueError, r"rotate='yes': must be True, False, or None"),
@@ -80,6 +80,37 @@ BAD_OPTIONS = (
         ValueError,
         r"momentum=1\.0: must be a number in \[0, 1\)",
     ),
+    *(
+        BadOption(f"{base} with betas {betas}", {"base": base, "betas": betas}, ValueError, message)
+        for base in ("adam", "lion")
+        for betas, message in (
+            ((1.0, 0.9), r"betas=\(1\.0, 0\.9\): must be two numbers in \[0, 1\)"),
+            ((0.9, -0.1), r"betas=\(0\.9, -0\.1\): must be two numbers"),
+            ((0.9, NAN), r"betas=\(0\.9, nan\): must be two numbers"),
+            ((0.9,), r"betas=\(0\.9,\): must be two numbers"),
+            (0.9, r"betas=0\.9: must be two numbers"),
+            (("0.9", 0.9), r"betas=\('0\.9', 0\.9\): must be two numbers"),
+        )
+    ),
+    *(
+        BadOption(f"{base} with eps {eps}", {"base": base, "eps": eps}, ValueError, rf"eps={eps}: .*\[0, inf\)")
+        for base in ("adam", "rmsprop", "adagrad")
+        for eps in (-1e-8, NAN, INF)
+    ),
+    BadOption("lion that forgets", {"base": "lion", "betas": (0.9, 0.0)}, ValueError, r"betas=.*second beta > 0"),
+    BadOption("amsgrad as text", {"base": "adam", "amsgrad": "no"}, ValueError, r"amsgrad='no': must be True or False"),
+    BadOption("alpha of 1", {"base": "rmsprop", "alpha": 1.0}, ValueError, r"alpha=1\.0: must be a number in \[0, 1\)"),
+    BadOption("negative alpha", {"base": "rmsprop", "alpha": -0.1}, ValueError, r"alpha=-0\.1: .*\[0, 1\)"),
+    BadOption(
+        "centered as number", {"base": "rmsprop", "centered": 2}, ValueError, r"centered=2: must be True or False"
+    ),
+    BadOption("rmsprop momentum", {"base": "rmsprop", "momentum": -1}, ValueError, r"momentum=-1: .*\[0, inf\)"),
+    BadOption(
+        "negative accumulator",
+        {"base": "adagrad", "initial_accumulator_value": -1.0},
+        ValueError,
+        r"initial_accumulator_value=-1\.0: must be a number in \[0, inf\)",
+    ),
 )
 
 
@@ -89,6 +120,13 @@ OF_ANOTHER_BASE = (
         {"base": "sgd_amom", "nesterov": True},
         TypeError,
         r"nesterov=True is no option of base='sgd_amom' \(it belongs to sgd\): it has \['momentum'\]",
+    ),
+    BadOption(
+        "betas for rmsprop", {"base": "rmsprop", "betas": (0.9, 0.9)}, TypeError, r"betas=.*belongs to adam, lion"
+    ),
+    BadOption("eps for lion", {"base": "lion", "eps": 1e-8}, TypeError, r"eps=1e-08 is no option of base='lion'"),
+    BadOption(
+        "lr_decay", {"base": "adagrad", "lr_decay": 0.1}, TypeError, r"lr_decay=0\.1 .*'initial_accumulator_value'"
     ),
     BadOption(
         "two options of another base",
