@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from layca_fast import FusedLayca
 from layca_fast.backends import load
+from layca_fast.bases import BASES
 
 from .support import (
     contents,
@@ -140,6 +141,12 @@ OF_ANOTHER_BASE = (
 ids = {"ids": lambda case: case.name}
 
 
+def with_the_rest_of_its_base(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group needs beside them, so that it is these that are refused."""
+    base = BASES.get(options.get("base", ""))
+    return {**(base.options if base else {}), **options}
+
+
 @pytest.mark.parametrize("case", BAD_OPTIONS + OF_ANOTHER_BASE, **ids)
 def test_the_constructor_refuses(case: BadOption, seed: int) -> None:
     param = parameter(3, 4)
@@ -165,7 +172,7 @@ def test_a_new_group_is_refused_and_the_run_goes_on(case: BadOption, seed: int) 
 def test_an_option_set_mid_run_is_refused_and_the_run_goes_on(case: BadOption, seed: int) -> None:
     optimizer = running()
     before, good = contents(optimizer), dict(optimizer.param_groups[0])
-    optimizer.param_groups[0].update(case.options)
+    optimizer.param_groups[0].update(with_the_rest_of_its_base(case.options))
     with pytest.raises(case.error, match=case.message):
         optimizer.step()
     assert same_bits(contents(optimizer), before)
@@ -178,7 +185,7 @@ def test_an_option_set_mid_run_is_refused_and_the_run_goes_on(case: BadOption, s
 def test_an_option_set_before_the_first_step_is_refused(case: BadOption, seed: int) -> None:
     param = parameter(3, 4)
     optimizer = FusedLayca([param], 0.1, momentum=0.9, backend="torch")
-    optimizer.param_groups[0].update(case.options)
+    optimizer.param_groups[0].update(with_the_rest_of_its_base(case.options))
     param.grad = torch.randn_like(param)
     before = contents(optimizer)
     with pytest.raises(case.error, match=case.message):
