@@ -27,7 +27,7 @@ TILE, TILE_WARPS = 2048, 8
 PREPARE_BLOCK, PREPARE_WARPS = 128, 4
 
 #: Tiles that finish adds up at a time: layers of up to 2 million elements cost it one round trip to memory.
-FINISH_BLOCK, FINISH_WARPS = 1024, 8
+FINISH_BLOCK, FINISH_WARPS = 1024, 4
 
 
 @dataclass(frozen=True)
