@@ -2,14 +2,54 @@
 //
 // Functions of one element, host and device, equal to those of the same names in layca_fast/formulas.py. `state` is
 // advanced in place; `step` does not depend on the old state, so that the rotate pass can recompute it and no
-// backend stores u. `options` are the scalars that layca_fast/bases.py makes of a param group.
+// backend stores u. `options` are the scalars that layca_fast/bases.py makes of a param group, as `prepare` makes them
+// fit this step, where the formula counts its steps.
 #pragma once
 
+#include <cmath>
+
+#include "batch.h"
 #include "portable.h"
+#include "rotation.h"
 
 namespace layca {
 
-struct Sgd {
+struct Uncounted {
+  static constexpr bool counts_steps = false;
+};
+
+struct Counted {
+  static constexpr bool counts_steps = true;
+
+  static LAYCA_INLINE void prepare(double, const double* group, double* options) {
+    for (int k = 0; k < max_options; ++k) options[k] = group[k];
+  }
+};
+
+template <class T>
+LAYCA_INLINE T square_root(T x) {
+  using std::sqrt;
+  return sqrt(x);
+}
+
+template <class T>
+LAYCA_INLINE T finite_or_zero(T x) {
+  return is_finite(x) ? x : T(0);
+}
+
+// Not (1 - weight)*mean + weight*x: in float32 the two factors do not add up to 1.
+template <class T>
+LAYCA_INLINE T running_mean(T mean, T x, T weight) {
+  return mean + weight * (x - mean);
+}
+
+// torch's form, so that its roundings are ours, too.
+template <class T>
+LAYCA_INLINE T running_square(T mean, T x, T keep, T weight) {
+  return keep * mean + weight * (x * x);
+}
+
+struct Sgd : Uncounted {
   static constexpr const char* name = "sgd";
   static constexpr int n_states = 0;
   static constexpr bool reads_grad = true;
@@ -23,7 +63,7 @@ struct Sgd {
   }
 };
 
-struct SgdMomentum {
+struct SgdMomentum : Uncounted {
   static constexpr const char* name = "sgd_momentum";
   static constexpr int n_states = 1;
   static constexpr bool reads_grad = false;
@@ -50,10 +90,87 @@ struct SgdNesterov : SgdMomentum {
   }
 };
 
+// States: square_avg, then grad_avg if centered, then momentum_buffer if there is momentum.
+template <bool centered, bool momentum>
+struct RmsProp : Counted {
+  static constexpr const char* name = centered   ? momentum ? "rmsprop_centered_momentum" : "rmsprop_centered"
+                                      : momentum ? "rmsprop_momentum"
+                                                 : "rmsprop";
+  static constexpr int n_states = 1 + centered + momentum;
+  static constexpr bool reads_grad = !momentum;
+
+  template <class T>
+  static LAYCA_INLINE void advance(T grad, T* state, const T* options) {
+    state[0] = running_square(state[0], grad, options[0], options[1]);
+    if (centered) state[1] = running_mean(state[1], grad, options[1]);
+    // What is not finite in a step counts as zero before it enters the buffer, too.
+    if (momentum) {
+      state[n_states - 1] = options[3] * state[n_states - 1] + finite_or_zero(scaled(grad, state, options));
+    }
+  }
+
+  template <class T>
+  static LAYCA_INLINE T step(T grad, const T* state, const T* options) {
+    return momentum ? state[n_states - 1] : scaled(grad, state, options);
+  }
+
+ private:
+  template <class T>
+  static LAYCA_INLINE T scaled(T grad, const T* state, const T* options) {
+    const T spread = centered ? state[0] - state[1] * state[1] : state[0];
+    return grad / (square_root(spread) + options[2]);
+  }
+};
+
+struct Adagrad : Counted {
+  static constexpr const char* name = "adagrad";
+  static constexpr int n_states = 1;
+  static constexpr bool reads_grad = true;
+
+  template <class T>
+  static LAYCA_INLINE void advance(T grad, T* state, const T*) {
+    state[0] += grad * grad;
+  }
+
+  template <class T>
+  static LAYCA_INLINE T step(T grad, const T* state, const T* options) {
+    return grad / (square_root(state[0]) + options[0]);
+  }
+};
+
+// States: exp_avg, exp_avg_sq, then max_exp_avg_sq under amsgrad.
+template <bool amsgrad>
+struct Adam : Counted {
+  static constexpr const char* name = amsgrad ? "adam_amsgrad" : "adam";
+  static constexpr int n_states = amsgrad ? 3 : 2;
+  static constexpr bool reads_grad = false;
+
+  static LAYCA_INLINE void prepare(double count, const double* group, double* options) {
+    using std::exp;
+    using std::sqrt;
+    Counted::prepare(count, group, options);
+    options[4] = 1 / (1 - exp(count * group[4]));
+    options[5] = 1 / sqrt(1 - exp(count * group[5]));
+  }
+
+  template <class T>
+  static LAYCA_INLINE void advance(T grad, T* state, const T* options) {
+    state[0] = running_mean(state[0], grad, options[0]);
+    state[1] = running_square(state[1], grad, options[1], options[2]);
+    if (amsgrad) state[2] = state[1] > state[2] ? state[1] : state[2];
+  }
+
+  template <class T>
+  static LAYCA_INLINE T step(T, const T* state, const T* options) {
+    return state[0] * options[4] / (square_root(state[n_states - 1]) * options[5] + options[3]);
+  }
+};
+
 template <class... Formula>
 struct FormulaList {};
 
 // Every formula; a compiled backend instantiates its kernels for each of them.
-using Formulas = FormulaList<Sgd, SgdMomentum, SgdNesterov>;
+using Formulas = FormulaList<Sgd, SgdMomentum, SgdNesterov, RmsProp<false, false>, RmsProp<true, false>,
+                             RmsProp<false, true>, RmsProp<true, true>, Adagrad, Adam<false>, Adam<true>>;
 
 }  // namespace layca

@@ -8,20 +8,22 @@
 
 namespace layca {
 
-constexpr int max_states = 2, max_options = 5;
+constexpr int max_states = 3, max_options = 6;
 
 // Columns of the tensor table, int64. Pointers are addresses; 0 stands for "none".
 struct Column {
   enum : int {
     PARAM = 0,
-    GRAD = 1,   // 0: no gradient this step, the tensor is left alone
-    STATE = 2,  // max_states columns, in the formula's order
-    RADIUS = STATE + max_states,
+    GRAD = 1,                   // 0: no gradient this step, the tensor is left alone
+    STATE = 2,                  // max_states columns, in the formula's order
+    STEP = STATE + max_states,  // float32, the number of steps taken; 0 where the formula does not count them
+    RADIUS,                     // float64, one per layer; 0 where the tensor does not rotate
     NUMEL,
     LAYERS,       // equal slices of the tensor, one layer each
     FIRST_LAYER,  // row in dots, coefficients and counts
     HYPER,        // row in the hyperparameter table
     FLAGS,
+    RULE,
     WIDTH
   };
 };
@@ -56,24 +58,28 @@ struct Coefficient {
   enum : int { A = 0, B, C, MODE, WIDTH };
 };
 
-// The tables of one batch. `partials` (tiles, 3) and `partial_counts` (tiles) are scratch.
+// The tables of one batch. `partials` (tiles, 3) and `partial_counts` (tiles) are scratch. `step_options` (tensors,
+// max_options) are this step's options of every tensor, or null where the formula does not count its steps.
 struct Batch {
   const std::int64_t* tensors;
   const double* hypers;
+  double* step_options;
   const std::int64_t* layers;
   double* dots;
   double* coefficients;
   std::int64_t* counts;
   double* partials;
   std::int64_t* partial_counts;
+  std::int64_t n_tensors;
   std::int64_t n_layers;
   std::int64_t tile;
 };
 
-// One row of the tensor table with its row of hyperparameters.
+// One row of the tensor table with its row of hyperparameters and its options in this step.
 struct TensorRow {
   const std::int64_t* columns;
   const double* hyper;
+  const double* options;
 
   template <class T>
   LAYCA_HOST_DEVICE T* pointer(int column) const {
@@ -82,6 +88,13 @@ struct TensorRow {
   LAYCA_HOST_DEVICE bool has_grad() const { return columns[Column::GRAD] != 0; }
   LAYCA_HOST_DEVICE bool flag(int bit) const { return (columns[Column::FLAGS] & bit) != 0; }
 };
+
+LAYCA_HOST_DEVICE inline TensorRow tensor_row(const Batch& batch, std::int64_t tensor) {
+  const std::int64_t* columns = batch.tensors + tensor * Column::WIDTH;
+  const double* hyper = batch.hypers + columns[Column::HYPER] * Hyper::WIDTH;
+  const double* options = batch.step_options ? batch.step_options + tensor * max_options : hyper + Hyper::OPTION;
+  return {columns, hyper, options};
+}
 
 // One layer: a slice of a tensor, in elements from the tensor's first, and its tiles.
 struct LayerSpan {
@@ -92,12 +105,9 @@ struct LayerSpan {
 
 LAYCA_HOST_DEVICE inline LayerSpan layer_span(const Batch& batch, std::int64_t layer) {
   const std::int64_t* row = batch.layers + layer * Layer::WIDTH;
-  const std::int64_t* columns = batch.tensors + row[Layer::TENSOR] * Column::WIDTH;
-  const std::int64_t length = columns[Column::NUMEL] / columns[Column::LAYERS];
-  return {{columns, batch.hypers + columns[Column::HYPER] * Hyper::WIDTH},
-          (layer - columns[Column::FIRST_LAYER]) * length,
-          length,
-          row[Layer::FIRST_TILE],
+  const TensorRow tensor = tensor_row(batch, row[Layer::TENSOR]);
+  const std::int64_t length = tensor.columns[Column::NUMEL] / tensor.columns[Column::LAYERS];
+  return {tensor, (layer - tensor.columns[Column::FIRST_LAYER]) * length, length, row[Layer::FIRST_TILE],
           row[Layer::TILES]};
 }
 

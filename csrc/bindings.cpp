@@ -24,19 +24,21 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-std::unique_ptr<cpu::Runner> make_view(Address tensors, Address hypers, Address layers, Address dots,
-                                       Address coefficients, Address counts, Address partials, Address partial_counts,
-                                       std::int64_t n_layers, std::int64_t tile, const std::string& formula,
-                                       const std::string& dtype) {
+std::unique_ptr<cpu::Runner> make_view(Address tensors, Address hypers, Address step_options, Address layers,
+                                       Address dots, Address coefficients, Address counts, Address partials,
+                                       Address partial_counts, std::int64_t n_tensors, std::int64_t n_layers,
+                                       std::int64_t tile, const std::string& formula, const std::string& dtype) {
   Batch batch{};
   batch.tensors = pointer<const std::int64_t>(tensors);
   batch.hypers = pointer<const double>(hypers);
+  batch.step_options = pointer<double>(step_options);
   batch.layers = pointer<const std::int64_t>(layers);
   batch.dots = pointer<double>(dots);
   batch.coefficients = pointer<double>(coefficients);
   batch.counts = pointer<std::int64_t>(counts);
   batch.partials = pointer<double>(partials);
   batch.partial_counts = pointer<std::int64_t>(partial_counts);
+  batch.n_tensors = n_tensors;
   batch.n_layers = n_layers;
   batch.tile = tile;
   return std::make_unique<cpu::Runner>(batch, formula, dtype);
@@ -51,9 +53,9 @@ Columns columns() {
   return {
       {"Column",
        {LAYCA_COLUMN(Column, PARAM), LAYCA_COLUMN(Column, GRAD), LAYCA_COLUMN(Column, STATE),
-        LAYCA_COLUMN(Column, RADIUS), LAYCA_COLUMN(Column, NUMEL), LAYCA_COLUMN(Column, LAYERS),
-        LAYCA_COLUMN(Column, FIRST_LAYER), LAYCA_COLUMN(Column, HYPER), LAYCA_COLUMN(Column, FLAGS),
-        LAYCA_COLUMN(Column, WIDTH)}},
+        LAYCA_COLUMN(Column, STEP), LAYCA_COLUMN(Column, RADIUS), LAYCA_COLUMN(Column, NUMEL),
+        LAYCA_COLUMN(Column, LAYERS), LAYCA_COLUMN(Column, FIRST_LAYER), LAYCA_COLUMN(Column, HYPER),
+        LAYCA_COLUMN(Column, FLAGS), LAYCA_COLUMN(Column, RULE), LAYCA_COLUMN(Column, WIDTH)}},
       {"Flag", {LAYCA_COLUMN(Flag, ROTATES), LAYCA_COLUMN(Flag, CURRENT)}},
       {"Hyper",
        {LAYCA_COLUMN(Hyper, LR), LAYCA_COLUMN(Hyper, WEIGHT_DECAY), LAYCA_COLUMN(Hyper, GRAD_SCALE),
@@ -86,9 +88,10 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("columns") = layca::columns();
 
   py::class_<Runner>(module, "BatchView", py::module_local())
-      .def(py::init(&layca::make_view), py::kw_only(), py::arg("tensors"), py::arg("hypers"), py::arg("layers"),
-           py::arg("dots"), py::arg("coefficients"), py::arg("counts"), py::arg("partials"), py::arg("partial_counts"),
-           py::arg("n_layers"), py::arg("tile"), py::arg("formula"), py::arg("dtype"))
+      .def(py::init(&layca::make_view), py::kw_only(), py::arg("tensors"), py::arg("hypers"), py::arg("step_options"),
+           py::arg("layers"), py::arg("dots"), py::arg("coefficients"), py::arg("counts"), py::arg("partials"),
+           py::arg("partial_counts"), py::arg("n_tensors"), py::arg("n_layers"), py::arg("tile"), py::arg("formula"),
+           py::arg("dtype"))
       .def("measure", &Runner::measure, py::arg("threads"), without_gil)
       .def("coefficients", &Runner::coefficients, without_gil)
       .def("rotate", &Runner::rotate, py::arg("threads"), without_gil)

@@ -23,6 +23,17 @@ struct Dots {
   double n2, d, q;  // <w,w>, <w,u>, <u,u>
 };
 
+// Where a rule puts the new weights in the plane of weights and step: so far along w and so far against the part of u
+// that is orthogonal to it. Only the direction matters.
+struct Turn {
+  double along, across;
+};
+
+// Numbers of the rules, as the tensor table has them.
+struct Rule {
+  enum : int { LAYCA = 0, HYPERBALL = 1 };
+};
+
 struct Rotation {
   double a, b, c, mode;
   double radius;  // the radius state after this step
@@ -53,24 +64,36 @@ LAYCA_HOST_DEVICE inline double orthogonal_square(const Dots& dots) { return dot
 // Whether sigma^2 from the dots has lost digits to cancellation: see layca_fast/formulas.py `is_nearly_parallel`.
 LAYCA_HOST_DEVICE inline bool is_nearly_parallel(double sigma2, double q) { return sigma2 < nearly_parallel_sine2 * q; }
 
-// A rotating layer: turned by atan(lr) towards -u, onto the sphere of its radius (0: not yet set) or, with
+// Turn by atan(lr).
+LAYCA_HOST_DEVICE inline Turn layca(double lr) { return {1, lr}; }
+
+// w - lr*n*u/|u|, without projection: layca_fast/formulas.py `hyperball`.
+LAYCA_HOST_DEVICE inline Turn hyperball(const Dots& dots, double n, double sigma, double lr) {
+  using std::sqrt;
+  const double step_norm = sqrt(dots.q);
+  return {1 - lr * (dots.d / (n * step_norm)), lr * (sigma / step_norm)};
+}
+
+// A rotating layer: turned as its rule says towards -u, onto the sphere of its radius (0: not yet set) or, with
 // `current`, of its norm.
-LAYCA_HOST_DEVICE inline Rotation rotation(const Dots& dots, double sigma2, double lr, double radius, bool current) {
+LAYCA_HOST_DEVICE inline Rotation rotation(const Dots& dots, double sigma2, double lr, double radius, bool current,
+                                           int rule) {
   using std::sqrt;
   const double n = sqrt(dots.n2);
   const double sigma = sqrt(sigma2 > 0 ? sigma2 : 0);
   // A NaN compares false everywhere here, so a layer with a non-finite dot never moves.
-  const double grow2 = 1 + lr * lr;
   const bool moves =
-      lr > 0 && is_finite(grow2) && dots.n2 > 0 && is_finite(dots.n2) && sigma > smallest_sine * sqrt(dots.q);
+      lr > 0 && is_finite(lr * lr) && dots.n2 > 0 && is_finite(dots.n2) && sigma > smallest_sine * sqrt(dots.q);
   if (!moves) return keep_rotation(radius);
 
   const bool unset = radius == 0;
   const double target = current || unset ? n : radius;
-  const double shrink = target / sqrt(grow2);
-  const double k = shrink / n, b = -lr * shrink / sigma, c = dots.d / (n * n);
-  // The norm of b*u, in radii, is the sine of the commanded angle over the sine between w and u.
-  const bool cancels = is_nearly_parallel(sigma2, dots.q) || sigma2 * grow2 < lr * lr * dots.q;
+  const Turn turn = rule == Rule::HYPERBALL ? hyperball(dots, n, sigma, lr) : layca(lr);
+  const double reach2 = turn.along * turn.along + turn.across * turn.across;
+  const double shrink = target / sqrt(reach2);
+  const double k = shrink * turn.along / n, b = -shrink * turn.across / sigma, c = dots.d / (n * n);
+  // In radii, b*u is longer than the new weights where across/reach, the sine of the rotation, is more than sigma/|u|.
+  const bool cancels = is_nearly_parallel(sigma2, dots.q) || sigma2 * reach2 < turn.across * turn.across * dots.q;
   const bool out_of_range = -b < smallest_float32_b || -b > largest_float32_b;
   const bool precise = cancels || out_of_range;
   return {precise ? k : k - b * c, b, c, precise ? Mode::PRECISE : Mode::LINEAR, unset && !current ? n : radius};

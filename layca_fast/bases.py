@@ -5,8 +5,8 @@ its row here, in ``formulas.py`` and in ``csrc/base_steps.h``; the rest of the p
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -24,7 +24,9 @@ class Formula:
     """What a backend runs for one (base, flavour): compiled backends look it up by its name.
 
     ``states`` names the state buffers that it reads and writes, in the order of the formula's tuple; ``reads_grad``
-    says whether the base step needs the gradient beside the advanced state, so whether rotate must load it again.
+    says whether the base step needs the gradient beside the advanced state, so whether rotate must load it again;
+    ``counts_steps`` whether torch's optimizer keeps the number of steps in the state ``step``, so ours does;
+    ``prepare`` makes this step's options from that number and the scalars of the group.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Formula:
     step: Callable[..., Any]
     states: tuple[str, ...]
     reads_grad: bool
+    counts_steps: bool = False
+    prepare: Callable[..., Any] = formulas.same_options
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Base:
 
     ``formula(group)`` chooses what runs, ``scalars(group, fresh)`` makes the numbers it takes (``fresh``: the
     tensor's state was created in this very step), ``check(group)`` raises on values out of range, ``averages(group)``
-    says whether the direction is averaged over steps.
+    says whether the direction is averaged over steps, ``starts`` names the option that a new state buffer is filled
+    with, where that is not zero.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Base:
     scalars: Callable[[Options, bool], tuple[float, ...]]
     check: Callable[[Options], None]
     averages: Callable[[Options], bool]
+    starts: Mapping[str, str] = field(default_factory=dict)
 
 
 def recommended_rate(base: Base, group: Options) -> float:
@@ -62,13 +68,32 @@ def _check_range(group: Options, name: str, low: float, high: float, interval: s
         raise ValueError(f"{name}={value!r}: must be a number in {interval}")
 
 
+def _check_truth(group: Options, *names: str) -> None:
+    for name in names:
+        if group[name] not in (True, False):
+            raise ValueError(f"{name}={group[name]!r}: must be True or False")
+
+
+def _check_betas(group: Options) -> None:
+    betas = group["betas"]
+    if (
+        not isinstance(betas, Sequence)
+        or len(betas) != 2
+        or not all(isinstance(beta, Real) and 0.0 <= float(beta) < 1.0 for beta in betas)
+    ):
+        raise ValueError(f"betas={betas!r}: must be two numbers in [0, 1)")
+
+
+def _check_eps(group: Options) -> None:
+    _check_range(group, "eps", 0.0, math.inf, "[0, inf)")
+
+
 def _check_sgd(group: Options) -> None:
     _check_range(group, "momentum", 0.0, math.inf, "[0, inf)")
+    _check_truth(group, "nesterov")
     dampening, nesterov = group["dampening"], group["nesterov"]
     if not isinstance(dampening, Real) or not math.isfinite(dampening):
         raise ValueError(f"dampening={dampening!r}: must be a finite number")
-    if nesterov not in (True, False):
-        raise ValueError(f"nesterov={nesterov!r}: must be True or False")
     if nesterov and (group["momentum"] <= 0 or dampening != 0):
         raise ValueError(
             f"nesterov={nesterov!r} needs momentum > 0 and dampening = 0, not momentum={group['momentum']!r} and "
@@ -80,21 +105,45 @@ def _check_momentum(group: Options) -> None:
     _check_range(group, "momentum", 0.0, 1.0, "[0, 1)")
 
 
-_SGD = Formula("sgd", formulas.sgd_advance, formulas.sgd_step, (), reads_grad=True)
-_MOMENTUM = Formula(
-    "sgd_momentum",
-    formulas.sgd_momentum_advance,
-    formulas.sgd_momentum_step,
-    ("momentum_buffer",),
-    reads_grad=False,
-)
-_NESTEROV = Formula(
-    "sgd_nesterov",
-    formulas.sgd_momentum_advance,
-    formulas.sgd_nesterov_step,
-    ("momentum_buffer",),
-    reads_grad=True,
-)
+def _check_rmsprop(group: Options) -> None:
+    _check_range(group, "alpha", 0.0, 1.0, "[0, 1)")
+    _check_range(group, "momentum", 0.0, math.inf, "[0, inf)")
+    _check_eps(group)
+    _check_truth(group, "centered")
+
+
+def _check_adagrad(group: Options) -> None:
+    _check_range(group, "initial_accumulator_value", 0.0, math.inf, "[0, inf)")
+    _check_eps(group)
+
+
+def _check_adam(group: Options) -> None:
+    _check_betas(group)
+    _check_eps(group)
+    _check_truth(group, "amsgrad")
+
+
+def _formula(name: str, *states: str, reads_grad: bool, **more: Any) -> Formula:
+    """The formula that ``formulas.py`` has as ``<name>_advance`` and ``<name>_step``."""
+    advance, step = getattr(formulas, f"{name}_advance"), getattr(formulas, f"{name}_step")
+    return Formula(name, advance, step, states, reads_grad, **more)
+
+
+_SGD = _formula("sgd", reads_grad=True)
+_MOMENTUM = _formula("sgd_momentum", "momentum_buffer", reads_grad=False)
+_NESTEROV = _formula("sgd_nesterov", "momentum_buffer", reads_grad=True)
+_RMSPROP = {
+    (False, False): _formula("rmsprop", "square_avg", reads_grad=True, counts_steps=True),
+    (True, False): _formula("rmsprop_centered", "square_avg", "grad_avg", reads_grad=True, counts_steps=True),
+    (False, True): _formula("rmsprop_momentum", "square_avg", "momentum_buffer", reads_grad=False, counts_steps=True),
+    (True, True): _formula(
+        "rmsprop_centered_momentum", "square_avg", "grad_avg", "momentum_buffer", reads_grad=False, counts_steps=True
+    ),
+}
+_ADAGRAD = _formula("adagrad", "sum", reads_grad=True, counts_steps=True)
+_OF_ADAM: Mapping[str, Any] = {"reads_grad": False, "counts_steps": True, "prepare": formulas.adam_prepare}
+_ADAM = _formula("adam", "exp_avg", "exp_avg_sq", **_OF_ADAM)
+_AMSGRAD = _formula("adam_amsgrad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", **_OF_ADAM)
 
 
 def _sgd_formula(group: Options) -> Formula:
@@ -109,6 +158,17 @@ def _sgd_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
     # torch.optim.SGD copies the first gradient into the buffer undampened. Our buffer starts as zeros, so
     # weighting that gradient by 1 is the same.
     return (float(group["momentum"]), 1.0 if fresh else 1.0 - group["dampening"])
+
+
+def _rmsprop_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
+    alpha = float(group["alpha"])
+    return (alpha, 1.0 - alpha, float(group["eps"]), float(group["momentum"]))
+
+
+def _adam_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
+    beta1, beta2 = map(float, group["betas"])
+    logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+    return (1.0 - beta1, beta2, 1.0 - beta2, float(group["eps"]), *logs)
 
 
 BASES: Mapping[str, Base] = {
@@ -130,8 +190,35 @@ BASES: Mapping[str, Base] = {
             check=_check_momentum,
             averages=lambda group: True,
         ),
+        Base(
+            "rmsprop",
+            options={"alpha": 0.99, "eps": 1e-8, "momentum": 0.0, "centered": False},
+            formula=lambda group: _RMSPROP[bool(group["centered"]), group["momentum"] != 0],
+            scalars=_rmsprop_scalars,
+            check=_check_rmsprop,
+            averages=lambda group: bool(group["momentum"] != 0),
+        ),
+        Base(
+            "adagrad",
+            options={"eps": 1e-10, "initial_accumulator_value": 0.0},
+            formula=lambda group: _ADAGRAD,
+            scalars=lambda group, fresh: (float(group["eps"]),),
+            check=_check_adagrad,
+            averages=lambda group: False,
+            starts={"sum": "initial_accumulator_value"},
+        ),
+        Base(
+            "adam",
+            options={"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
+            formula=lambda group: _AMSGRAD if group["amsgrad"] else _ADAM,
+            scalars=_adam_scalars,
+            check=_check_adam,
+            averages=lambda group: True,
+        ),
     )
 }
 
 #: Every formula that some base runs, by name: what a compiled backend must offer.
-FORMULAS: Mapping[str, Formula] = {formula.name: formula for formula in (_SGD, _MOMENTUM, _NESTEROV)}
+FORMULAS: Mapping[str, Formula] = {
+    formula.name: formula for formula in (_SGD, _MOMENTUM, _NESTEROV, *_RMSPROP.values(), _ADAGRAD, _ADAM, _AMSGRAD)
+}

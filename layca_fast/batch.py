@@ -16,10 +16,11 @@ from torch import Tensor
 
 from .bases import Base, Formula
 from .checks import check_gradient
+from .formulas import RULES
 from .upload import Mirror
 
-MAX_STATES = 2
-MAX_OPTIONS = 5
+MAX_STATES = 3
+MAX_OPTIONS = 6
 
 
 class Column(IntEnum):
@@ -28,13 +29,15 @@ class Column(IntEnum):
     PARAM = 0
     GRAD = 1  # 0: no gradient this step, the tensor is left alone
     STATE = 2  # MAX_STATES columns, in the formula's order
-    RADIUS = 4  # float64, one per layer; 0 where the tensor does not rotate
-    NUMEL = 5
-    LAYERS = 6  # equal slices of the tensor, one layer each
-    FIRST_LAYER = 7  # row in dots, coefficients and counts
-    HYPER = 8  # row in the hyperparameter table
-    FLAGS = 9
-    WIDTH = 10
+    STEP = 5  # float32, the number of steps taken; 0 where the formula does not count them
+    RADIUS = 6  # float64, one per layer; 0 where the tensor does not rotate
+    NUMEL = 7
+    LAYERS = 8  # equal slices of the tensor, one layer each
+    FIRST_LAYER = 9  # row in dots, coefficients and counts
+    HYPER = 10  # row in the hyperparameter table
+    FLAGS = 11
+    RULE = 12  # its number in formulas.py
+    WIDTH = 13
 
 
 class Flag(IntEnum):
@@ -50,8 +53,8 @@ class Hyper(IntEnum):
     LR = 0
     WEIGHT_DECAY = 1
     GRAD_SCALE = 2  # multiplies the gradient: -1 under maximize
-    OPTION = 3  # MAX_OPTIONS columns, in the formula's order
-    WIDTH = 8
+    OPTION = 3  # MAX_OPTIONS columns, in the order of Base.scalars
+    WIDTH = 9
 
 
 class Layer(IntEnum):
@@ -96,9 +99,10 @@ class Coefficient(IntEnum):
 class Slot:
     """One parameter's place in a batch.
 
-    ``states`` are the buffers of the formula in its order, ``radius`` the float64 state (None where the tensor does
-    not rotate), ``layers`` the number of equal slices, ``dense`` whether these lie in memory one after the other,
-    ``fresh`` whether the state was created for the coming step.
+    ``states`` are the buffers of the formula in its order, ``step`` the 0-d float32 number of steps taken (None where
+    the formula does not count them), ``radius`` the float64 state (None where the tensor does not rotate), ``layers``
+    the number of equal slices, ``dense`` whether these lie in memory one after the other, ``fresh`` whether the state
+    was created for the coming step.
     """
 
     param: Tensor
@@ -106,6 +110,7 @@ class Slot:
     base: Base
     label: str
     states: tuple[Tensor, ...]
+    step: Tensor | None
     radius: Tensor | None
     layers: int
     dense: bool
@@ -127,6 +132,14 @@ class Slot:
         if self.radius is None:
             return 0
         return Flag.ROTATES | (Flag.CURRENT if self.group["radius"] == "current" else 0)
+
+    @property
+    def rule(self) -> int:
+        return RULES[self.group["rule"]]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def scalar_device(device: torch.device) -> torch.device:
@@ -176,13 +189,15 @@ class Batch:
         table.set_column(Column.LAYERS, [slot.layers for slot in self.slots])
         table.set_column(Column.FIRST_LAYER, self.first_layers)
         table.set_column(Column.FLAGS, [slot.flags for slot in self.slots])
-        table.set_column(Column.RADIUS, [0 if slot.radius is None else slot.radius.data_ptr() for slot in self.slots])
+        table.set_column(Column.RULE, [slot.rule for slot in self.slots])
+        table.set_column(Column.RADIUS, [_address(slot.radius) for slot in self.slots])
+        table.set_column(Column.STEP, [_address(slot.step) for slot in self.slots])
         table.set_column(Column.PARAM, [param.data_ptr() for param in self.params])
         for i, states in enumerate(self.states):
             table.set_column(Column.STATE + i, [state.data_ptr() for state in states])
 
-        radii = [slot.radius for slot in self.slots if slot.radius is not None]
-        self._kept = [*self.params, *(state for states in self.states for state in states), *radii]
+        scalars = [each for slot in self.slots for each in (slot.radius, slot.step) if each is not None]
+        self._kept = [*self.params, *(state for states in self.states for state in states), *scalars]
         self._memory = self._where()
 
     def _where(self) -> tuple[list[int], list[tuple[int, ...]], list[torch.Size], list[torch.dtype]]:
@@ -220,7 +235,7 @@ class Batch:
     def refresh(self) -> None:
         """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone)."""
         table = self._tensor_mirror
-        table.set_column(Column.GRAD, [0 if grad is None else grad.data_ptr() for grad in self.grads])
+        table.set_column(Column.GRAD, [_address(grad) for grad in self.grads])
         table.set_column(Column.HYPER, [row + slot.fresh for row, slot in zip(self._rows, self.slots, strict=True)])
         table.push()
         self._refresh_hypers()
@@ -255,7 +270,7 @@ class Batch:
         return self.hypers[2 * row, Hyper.LR]
 
     def options(self, slot: Slot) -> tuple[float, ...]:
-        """The formula's scalars for ``slot``, on the host."""
+        """What the base makes of the group of ``slot``, on the host: ``formula.prepare`` makes this step's of it."""
         return slot.base.scalars(slot.group, slot.fresh)
 
     @property
@@ -307,6 +322,11 @@ class Batch:
     def partials(self) -> Tensor:
         """Scratch for the dots of each tile, (tiles, 3) float64."""
         return torch.zeros(self.n_tiles, 3, dtype=torch.float64, device=self._home)
+
+    @cached_property
+    def step_options(self) -> Tensor:
+        """This step's options of every tensor, (tensors, MAX_OPTIONS) float64, where the formula counts its steps."""
+        return torch.zeros(len(self.slots), MAX_OPTIONS, dtype=torch.float64, device=self._home)
 
     @cached_property
     def partial_counts(self) -> Tensor:

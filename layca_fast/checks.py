@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .backends.names import MODULES
 from .bases import BASES, Base
+from .formulas import RULES
 from .layout import overlaps
 
-RULES = ("layca",)
 RADII = ("initial", "current")
 DTYPES = (torch.float32, torch.float64)
 
@@ -102,7 +102,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     if lacking:
         raise ValueError(f"base={base.name!r} needs {lacking}, which its param group lacks: set them in the group")
     base.check(group)
-    _check_choice(group, "rule", RULES)
+    _check_choice(group, "rule", tuple(RULES))
     _check_choice(group, "radius", RADII)
     _check_choice(group, "backend", ("auto", *MODULES))
     _check_choice(group, "maximize", (False, True))

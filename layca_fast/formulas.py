@@ -1,8 +1,8 @@
 """The formulas, once, for every backend that is written in Python.
 
 The torch backend calls these functions as they stand, on tensors. The Triton backend compiles the very same
-functions, with ``where`` and ``sqrt`` bound to Triton's (see ``backends/triton_.py``). So they use nothing but
-operators, ``where``, ``sqrt`` and each other: no branches, no keyword arguments, no other names.
+functions, with ``where``, ``sqrt`` and ``exp`` bound to Triton's (see ``backends/triton_formulas.py``). So they use
+nothing but operators, these three and each other: no branches, no keyword arguments, no other names.
 
 ``csrc/base_steps.h`` and ``csrc/rotation.h`` hold the same formulas for C++ and CUDA; ``reference.py`` states the
 algorithm in another way on purpose and is what all of these are tested against.
@@ -13,16 +13,25 @@ A base optimizer is two functions of one element:
 - ``*_step(grad, state, options) -> u``: the base step from the advanced state. It does not depend on the old
   state, so the rotate pass recomputes it, and no backend stores u.
 
-``options`` is the tuple that :meth:`layca_fast.bases.Base.scalars` makes of a param group.
+``options`` is the tuple that :attr:`layca_fast.bases.Base.scalars` makes of a param group. A base whose options change
+from step to step (Adam's bias corrections) has a third function, ``*_prepare(count, options) -> options``, of float64
+scalars; ``count`` is the number of this step, from 1.
+
+A rule is one function of three dots, ``rule(n, d, q, sigma, lr) -> (along, across)``: the direction of the new weights
+in the plane of weights and step. See :func:`coefficients`.
 """
 
 # The formulas run on tensors, on floats and on Triton's values; no static type covers all three.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
-from torch import sqrt, where
+from torch import exp, sqrt, where
 
 #: Rows of the coefficient table carry one of these in their last column.
 KEEP, LINEAR, PRECISE = 0.0, 1.0, 2.0
+
+#: Numbers of the rules, as the tensor table has them.
+LAYCA, HYPERBALL = 0, 1
+RULES = {"layca": LAYCA, "hyperball": HYPERBALL}
 
 #: No direction to turn in below this sine of the angle between weights and step: 4 float32 epsilons.
 SMALLEST_SINE = 4 * 2.0**-23
@@ -38,6 +47,20 @@ def finite_or_zero(x):
     """x where it is finite, else 0 (Layca paper, appendix A.2.4)."""
     # Not x - x == 0: where x is a product, a compiler may fuse that into the product's rounding error.
     return where(x * 0.0 == 0.0, x, 0.0)
+
+
+def same_options(count, options):
+    return options
+
+
+def running_mean(old, new, weight):
+    # Not (1 - weight)*old + weight*new: in float32 the two factors do not add up to 1.
+    return old + weight * (new - old)
+
+
+def running_square(old, grad, keep, weight):
+    # torch's form, so that its roundings are ours, too.
+    return keep * old + weight * (grad * grad)
 
 
 def sgd_advance(grad, state, options):
@@ -57,8 +80,102 @@ def sgd_momentum_step(grad, state, options):
     return state[0]
 
 
+sgd_nesterov_advance = sgd_momentum_advance
+
+
 def sgd_nesterov_step(grad, state, options):
     return grad + options[0] * state[0]
+
+
+def rmsprop_advance(grad, state, options):
+    return (running_square(state[0], grad, options[0], options[1]),)
+
+
+def rmsprop_step(grad, state, options):
+    return grad / (sqrt(state[0]) + options[2])
+
+
+def rmsprop_centered_advance(grad, state, options):
+    return running_square(state[0], grad, options[0], options[1]), running_mean(state[1], grad, options[1])
+
+
+def rmsprop_centered_step(grad, state, options):
+    return grad / (sqrt(state[0] - state[1] * state[1]) + options[2])
+
+
+def rmsprop_momentum_advance(grad, state, options):
+    advanced = rmsprop_advance(grad, state, options)
+    # What is not finite in a step counts as zero before it enters the buffer, too.
+    step = finite_or_zero(rmsprop_step(grad, advanced, options))
+    return advanced[0], options[3] * state[1] + step
+
+
+def rmsprop_momentum_step(grad, state, options):
+    return state[1]
+
+
+def rmsprop_centered_momentum_advance(grad, state, options):
+    advanced = rmsprop_centered_advance(grad, state, options)
+    step = finite_or_zero(rmsprop_centered_step(grad, advanced, options))
+    return advanced[0], advanced[1], options[3] * state[2] + step
+
+
+def rmsprop_centered_momentum_step(grad, state, options):
+    return state[2]
+
+
+def adagrad_advance(grad, state, options):
+    return (state[0] + grad * grad,)
+
+
+def adagrad_step(grad, state, options):
+    return grad / (sqrt(state[0]) + options[0])
+
+
+def adam_prepare(count, options):
+    weight1, keep2, weight2, eps, log_beta1, log_beta2 = options
+    correction1 = 1.0 - exp(count * log_beta1)
+    correction2 = 1.0 - exp(count * log_beta2)
+    return weight1, keep2, weight2, eps, 1.0 / correction1, 1.0 / sqrt(correction2)
+
+
+def adam_advance(grad, state, options):
+    return running_mean(state[0], grad, options[0]), running_square(state[1], grad, options[1], options[2])
+
+
+def adam_step(grad, state, options):
+    return state[0] * options[4] / (sqrt(state[1]) * options[5] + options[3])
+
+
+def adam_amsgrad_advance(grad, state, options):
+    advanced = adam_advance(grad, state, options)
+    return advanced[0], advanced[1], where(advanced[1] > state[2], advanced[1], state[2])
+
+
+def adam_amsgrad_step(grad, state, options):
+    return state[0] * options[4] / (sqrt(state[2]) * options[5] + options[3])
+
+
+def layca(n, d, q, sigma, lr):
+    """Turn by atan(lr) (arXiv 1806.01603, Algorithm 1)."""
+    return 1.0, lr
+
+
+def hyperball(n, d, q, sigma, lr):
+    """Go lr norms along the step, then back to the sphere (arXiv 2606.16899): w - lr*n*u/|u|, scaled to the radius.
+
+    With phi the angle between w and u, d = n |u| cos(phi) and sigma = |u| sin(phi), so in units of n the end lies
+    1 - lr*cos(phi) along w and lr*sin(phi) across it: the step turns by atan2 of these.
+    """
+    step_norm = sqrt(q)
+    return 1.0 - lr * (d / (n * step_norm)), lr * (sigma / step_norm)
+
+
+def rotation(rule, n, d, q, sigma, lr):
+    """(along, across) under the rule of this number."""
+    along, across = hyperball(n, d, q, sigma, lr)
+    default = layca(n, d, q, sigma, lr)
+    return where(rule == HYPERBALL, along, default[0]), where(rule == HYPERBALL, across, default[1])
 
 
 def orthogonal_square(n2, d, q):
@@ -75,34 +192,45 @@ def is_nearly_parallel(sigma2, q):
     return sigma2 < NEARLY_PARALLEL_SINE2 * q
 
 
-def coefficients(n2, d, q, sigma2, lr, radius, weight_decay, rotates, current):
-    """Three dots in, one linear combination out (Layca, Algorithm 1, in closed form).
+def coefficients(n2, d, q, sigma2, lr, radius, weight_decay, rotates, current, rule):
+    """Three dots in, one linear combination out (the paper's Algorithm 1, in closed form).
 
     n2 = <w,w>, d = <w,u>, q = <u,u> and sigma2, all float64, of one layer (or tensors of many). ``radius`` is the
-    state, 0 while unset; ``rotates`` and ``current`` are booleans. Returns (a, b, c, mode, radius):
+    state, 0 while unset; ``rotates`` and ``current`` are booleans, ``rule`` is a number. Returns
+    (a, b, c, mode, radius):
 
     - LINEAR: w+ = a*w + b*u;
     - PRECISE: w+ = a*w + b*(u - c*w) in float64, where a*w and b*u of LINEAR would cancel;
     - KEEP: w+ = w, bit for bit.
 
     The fifth value is the radius state after this step: set by the first step that moves the layer.
+
+    With c = d/n2, u - c*w is the part of u orthogonal to w, of norm sigma. The rule says how far the new weights go
+    along w and against that part, and whatever their norm, they end on the sphere:
+    w+ = R (along * w/n - across * (u - c*w)/sigma) / hypot(along, across).
     """
     n = sqrt(n2)
     sigma = sqrt(where(sigma2 > 0.0, sigma2, 0.0))
     # A NaN compares false everywhere below, so a layer with a non-finite dot never moves.
-    grow2 = 1.0 + lr * lr
     moves = (
-        rotates & (lr > 0.0) & (grow2 * 0.0 == 0.0) & (n2 > 0.0) & (n2 - n2 == 0.0) & (sigma > SMALLEST_SINE * sqrt(q))
+        rotates
+        & (lr > 0.0)
+        & (lr * lr * 0.0 == 0.0)
+        & (n2 > 0.0)
+        & (n2 - n2 == 0.0)
+        & (sigma > SMALLEST_SINE * sqrt(q))
     )
     target = where(current | (radius == 0.0), n, radius)
     safe_n = where(moves, n, 1.0)
     safe_sigma = where(moves, sigma, 1.0)
-    shrink = target / sqrt(grow2)
-    k = shrink / safe_n
-    b = -lr * shrink / safe_sigma
+    along, across = rotation(rule, safe_n, d, where(moves, q, 1.0), safe_sigma, lr)
+    reach2 = along * along + across * across
+    shrink = target / sqrt(reach2)
+    k = shrink * along / safe_n
+    b = -shrink * across / safe_sigma
     c = d / (safe_n * safe_n)
-    # The norm of b*u, in radii, is the sine of the commanded angle over the sine between w and u.
-    cancels = is_nearly_parallel(sigma2, q) | (sigma2 * grow2 < lr * lr * q)
+    # In radii, b*u is longer than the new weights where across/reach, the sine of the rotation, is more than sigma/|u|.
+    cancels = is_nearly_parallel(sigma2, q) | (sigma2 * reach2 < across * across * q)
     out_of_range = (-b < SMALLEST_FLOAT32_B) | (-b > LARGEST_FLOAT32_B)
     precise = cancels | out_of_range
 

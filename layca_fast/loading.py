@@ -16,7 +16,7 @@ from .batch import scalar_device
 from .checks import count_layers, describe, labelled
 
 #: State that the kernels read; whatever else a checkpoint holds is kept as it is.
-OUR_STATES = {"radius", *(name for formula in FORMULAS.values() for name in formula.states)}
+OUR_STATES = {"radius", "step", *(name for formula in FORMULAS.values() for name in formula.states)}
 
 
 def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, Tensor, Any]]:
@@ -46,8 +46,11 @@ def check_shapes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         for name, value in state.items():
             if name not in OUR_STATES or not isinstance(value, Tensor):
                 continue
-            layers = count_layers(param, group.get("chunks", 1), label) if name == "radius" else 0
-            expected = (layers,) if name == "radius" else tuple(param.shape)
+            expected = tuple(param.shape)
+            if name == "radius":
+                expected = (count_layers(param, group.get("chunks", 1), label),)
+            elif name == "step":
+                expected = ()
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"state_dict: {name!r} has shape {tuple(value.shape)}, but {describe(label, param)} needs "

@@ -45,6 +45,8 @@ class _Member:
         tensors = {}
         for name in self.formula.states:
             tensors[name] = self._buffer(name, state.get(name))
+        if self.formula.counts_steps:
+            tensors["step"] = self._step_count(state.get("step"))
         if self.rotates:
             tensors["radius"] = self._radius(state.get("radius"))
         return tensors
@@ -53,7 +55,9 @@ class _Member:
         # Kernels walk parameter and state as one run of addresses, so their strides must agree.
         form = torch.preserve_format if self.dense else torch.contiguous_format
         if old is None:
-            return torch.zeros_like(self.param, memory_format=form)
+            option = find_base(self.group["base"]).starts.get(name)
+            start = 0.0 if option is None else float(self.group[option])
+            return torch.full_like(self.param, start, memory_format=form)
         if old.shape != self.param.shape:
             raise ValueError(
                 f"the state {name!r} of {describe(self.label, self.param)} has shape {tuple(old.shape)}: "
@@ -64,6 +68,16 @@ class _Member:
         ):
             return old
         return torch.empty_like(self.param, memory_format=form).copy_(old)
+
+    def _step_count(self, old: Any) -> Tensor:
+        # Older versions of torch saved a plain number.
+        count = torch.as_tensor(0.0 if old is None else old)
+        if count.shape != ():
+            raise ValueError(
+                f"the state 'step' of {describe(self.label, self.param)} has shape {tuple(count.shape)}: it must be a "
+                "0-d tensor; clear the optimizer's state for it, del optimizer.state[parameter]"
+            )
+        return count.to(device=self.param.device, dtype=torch.float32)
 
     def _radius(self, old: Tensor | None) -> Tensor:
         home = scalar_device(self.param.device)
@@ -81,7 +95,7 @@ def _members(groups: Sequence[Mapping[str, Any]], state: State) -> Iterator[_Mem
     """Every parameter that has a gradient, or all the state that it needs, checked. Modifies nothing."""
     for group, label, param in labelled(groups):
         formula, turning = find_base(group["base"]).formula(group), rotates(param, group)
-        needed = (*formula.states, *(("radius",) if turning else ()))
+        needed = (*formula.states, *(("step",) * formula.counts_steps), *(("radius",) * turning))
         has = state.get(param, {})
         if param.grad is None and (not needed or any(has.get(name) is None for name in needed)):
             continue
@@ -127,6 +141,7 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
             id(group),
             find_base(group["base"]).formula(group).name,
             group["base"],
+            group["rule"],
             group["rotate"],
             group["chunks"],
             group["radius"],
@@ -166,6 +181,7 @@ class Plan:
                 base=find_base(member.group["base"]),
                 label=member.label,
                 states=tuple(tensors[name] for name in member.formula.states),
+                step=tensors.get("step"),
                 radius=tensors.get("radius"),
                 layers=member.layers,
                 dense=member.dense,

@@ -36,22 +36,99 @@ def sgd_amom(grad: Tensor, state: dict[str, Tensor], momentum: float = 0.9) -> T
     return state["momentum_buffer"]
 
 
-BASES: dict[str, Callable[..., Tensor]] = {"sgd": sgd, "sgd_amom": sgd_amom}
+def _average(state: dict[str, Any], name: str, value: Tensor, decay: float) -> Tensor:
+    """Advance the exponential moving average of ``value`` that ``state[name]`` holds, from 0, and return it."""
+    average: Tensor = decay * state.get(name, torch.zeros_like(value)) + (1 - decay) * value
+    state[name] = average
+    return average
 
 
-def layca(weight: Tensor, step: Tensor, lr: float, radius: float | None) -> Tensor:
-    """Algorithm 1 on one layer: returns the new weights; ``radius`` None keeps the norm that they have now.
+def rmsprop(
+    grad: Tensor,
+    state: dict[str, Any],
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    momentum: float = 0.0,
+    centered: bool = False,
+) -> Tensor:
+    """The step of torch.optim.RMSprop: g over the root of the mean square, or of the variance where centered."""
+    spread = _average(state, "square_avg", grad.square(), alpha)
+    if centered:
+        spread = spread - _average(state, "grad_avg", grad, alpha).square()
+    step = finite(grad / (spread.sqrt() + eps))
+    if momentum == 0:
+        return step
+    buffer: Tensor = momentum * state.get("momentum_buffer", torch.zeros_like(grad)) + step
+    state["momentum_buffer"] = buffer
+    return buffer
 
-    Where the step has no part orthogonal to the weights, there is nothing to turn towards: returns ``weight``.
-    """
+
+def adagrad(grad: Tensor, state: dict[str, Any], eps: float = 1e-10, initial_accumulator_value: float = 0.0) -> Tensor:
+    """The step of torch.optim.Adagrad without lr_decay: g over the root of the sum of all g^2 so far."""
+    total: Tensor = state.get("sum", torch.full_like(grad, initial_accumulator_value)) + grad.square()
+    state["sum"] = total
+    return grad / (total.sqrt() + eps)
+
+
+def adam(
+    grad: Tensor,
+    state: dict[str, Any],
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    amsgrad: bool = False,
+) -> Tensor:
+    """The step of torch.optim.Adam (arXiv 1412.6980, Algorithm 1; amsgrad: arXiv 1904.09237)."""
+    state["step"] = state.get("step", 0) + 1
+    mean = _average(state, "exp_avg", grad, betas[0]) / (1 - betas[0] ** state["step"])
+    square = _average(state, "exp_avg_sq", grad.square(), betas[1])
+    if amsgrad:
+        square = torch.maximum(state.get("max_exp_avg_sq", square), square)
+        state["max_exp_avg_sq"] = square
+    step: Tensor = mean / ((square / (1 - betas[1] ** state["step"])).sqrt() + eps)
+    return step
+
+
+BASES: dict[str, Callable[..., Tensor]] = {
+    "sgd": sgd,
+    "sgd_amom": sgd_amom,
+    "rmsprop": rmsprop,
+    "adagrad": adagrad,
+    "adam": adam,
+}
+
+
+def finite(x: Tensor) -> Tensor:
+    """``x`` with 0 where it is not finite (appendix A.2.4)."""
+    return torch.where(torch.isfinite(x), x, 0.0)
+
+
+def orthogonal_part(weight: Tensor, step: Tensor) -> Tensor:
+    """``step`` without its component along ``weight``."""
+    return step - (step * weight).sum() / weight.square().sum() * weight
+
+
+def has_direction(weight: Tensor, step: Tensor) -> bool:
+    """Whether ``step`` leaves the line of ``weight``: otherwise there is nothing to turn towards."""
+    length = torch.linalg.vector_norm(orthogonal_part(weight, step))
+    return bool(length > SMALLEST_SINE * torch.linalg.vector_norm(step))
+
+
+def layca(weight: Tensor, step: Tensor, lr: float) -> Tensor:
+    """Algorithm 1 but for its last line, on one layer: project, scale to the norm of the weights, subtract lr of it."""
+    orthogonal = orthogonal_part(weight, step)
     norm = torch.linalg.vector_norm(weight)
-    orthogonal = step - (step * weight).sum() / norm**2 * weight
-    length = torch.linalg.vector_norm(orthogonal)
-    if lr == 0 or not length > SMALLEST_SINE * torch.linalg.vector_norm(step):
-        return weight
-    moved = weight - lr * (orthogonal * norm / length)
-    rotated: Tensor = moved * (norm if radius is None else radius) / torch.linalg.vector_norm(moved)
-    return rotated
+    moved: Tensor = weight - lr * (orthogonal * norm / torch.linalg.vector_norm(orthogonal))
+    return moved
+
+
+def hyperball(weight: Tensor, step: Tensor, lr: float) -> Tensor:
+    """The same without the projection (arXiv 2606.16899)."""
+    norm = torch.linalg.vector_norm(weight)
+    moved: Tensor = weight - lr * (step * norm / torch.linalg.vector_norm(step))
+    return moved
+
+
+RULES: dict[str, Callable[..., Tensor]] = {"layca": layca, "hyperball": hyperball}
 
 
 def reference_step(
@@ -61,32 +138,38 @@ def reference_step(
     *,
     lr: float,
     base: str = "sgd",
+    rule: str = "layca",
     rotate: bool | None = None,
     chunks: int | str = 1,
     radius: str = "initial",
     weight_decay: float = 0.0,
     maximize: bool = False,
     **base_options: Any,
-) -> None:
+) -> Tensor:
     """One step of ``FusedLayca`` on one tensor: ``weight`` and ``state`` (a dict, empty at first) change in place.
+
+    Returns the base step.
 
     ``weight`` and ``grad`` share shape and dtype (any floating one). The arguments are those of ``FusedLayca``.
     Non-finite elements of the gradient count as zero (appendix A.2.4). A tensor that does not rotate takes the plain
     base step with decoupled weight decay.
     """
-    grad = torch.where(torch.isfinite(grad), grad, 0.0)
-    step = BASES[base](-grad if maximize else grad, state, **base_options)
-    step = torch.where(torch.isfinite(step), step, 0.0)
+    grad = finite(grad)
+    step = finite(BASES[base](-grad if maximize else grad, state, **base_options))
     if not (weight.dim() >= 2 if rotate is None else rotate):
         weight.copy_(weight - lr * (step + weight_decay * weight))
-        return
+        return step
     slices = [(weight, step)]
     if chunks != 1:
         count = len(weight) if chunks == "all" else int(chunks)
         slices = list(zip(weight.chunk(count), step.chunk(count), strict=True))
     radii = state.setdefault("radius", [None] * len(slices))
     for i, (layer, direction) in enumerate(slices):
-        rotated = layca(layer, direction, lr, radii[i])
-        if radius == "initial" and radii[i] is None and not torch.equal(rotated, layer):
-            radii[i] = layer.norm().item()
-        layer.copy_(rotated)
+        if lr == 0 or not has_direction(layer, direction):
+            continue
+        norm = layer.norm()
+        if radius == "initial" and radii[i] is None:
+            radii[i] = norm.item()
+        moved = RULES[rule](layer, direction, lr)
+        layer.copy_(moved * (norm if radii[i] is None else radii[i]) / moved.norm())
+    return step

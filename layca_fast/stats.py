@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, Coefficient, Count, Slot
-from .formulas import KEEP
+from .formulas import KEEP, orthogonal_square, rotation
 
 
 @dataclass(frozen=True)
 class RotationStats:
     """One tensor's last step, per layer: tensors of shape (layers,) on the device; reading them may wait for it.
 
-    ``angle``: the commanded rotation in radians, atan(lr), 0 where the layer was kept or does not rotate. ``cosine``:
-    of the angle between weights and base step, before the step. ``step_norm``: of the base step. ``norm``: of the
-    weights, before the step. ``radius``: the norm that steps restore (0: not yet set), of tensors that do not rotate
-    their own. ``drift``: norm / radius - 1, what storing the weights has cost since the last step.
+    ``angle``: the commanded rotation in radians, 0 where the layer was kept or does not rotate: atan(lr) under the rule
+    "layca", atan2(lr sin(phi), 1 - lr cos(phi)) under "hyperball", with phi the angle between weights and step.
+    ``cosine``: of the angle between weights and base step, before the step. ``step_norm``: of the base step. ``norm``:
+    of the weights, before the step. ``radius``: the norm that steps restore (0: not yet set), of tensors that do not
+    rotate their own. ``drift``: norm / radius - 1, what storing the weights has cost since the last step.
 
     Counted since the optimizer was made: ``non_finite`` elements that counted as zero, steps with ``no_direction`` to
     turn in, steps with ``broken`` (non-finite) weights.
@@ -38,11 +39,12 @@ def rotation_stats(batch: Batch, slot: Slot, rows: slice) -> RotationStats:
     n2, d, q = batch.dots[rows].unbind(1)
     norm, step_norm = n2.sqrt(), q.sqrt()
     kept = batch.coefficients[rows, Coefficient.MODE] == KEEP
-    lr = batch.lr_of(slot)
     zeros = torch.zeros_like(norm)
     turned, radius, drift = zeros, norm, zeros
     if slot.radius is not None:
-        turned = torch.where(kept, 0.0, torch.atan(lr))
+        sigma = orthogonal_square(n2, d, q).clamp(min=0.0).sqrt()
+        along, across = rotation(torch.full_like(norm, slot.rule), norm, d, q, sigma, batch.lr_of(slot))
+        turned = torch.where(kept, 0.0, torch.atan2(across, along))
         if slot.group["radius"] != "current":
             radius = slot.radius.clone()
             drift = torch.where(radius > 0, norm / radius - 1, 0.0)

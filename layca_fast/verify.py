@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import backends, load
+from .checks import find_base
 from .console import print_table
 from .optimizer import FusedLayca
 from .plan import rotates
@@ -73,9 +74,10 @@ def angle_between(before: Tensor, after: Tensor) -> float:
     return math.atan2(float(orthogonal.norm() * before.norm()), float(dot))
 
 
-def angle_tolerance(dtype: torch.dtype, lr: float, n: int) -> float:
-    """Relative error allowed in the angle of a layer of n weights: storing float32 costs the second term."""
-    return 1e-12 if dtype == torch.float64 else 1e-6 + 3e-7 / (lr * math.sqrt(n))
+def angle_tolerance(dtype: torch.dtype, angle: float, n: int) -> float:
+    """Relative error allowed in a rotation of n weights by ``angle`` radians: storing them costs the second term."""
+    exact, stored = (1e-12, 6e-16) if dtype == torch.float64 else (1e-6, 3e-7)
+    return exact + stored / (angle * math.sqrt(n))
 
 
 def layers_of(tensor: Tensor, chunks: int | str) -> list[Tensor]:
@@ -111,17 +113,19 @@ def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Er
     largest = [[0.0] * len(layers_of(weight, each)) for weight, each in zip(expected, chunks, strict=True)]
     for _ in range(case.steps):
         before = [layers_of(param, group["chunks"]) if turn else [] for param, turn in zip(params, turns, strict=True)]
+        asked: list[list[float]] = []
         for param, weight, state, turn in zip(params, expected, states, turns, strict=True):
             grad = _gradient(param, case, turn, generator)
             if case.sine is not None:
                 # A hair's difference between the weights turns such a step elsewhere: compare single steps.
                 weight.copy_(param.detach())
             param.grad = grad.to(device)
-            reference_step(weight, grad.double(), state, lr=case.lr, **case.options)
+            step = reference_step(weight, grad.double(), state, lr=case.lr, **case.options)
+            asked.append(_asked_angles(group, param, step) if turn else [])
         optimizer.step()
-        for param, layers in zip(params, before, strict=True):
+        for param, layers, angles in zip(params, before, asked, strict=True):
             if layers:
-                _add_rotation(errors, case, optimizer, param, layers)
+                _add_rotation(errors, case, optimizer, param, layers, angles)
         # The norm of a tensor that does not rotate may pass through zero: it is measured by its largest.
         for norms, weight, each in zip(largest, expected, chunks, strict=True):
             norms[:] = map(max, norms, (float(layer.norm()) for layer in layers_of(weight, each)))
@@ -133,12 +137,24 @@ def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Er
     return errors
 
 
-def _add_rotation(errors: Errors, case: Case, optimizer: FusedLayca, param: Tensor, before: list[Tensor]) -> None:
+def _asked_angles(group: Mapping[str, Any], param: Tensor, step: Tensor) -> list[float]:
+    """The rotation that each layer of ``param`` is to make on this base step, in radians."""
+    lr, angles = group["lr"], []
+    for weight, direction in zip(layers_of(param, group["chunks"]), layers_of(step, group["chunks"]), strict=True):
+        phi = angle_between(weight, direction)
+        hyperball = math.atan2(lr * math.sin(phi), 1 - lr * math.cos(phi))
+        angles.append(hyperball if group["rule"] == "hyperball" else math.atan(lr))
+    return angles
+
+
+def _add_rotation(
+    errors: Errors, case: Case, optimizer: FusedLayca, param: Tensor, before: list[Tensor], asked: list[float]
+) -> None:
     group = optimizer.param_groups[0]
     radii = optimizer.state[param]["radius"].tolist()
-    for old, new, radius in zip(before, layers_of(param, group["chunks"]), radii, strict=True):
-        angle, asked = angle_between(old, new), math.atan(case.lr)
-        errors.add("angle", abs(angle / asked - 1), angle_tolerance(case.dtype, case.lr, old.numel()))
+    for old, new, radius, angle in zip(before, layers_of(param, group["chunks"]), radii, asked, strict=True):
+        error = abs(angle_between(old, new) / angle - 1)
+        errors.add("angle", error, angle_tolerance(case.dtype, angle, old.numel()))
         target = float(old.norm()) if group["radius"] == "current" else radius
         errors.add("norm", abs(float(new.norm()) / target - 1), 1e-12 if case.dtype == torch.float64 else 2e-7)
 
@@ -149,11 +165,20 @@ BASE_OPTIONS: tuple[Mapping[str, Any], ...] = (
     {"base": "sgd", "momentum": 0.8, "dampening": 0.3},
     {"base": "sgd", "momentum": 0.9, "nesterov": True},
     {"base": "sgd_amom", "momentum": 0.95},
+    {"base": "rmsprop", "alpha": 0.9, "eps": 1e-3},
+    {"base": "rmsprop", "alpha": 0.8, "eps": 1e-2, "centered": True},
+    {"base": "rmsprop", "alpha": 0.9, "eps": 1e-3, "momentum": 0.7},
+    {"base": "rmsprop", "alpha": 0.8, "eps": 1e-2, "centered": True, "momentum": 0.6},
+    {"base": "adagrad", "eps": 1e-3, "initial_accumulator_value": 0.1},
+    {"base": "adam", "betas": (0.8, 0.95), "eps": 1e-3},
+    {"base": "adam", "betas": (0.7, 0.9), "eps": 1e-2, "amsgrad": True},
 )
 
 
 def _describe(options: Mapping[str, Any]) -> str:
-    return " ".join(str(value) if name == "base" else f"{name}={value}" for name, value in options.items())
+    base = find_base(options["base"])
+    variant = base.formula({**base.options, **options}).name
+    return variant if variant.startswith(base.name) else f"{base.name} ({variant})"
 
 
 def cases(interpreted: bool) -> Iterator[Case]:
@@ -161,18 +186,19 @@ def cases(interpreted: bool) -> Iterator[Case]:
     steps = 10 if interpreted else 50
     for dtype in (torch.float32, torch.float64):
         for options in BASE_OPTIONS:
-            yield Case(f"{_describe(options)}: odd shapes", ODD_SHAPES, options, dtype, steps)
+            yield Case(_describe(options), ODD_SHAPES, options, dtype, steps)
+            yield Case(f"{_describe(options)}, hyperball", ODD_SHAPES, {**options, "rule": "hyperball"}, dtype, steps)
         momentum = {"base": "sgd", "momentum": 0.9}
         slices = {**momentum, "chunks": "all", "radius": "current", "maximize": True}
-        yield Case("a layer per slice, radius=current, maximize", ((12, 30), (5, 4, 7)), slices, dtype, steps)
+        yield Case("chunks=all, radius=current", ((12, 30), (5, 4, 7)), slices, dtype, steps)
         plain = {**momentum, "rotate": False, "weight_decay": 0.1}
         yield Case("no rotation, weight decay", ODD_SHAPES, plain, dtype, steps)
         small = ((10, 10),) * (20 if interpreted else 3000)
         yield Case(f"{len(small)} small tensors", small, momentum, dtype, min(steps, 10))
         large: Shape = (300, 333) if interpreted else (1024, 4099)
-        yield Case(f"one tensor of {math.prod(large):,} weights", (large,), momentum, dtype, 5)
+        yield Case(f"{math.prod(large) / 1e6:.1f} M weights", (large,), momentum, dtype, 5)
     for sine in (1e-1, 1e-3, 1e-5):
-        yield Case(f"steps nearly parallel to the weights: sin = {sine:g}", ((100, 100),), {}, steps=5, sine=sine)
+        yield Case(f"sin(w, u) = {sine:g}", ((100, 100),), {}, steps=5, sine=sine)
 
 
 def places() -> Iterator[tuple[str, torch.device]]:

@@ -54,6 +54,7 @@ def make_batch(formula: str, tensors: Sequence[Tensor], grads: Sequence[Tensor |
             base=base,
             label="a tensor",
             states=tuple(0.1 * torch.rand_like(tensor) for _ in row.states),
+            step=torch.zeros(()) if row.counts_steps else None,
             radius=torch.zeros(layers, dtype=torch.float64) if tensor.dim() > 1 else None,
             layers=layers,
             dense=True,

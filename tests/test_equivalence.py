@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from layca_fast.checks import RULES
 from layca_fast.verify import BASE_OPTIONS, ODD_SHAPES, Case, compare
 
 from .support import BACKENDS
@@ -14,18 +15,24 @@ CHUNKS = ((1, ODD_SHAPES), (3, ((6, 40), (9, 5, 7), (3, 129))), ("all", ((6, 40)
 
 
 def cases() -> list[Case]:
-    """Every base option with every dtype, chunking and radius, none of them at neutral hyperparameters."""
+    """Every base option and rule with every dtype, chunking and radius, none at neutral hyperparameters."""
     return [
         Case(
-            name=f"{options}, chunks={chunks}, radius={radius}, {dtype}",
+            name=f"{options}, {rule}, chunks={chunks}, radius={radius}, {dtype}",
             shapes=shapes,
-            options={**options, "chunks": chunks, "radius": radius, "weight_decay": 0.0 if chunks != 1 else 0.02},
+            options={
+                **options,
+                "rule": rule,
+                "chunks": chunks,
+                "radius": radius,
+                "weight_decay": 0.0 if chunks != 1 else 0.02,
+            },
             dtype=dtype,
             steps=50,
             lr=0.03,
         )
-        for options, (chunks, shapes), radius, dtype in itertools.product(
-            BASE_OPTIONS, CHUNKS, ("initial", "current"), DTYPES
+        for options, rule, (chunks, shapes), radius, dtype in itertools.product(
+            BASE_OPTIONS, RULES, CHUNKS, ("initial", "current"), DTYPES
         )
     ]
 

@@ -49,7 +49,7 @@ def test_the_angle_is_atan_lr(backend: str, seed: int, shape: tuple[int, int], l
     for count in (1, 2, 3):
         (after,) = train([weight], [[grad] for grad in grads[:count]], backend, lr, **options)
         angle = angle_between(before.double().flatten(), after.double().flatten())
-        assert abs(angle / math.atan(lr) - 1) <= angle_tolerance(torch.float32, lr, weight.numel())
+        assert abs(angle / math.atan(lr) - 1) <= angle_tolerance(torch.float32, math.atan(lr), weight.numel())
         before = after
 
 

@@ -28,6 +28,7 @@ GROUP = {
     "weight_decay": 0.05,
     "maximize": False,
     "radius": "initial",
+    "rule": "layca",
 }
 MOMENTUM, NESTEROV, SGD = FORMULAS["sgd_momentum"], FORMULAS["sgd_nesterov"], FORMULAS["sgd"]
 
@@ -45,7 +46,7 @@ def batch_of(
     for i, param in enumerate(params):
         state = states[i] if states else tuple(torch.randn_like(param) for _ in formula.states)
         radius = torch.zeros(layers, dtype=torch.float64, device=DEVICE) if rotates else None
-        slots.append(Slot(param, GROUP, BASES["sgd"], str(i), state, radius, layers, dense=True, fresh=False))
+        slots.append(Slot(param, GROUP, BASES["sgd"], str(i), state, None, radius, layers, dense=True, fresh=False))
     batch = Batch(formula, slots, TILE)
     batch.grads = list(grads)
     batch.refresh()

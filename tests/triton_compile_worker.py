@@ -16,9 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from layca_fast.backends.triton_ import TILE, Launch, finish_launch, measure_launch, rotate_launch
-from layca_fast.bases import BASES, FORMULAS
-from layca_fast.batch import Batch, Slot
+from layca_fast.backends.triton_ import TILE, Launch, finish_launch, measure_launch, prepare_launch, rotate_launch
+from layca_fast.bases import BASES, FORMULAS, Formula
+from layca_fast.batch import MAX_OPTIONS, Batch, Slot
 from layca_fast.verify import BASE_OPTIONS
 
 TARGETS = {
@@ -34,14 +34,30 @@ def batch_of(name: str, dtype: torch.dtype) -> Batch:
     """A batch that the formula called ``name`` runs on."""
     for options in BASE_OPTIONS:
         base = BASES[options["base"]]
-        group = {**base.options, **options, "lr": 0.1, "weight_decay": 0.0, "maximize": False, "radius": "initial"}
+        neutral = {"lr": 0.1, "weight_decay": 0.0, "maximize": False, "radius": "initial", "rule": "layca"}
+        group = {**base.options, **options, **neutral}
         if base.formula(group).name == name:
             param = torch.zeros(8, 8, dtype=dtype)
             states = tuple(torch.zeros_like(param) for _ in FORMULAS[name].states)
             radius = torch.zeros(1, dtype=torch.float64)
-            slot = Slot(param, group, base, "weight", states, radius, layers=1, dense=True, fresh=False)
+            step = torch.zeros(()) if FORMULAS[name].counts_steps else None
+            slot = Slot(param, group, base, "weight", states, step, radius, layers=1, dense=True, fresh=False)
             return Batch(FORMULAS[name], [slot], TILE)
     raise LookupError(f"none of verify.BASE_OPTIONS makes a base run the formula {name!r}: add the options that do")
+
+
+def states_read(formula: Formula) -> int:
+    """How many of its states the step of a formula reads: the compiler leaves out the loads of the others."""
+    read = set()
+
+    class Watched(tuple):
+        def __getitem__(self, index: int) -> Any:
+            read.add(index)
+            return super().__getitem__(index)
+
+    one = torch.ones(())
+    formula.step(one, Watched([one] * len(formula.states)), [one] * MAX_OPTIONS)
+    return len(read)
 
 
 def launches() -> Iterator[tuple[str, Launch, dict[str, int]]]:
@@ -52,10 +68,14 @@ def launches() -> Iterator[tuple[str, Launch, dict[str, int]]]:
         for dtype in DTYPES:
             batch = batch_of(formula.name, dtype)
             vectors, states = TILE * dtype.itemsize // 16, len(formula.states)
-            reads = 1 + formula.reads_grad + states
-            measured = {"loads": vectors * (2 + states), "stores": vectors * states, "finite": 2 * TILE * (2 + states)}
+            reads = 1 + formula.reads_grad + states_read(formula)
+            # The states are tried, then advanced; a formula may test what it puts into one.
+            tests = 2 + 2 * (states + formula.advance.__code__.co_names.count("finite_or_zero"))
+            measured = {"loads": vectors * (2 + states), "stores": vectors * states, "finite": 2 * TILE * tests}
             rotated = {"loads": vectors * reads, "stores": vectors, "finite": 2 * TILE * (1 + formula.reads_grad)}
             case = f"{formula.name}, {str(dtype).removeprefix('torch.')}"
+            if formula.counts_steps:
+                yield f"prepare({case})", prepare_launch(batch), {}
             yield f"measure({case})", measure_launch(batch), measured
             for sums, coefficients in ((True, False), (False, True), (True, True)):
                 name = f"finish({case}, sums={sums}, coefficients={coefficients})"

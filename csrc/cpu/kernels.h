@@ -58,9 +58,15 @@ struct Watch {
     return x;
   }
   LAYCA_INLINE Trouble trouble() const { return sum * T(0); }
+
+  template <class Formula>
+  LAYCA_INLINE void advance(T grad, T* state, const T* options) {
+    Formula::advance(grad, state, options);
+    for (int k = 0; k < Formula::n_states; ++k) sum += state[k];
+  }
 };
 
-// `Clean` takes 0 in their place, and counts the element.
+// `Clean` takes 0 in their place, and counts the element. A gradient that a state cannot hold counts as 0, too.
 template <class T>
 struct Clean {
   using Trouble = Counter<T>;
@@ -71,6 +77,19 @@ struct Clean {
     return is_broken == 0 ? x : T(0);
   }
   LAYCA_INLINE Trouble trouble() const { return broken; }
+
+  template <class Formula>
+  LAYCA_INLINE void advance(T& grad, T* state, const T* options) {
+    T tried[max_states] = {};
+    for (int k = 0; k < Formula::n_states; ++k) tried[k] = state[k];
+    Formula::advance(grad, tried, options);
+    Counter<T> is_lost = 0;
+    for (int k = 0; k < Formula::n_states; ++k) is_lost |= is_finite(tried[k]) ? 0 : 1;
+    grad = is_lost == 0 ? grad : T(0);
+    Formula::advance(grad, state, options);
+    for (int k = 0; k < Formula::n_states; ++k) state[k] = (*this)(state[k]);
+    broken |= is_lost;
+  }
 };
 
 // A lane for each residue of the elements' index, so that every instruction set adds in the same order.
@@ -115,9 +134,9 @@ LAYCA_INLINE auto advance_element(const Run<T>& run, std::int64_t start, std::in
   Check check;
   T state[max_states] = {};
   for (int k = 0; k < Formula::n_states; ++k) state[k] = run.states[k][start + i];
-  const T grad = check(run.grad_scale * run.grad[start + i]);
-  Formula::advance(grad, state, run.options);
-  for (int k = 0; k < Formula::n_states; ++k) states.of[k][i] = state[k] = check(state[k]);
+  T grad = check(run.grad_scale * run.grad[start + i]);
+  check.template advance<Formula>(grad, state, run.options);
+  for (int k = 0; k < Formula::n_states; ++k) states.of[k][i] = state[k];
   sums.add_product(lane, run.param[start + i], check(Formula::step(grad, state, run.options)));
   return check.trouble();
 }

@@ -8,6 +8,26 @@
 
 namespace layca::cpu {
 
+// Count the step of every tensor that has a gradient (in place) and write its options.
+inline void prepare_options(const Batch& batch, const Kernels& kernels) {
+  const double *last_hyper = nullptr, *last_options = nullptr;
+  float last_count = 0;
+  for (std::int64_t tensor = 0; tensor < batch.n_tensors; ++tensor) {
+    const TensorRow row = tensor_row(batch, tensor);
+    if (!row.has_grad()) continue;
+    float* const count = row.pointer<float>(Column::STEP);
+    *count += 1;
+    double* const options = batch.step_options + tensor * max_options;
+    // Most tensors of a group have taken the same number of steps.
+    if (row.hyper == last_hyper && *count == last_count) {
+      std::copy(last_options, last_options + max_options, options);
+    } else {
+      kernels.prepare(*count, row.hyper + Hyper::OPTION, options);
+    }
+    last_hyper = row.hyper, last_options = options, last_count = *count;
+  }
+}
+
 // Advance the states of tiles [first, last) of a layer and write their partial sums.
 inline void measure_tiles(const Batch& batch, const Kernels& kernels, std::int64_t layer, std::int64_t first,
                           std::int64_t last) {
@@ -65,7 +85,8 @@ inline void compute_coefficients(const Batch& batch, const Kernels& kernels, std
     double* const radius =
         span.tensor.pointer<double>(Column::RADIUS) + (layer - span.tensor.columns[Column::FIRST_LAYER]);
     const double sigma2 = measure_orthogonal_square(kernels, span, dots, batch.tile);
-    turn = rotation(dots, sigma2, lr, *radius, span.tensor.flag(Flag::CURRENT));
+    turn = rotation(dots, sigma2, lr, *radius, span.tensor.flag(Flag::CURRENT),
+                    static_cast<int>(span.tensor.columns[Column::RULE]));
     *radius = turn.radius;
     std::int64_t* const counts = batch.counts + layer * Count::WIDTH;
     const bool finite = is_finite(dots.n2);

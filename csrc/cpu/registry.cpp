@@ -15,7 +15,7 @@ Run<T> make_run(const TensorRow& tensor, std::int64_t offset, std::int64_t lengt
   run.param = tensor.pointer<T>(Column::PARAM) + offset;
   run.grad = tensor.pointer<const T>(Column::GRAD) + offset;
   for (int k = 0; k < Formula::n_states; ++k) run.states[k] = tensor.pointer<T>(Column::STATE + k) + offset;
-  for (int k = 0; k < max_options; ++k) run.options[k] = static_cast<T>(tensor.hyper[Hyper::OPTION + k]);
+  for (int k = 0; k < max_options; ++k) run.options[k] = static_cast<T>(tensor.options[k]);
   run.grad_scale = static_cast<T>(tensor.hyper[Hyper::GRAD_SCALE]);
   run.length = length;
   return run;
@@ -41,11 +41,21 @@ double orthogonal_square(const TensorRow& tensor, double c, std::int64_t offset,
   return orthogonal_square_of_run<Formula>(make_run<Formula, T>(tensor, offset, length), c);
 }
 
+template <class Formula>
+void prepare(double count, const double* group, double* options) {
+  Formula::prepare(count, group, options);
+}
+
 template <class Formula, class T>
 void add(Table& table, const char* dtype) {
-  const int arrays_read_again = 1 + Formula::n_states + (Formula::reads_grad ? 1 : 0);
-  table[{Formula::name, dtype}] = {measure<Formula, T>, rotate<Formula, T>, orthogonal_square<Formula, T>, sizeof(T),
-                                   arrays_read_again};
+  Kernels kernels{};
+  kernels.measure = measure<Formula, T>;
+  kernels.rotate = rotate<Formula, T>;
+  kernels.orthogonal_square = orthogonal_square<Formula, T>;
+  if constexpr (Formula::counts_steps) kernels.prepare = prepare<Formula>;
+  kernels.item_size = sizeof(T);
+  kernels.arrays_read_again = 1 + Formula::n_states + (Formula::reads_grad ? 1 : 0);
+  table[{Formula::name, dtype}] = kernels;
 }
 
 template <class... Formula>

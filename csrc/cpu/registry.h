@@ -14,6 +14,7 @@ struct Kernels {
   Partial (*measure)(const TensorRow& tensor, std::int64_t offset, std::int64_t length);
   void (*rotate)(const TensorRow& tensor, const Rotation& rotation, std::int64_t offset, std::int64_t length);
   double (*orthogonal_square)(const TensorRow& tensor, double c, std::int64_t offset, std::int64_t length);
+  void (*prepare)(double count, const double* group, double* options);  // null where steps are not counted
   int item_size;
   int arrays_read_again;  // by rotate after measure: the parameter, the states, and perhaps the gradient
 };

@@ -20,10 +20,13 @@ Runner::Runner(const Batch& batch, const std::string& formula, const std::string
       kernels_(find_kernels(formula, dtype)),
       plan_(make_plan(batch, kernels_.arrays_read_again * kernels_.item_size)),
       progress_(std::make_unique<Progress[]>(plan_.large.size())),
-      owners_(plan_.pieces.size()) {}
+      owners_(plan_.pieces.size()) {
+  if (!kernels_.prepare) batch_.step_options = nullptr;
+}
 
 void Runner::measure(int threads) {
   start();
+  if (kernels_.prepare) prepare_options(batch_, kernels_);
   in_parallel(useful_threads(threads), [&](int) {
     draw([&](std::int64_t piece) { measure_piece(plan_.pieces[piece]); },
          [&](std::int64_t layer) { measure_layer(layer); });
@@ -46,6 +49,7 @@ void Runner::rotate(int threads) {
 
 void Runner::step(int threads) {
   start();
+  if (kernels_.prepare) prepare_options(batch_, kernels_);
   in_parallel(useful_threads(threads), [&](int thread) { step_on_one_thread(thread); });
 }
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from .._cpu import BatchView
 
 #: Tables of a batch that the kernels walk.
-TABLES = ("tensors", "hypers", "layers", "dots", "coefficients", "counts", "partials", "partial_counts")
+TABLES = (
+    *("tensors", "hypers", "step_options", "layers"),
+    *("dots", "coefficients", "counts", "partials", "partial_counts"),
+)
 
 
 def _import_native() -> tuple[ModuleType | None, str | None]:
@@ -58,6 +61,7 @@ class CpuBackend(Backend):
             # The tables stay where they are for the life of the batch; only what they hold changes.
             view = self._native.BatchView(
                 **{name: getattr(batch, name).data_ptr() for name in TABLES},
+                n_tensors=len(batch.slots),
                 n_layers=batch.n_layers,
                 tile=batch.tile,
                 formula=batch.formula.name,

@@ -62,7 +62,8 @@ class Blocks:
     def __init__(self, batch: Batch, index: int, tile: int) -> None:
         self.slot: Slot = batch.slots[index]
         self.formula = batch.formula
-        self.options = batch.options(self.slot)
+        count = 0.0 if self.slot.step is None else self.slot.step.to(scalar_device(batch.device)).double()
+        self.options = self.formula.prepare(count, batch.options(self.slot))
         grad = batch.grads[index]
         assert grad is not None
         self.grad = layer_matrix(grad, self.slot)
@@ -87,14 +88,19 @@ class Blocks:
         for block in self:
             raw = self._raw_gradient(block)
             grad = cleaned(raw)
-            advanced = self.formula.advance(grad, tuple(state[block] for state in self.states), self.options)
+            before = tuple(state[block] for state in self.states)
+            advanced = self.formula.advance(grad, before, self.options)
             states = tuple(cleaned(state) for state in advanced)
+            lost = [new != clean for new, clean in zip(advanced, states, strict=True) if new is not clean]
+            if lost:
+                # A gradient that a state cannot hold counts as zero, too.
+                grad = torch.where(torch.stack(lost).any(0), 0.0, grad)
+                states = tuple(cleaned(state) for state in self.formula.advance(grad, before, self.options))
             step = self.formula.step(grad, states, self.options)
             for state, value in zip(self.states, states, strict=True):
                 state[block] = value
             clean = cleaned(step)
-            suspects = zip((raw, *advanced, step), (grad, *states, clean), strict=True)
-            changed = [before != after for before, after in suspects if before is not after]
+            changed = lost + [old != new for old, new in ((raw, grad), (step, clean)) if old is not new]
             if changed:
                 bad[block[0]] += torch.stack(changed).any(0).sum(1)
             w, u = self.weight[block].double(), clean.double()
@@ -158,6 +164,9 @@ class TorchBackend(Backend):
 
     def measure(self, batch: Batch) -> None:
         batch.dots.zero_()
+        for slot, grad in zip(batch.slots, batch.grads, strict=True):
+            if slot.step is not None and grad is not None:
+                slot.step += 1
         for rows, blocks in self._blocks(batch):
             blocks.measure(batch.dots[rows], batch.counts[rows, Count.NON_FINITE])
 
@@ -166,6 +175,7 @@ class TorchBackend(Backend):
         hypers = batch.hypers[tensors[:, Column.HYPER]]
         rotates = tensors[:, Column.FLAGS] & Flag.ROTATES != 0
         current = tensors[:, Column.FLAGS] & Flag.CURRENT != 0
+        rule = tensors[:, Column.RULE]
         has_grad = tensors[:, Column.GRAD] != 0
         lr, weight_decay = hypers[:, Hyper.LR], hypers[:, Hyper.WEIGHT_DECAY]
         radii = [slot.radius for slot in batch.slots]
@@ -180,7 +190,7 @@ class TorchBackend(Backend):
         if sigma2.device.type == "cpu":
             # Elsewhere, to know whether there is anything to measure again, the host would have to wait.
             self._measure_again(batch, sigma2, rotates & is_nearly_parallel(sigma2, q))
-        *abc, mode, after = coefficients(n2, d, q, sigma2, lr, before, weight_decay, rotates, current)
+        *abc, mode, after = coefficients(n2, d, q, sigma2, lr, before, weight_decay, rotates, current, rule)
         mode = torch.where(has_grad, mode, KEEP)
         torch.stack([*abc, mode], 1, out=batch.coefficients)
         for radius, value in zip(radii, after.split([slot.layers for slot in batch.slots]), strict=True):

@@ -1,4 +1,4 @@
-"""The Triton backend: three launches a step, however many tensors, on NVIDIA and AMD GPUs.
+"""The Triton backend: three or four launches a step, however many tensors, on NVIDIA and AMD GPUs.
 
 Where TRITON_INTERPRET=1 was set before Triton was first imported, the same kernels run on CPU tensors instead: slowly,
 for tests. Triton itself is imported only where something asks for this backend.
@@ -22,6 +22,9 @@ OLDEST = (3, 3)
 
 #: Elements of one program, and its warps: a thread holds two vectors of 16 bytes of every float32 tensor.
 TILE, TILE_WARPS = 2048, 8
+
+#: Tensors that prepare counts at a time, one per thread.
+PREPARE_BLOCK, PREPARE_WARPS = 128, 4
 
 #: Tiles that finish adds up at a time: layers of up to 2 million elements cost it one round trip to memory.
 FINISH_BLOCK, FINISH_WARPS = 1024, 8
@@ -52,6 +55,7 @@ def _step_constants(batch: Batch) -> dict[str, Any]:
         "READS_GRAD": formula.reads_grad,
         "STATES": len(formula.states),
         "OPTIONS": len(batch.options(batch.slots[0])),
+        "COUNTS": formula.counts_steps,
         "ELEMENT": triton_kernels.ELEMENTS[batch.dtype],
         "ITEMSIZE": batch.dtype.itemsize,
     }
@@ -59,8 +63,22 @@ def _step_constants(batch: Batch) -> dict[str, Any]:
 
 def _over_tiles(kernel: Any, batch: Batch, tables: tuple[Tensor, ...], **constants: Any) -> Launch:
     constants |= {**_step_constants(batch), "TILE": batch.tile}
-    tables = (batch.tensors, batch.hypers, batch.tiles, *tables)
+    tables = (batch.tensors, batch.hypers, batch.step_options, batch.tiles, *tables)
     return Launch(kernel, batch.n_tiles, tables, constants, TILE_WARPS)
+
+
+def prepare_launch(batch: Batch) -> Launch:
+    """Count the step of every tensor and write its options."""
+    from . import triton_formulas, triton_kernels
+
+    constants = {
+        "n_tensors": len(batch.slots),
+        "PREPARE": triton_formulas.lower(batch.formula.prepare),
+        "OPTIONS": len(batch.options(batch.slots[0])),
+        "BLOCK": PREPARE_BLOCK,
+    }
+    tables = (batch.tensors, batch.hypers, batch.step_options)
+    return Launch(triton_kernels.prepare, -(-len(batch.slots) // PREPARE_BLOCK), tables, constants, PREPARE_WARPS)
 
 
 def measure_launch(batch: Batch) -> Launch:
@@ -76,7 +94,8 @@ def finish_launch(batch: Batch, *, sums: bool, coefficients: bool) -> Launch:
     from . import triton_kernels
 
     scratch = (batch.partials, batch.partial_counts)
-    tables = (batch.tensors, batch.hypers, batch.layers, *scratch, batch.dots, batch.coefficients, batch.counts)
+    results = (batch.dots, batch.coefficients, batch.counts)
+    tables = (batch.tensors, batch.hypers, batch.step_options, batch.layers, *scratch, *results)
     constants = {"SUM": sums, "COEFFICIENTS": coefficients, "BLOCK": FINISH_BLOCK, **_step_constants(batch)}
     return Launch(triton_kernels.finish, batch.n_layers, tables, constants, FINISH_WARPS)
 
@@ -86,6 +105,12 @@ def rotate_launch(batch: Batch) -> Launch:
     from . import triton_kernels
 
     return _over_tiles(triton_kernels.rotate, batch, (batch.coefficients,))
+
+
+def _advance(batch: Batch) -> None:
+    if batch.formula.counts_steps:
+        prepare_launch(batch)()
+    measure_launch(batch)()
 
 
 def _launching(device: torch.device) -> AbstractContextManager[Any]:
@@ -141,7 +166,7 @@ class TritonBackend(Backend):
 
     def measure(self, batch: Batch) -> None:
         with _launching(batch.device):
-            measure_launch(batch)()
+            _advance(batch)
             finish_launch(batch, sums=True, coefficients=False)()
 
     def coefficients(self, batch: Batch) -> None:
@@ -153,9 +178,9 @@ class TritonBackend(Backend):
             rotate_launch(batch)()
 
     def step(self, batch: Batch) -> None:
-        """All three verbs in three launches: one kernel finishes the sums and makes the coefficients of them."""
+        """All three verbs at once: one kernel finishes the sums and makes the coefficients of them."""
         with _launching(batch.device):
-            measure_launch(batch)()
+            _advance(batch)
             finish_launch(batch, sums=True, coefficients=True)()
             rotate_launch(batch)()
 

@@ -1,7 +1,7 @@
 """From Python's formulas to Triton's: :func:`lower` makes Triton functions of those in ``formulas.py``.
 
 It takes their code as it stands and gives it other globals, so that no formula is written a second time. What
-``formulas.py`` builds on, ``where``, ``sqrt`` and the test for finite values, is Triton's own.
+``formulas.py`` builds on, ``where``, ``sqrt``, ``exp`` and the test for finite values, is Triton's own.
 """
 
 # Triton's values have no static types.
@@ -50,6 +50,11 @@ def _sqrt(x):
 
 
 @device_function
+def _exp(x):
+    return tl.exp(x)
+
+
+@device_function
 def finite_or_zero(x):
     """x where it is finite, else 0."""
     # One comparison where x * 0 == 0 takes two operations, and one that can be found again in the compiled code.
@@ -62,7 +67,7 @@ def lower(function: Callable[..., Any]) -> Any:
     if function is formulas.finite_or_zero:
         return finite_or_zero
     assert isinstance(function, FunctionType)
-    scope: dict[str, Any] = {"where": _where, "sqrt": _sqrt}
+    scope: dict[str, Any] = {"where": _where, "sqrt": _sqrt, "exp": _exp}
     for name in function.__code__.co_names:
         value = function.__globals__.get(name)
         if isinstance(value, (int, float)):

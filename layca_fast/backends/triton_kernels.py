@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .. import formulas
-from ..batch import Coefficient, Column, Count, Flag, Hyper, Layer, Tile
+from ..batch import MAX_OPTIONS, Coefficient, Column, Count, Flag, Hyper, Layer, Tile
 from .triton_formulas import constant, device_function, finite_or_zero, lower
 
 ELEMENTS = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -34,7 +34,7 @@ def _constants(*members: IntEnum) -> tuple[Any, ...]:
 
 _TENSOR_WIDTH, _PARAM, _GRAD, _STATE = _constants(Column.WIDTH, Column.PARAM, Column.GRAD, Column.STATE)
 _RADIUS, _FIRST_LAYER, _HYPER, _FLAGS = _constants(Column.RADIUS, Column.FIRST_LAYER, Column.HYPER, Column.FLAGS)
-_NUMEL, _LAYERS = _constants(Column.NUMEL, Column.LAYERS)
+_NUMEL, _LAYERS, _STEP, _RULE = _constants(Column.NUMEL, Column.LAYERS, Column.STEP, Column.RULE)
 _ROTATES, _CURRENT = _constants(Flag.ROTATES, Flag.CURRENT)
 _HYPER_WIDTH, _LR, _WEIGHT_DECAY = _constants(Hyper.WIDTH, Hyper.LR, Hyper.WEIGHT_DECAY)
 _GRAD_SCALE, _OPTION = _constants(Hyper.GRAD_SCALE, Hyper.OPTION)
@@ -48,6 +48,7 @@ _COEFFICIENT_WIDTH, _A, _B, _C, _MODE = _constants(
     Coefficient.WIDTH, Coefficient.A, Coefficient.B, Coefficient.C, Coefficient.MODE
 )
 _KEEP, _PRECISE = constant(formulas.KEEP), constant(formulas.PRECISE)
+_MAX_OPTIONS = constant(MAX_OPTIONS)
 _VECTOR = constant(16)  # bytes
 
 _coefficients = lower(formulas.coefficients)
@@ -74,11 +75,17 @@ def _is_aligned(addresses, size, READS_GRAD: tl.constexpr, STATES: tl.constexpr)
 
 
 @device_function
-def _options(hyper, OPTIONS: tl.constexpr, ELEMENT: tl.constexpr):
+def _options_row(hyper, step_options, tensor, COUNTS: tl.constexpr):
+    # Only where the formula counts its steps do the options of a tensor differ from those of its group.
+    return step_options + tensor * _MAX_OPTIONS if COUNTS else hyper + _OPTION
+
+
+@device_function
+def _options(row, OPTIONS: tl.constexpr, ELEMENT: tl.constexpr):
     # In the element type: as float64 they would draw all of a float32 formula into float64.
     options = ()
     for i in tl.static_range(OPTIONS):
-        options = options + (tl.load(hyper + _OPTION + i).to(ELEMENT),)
+        options = options + (tl.load(row + i).to(ELEMENT),)
     return options
 
 
@@ -112,14 +119,22 @@ def _load_gradient(address, hyper, lanes, inside, ELEMENT: tl.constexpr, ALIGNED
 
 
 @device_function
+def _is_lost(state, STATES: tl.constexpr):
+    lost = finite_or_zero(state[0]) != state[0]
+    for i in tl.static_range(1, STATES):
+        lost = lost | (finite_or_zero(state[i]) != state[i])
+    return lost
+
+
+@device_function
 def _measure_tile(
-    addresses, length, hyper, partials, partial_counts,
+    addresses, length, hyper, options_row, partials, partial_counts,
     ADVANCE: tl.constexpr, STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
     ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, TILE)
     inside = _inside(lanes, length, ITEMSIZE, ALIGNED)
-    options = _options(hyper, OPTIONS, ELEMENT)
+    options = _options(options_row, OPTIONS, ELEMENT)
     # Only what rotate reads again deserves its place in the cache.
     POLICY: tl.constexpr = "" if READS_GRAD else "evict_first"
     grad, non_finite = _load_gradient(addresses[1], hyper, lanes, inside, ELEMENT, ALIGNED, POLICY)
@@ -127,11 +142,15 @@ def _measure_tile(
     for i in tl.static_range(STATES):
         before = before + (_load(addresses[2 + i], lanes, inside, ELEMENT, ALIGNED, ""),)
     w = _load(addresses[0], lanes, inside, ELEMENT, ALIGNED, "").to(tl.float64)
+    if STATES > 0:
+        # A gradient that a state cannot hold counts as zero, too.
+        lost = _is_lost(ADVANCE(grad, before, options), STATES)
+        grad = tl.where(lost, 0.0, grad)
+        non_finite = non_finite | lost
     advanced = ADVANCE(grad, before, options)
     state = ()
     for i in tl.static_range(STATES):
         clean = finite_or_zero(advanced[i])
-        non_finite = non_finite | (clean != advanced[i])
         tl.store(_pointers(addresses[2 + i], lanes, ELEMENT, ALIGNED), clean, mask=inside)
         state = state + (clean,)
     step = STEP(grad, state, options)
@@ -147,24 +166,46 @@ def _measure_tile(
 
 
 @triton.jit
+def prepare(
+    tensors, hypers, step_options, n_tensors, PREPARE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Count this step (in place) and write its options, for every tensor that has a gradient."""
+    tensor = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tensors + tensor * _TENSOR_WIDTH
+    has_grad = tl.load(row + _GRAD, mask=tensor < n_tensors, other=0) != 0
+    counter = tl.load(row + _STEP, mask=has_grad, other=0).to(tl.pointer_type(tl.float32))
+    count = tl.load(counter, mask=has_grad, other=0.0) + 1.0
+    tl.store(counter, count, mask=has_grad)
+    hyper = hypers + tl.load(row + _HYPER, mask=has_grad, other=0) * _HYPER_WIDTH
+    options = ()
+    for i in tl.static_range(OPTIONS):
+        options = options + (tl.load(hyper + _OPTION + i, mask=has_grad, other=0.0),)
+    prepared = PREPARE(count.to(tl.float64), options)
+    for i in tl.static_range(OPTIONS):
+        tl.store(step_options + tensor * _MAX_OPTIONS + i, prepared[i], mask=has_grad)
+
+
+@triton.jit
 def measure(
-    tensors, hypers, tiles, partials, partial_counts,
+    tensors, hypers, step_options, tiles, partials, partial_counts,
     ADVANCE: tl.constexpr, STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
-    ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr,
+    COUNTS: tl.constexpr, ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Advance the states of one tile (in place) and write its three dots and its number of non-finite elements."""
     index = tl.program_id(0).to(tl.int64)
     tile = tiles + index * _TILE_WIDTH
-    row = tensors + tl.load(tile + _TILE_TENSOR) * _TENSOR_WIDTH
+    tensor = tl.load(tile + _TILE_TENSOR)
+    row = tensors + tensor * _TENSOR_WIDTH
     if tl.load(row + _GRAD) != 0:
         length = tl.load(tile + _LENGTH)
         addresses = _addresses(row, tl.load(tile + _OFFSET) * ITEMSIZE, STATES)
         hyper = hypers + tl.load(row + _HYPER) * _HYPER_WIDTH
+        options_row = _options_row(hyper, step_options, tensor, COUNTS)
         aligned = _is_aligned(addresses, length * ITEMSIZE, True, STATES)
         for ALIGNED in tl.static_range(2):
             if aligned == ALIGNED:
                 _measure_tile(
-                    addresses, length, hyper, partials, partial_counts,
+                    addresses, length, hyper, options_row, partials, partial_counts,
                     ADVANCE, STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, ITEMSIZE, TILE, ALIGNED,
                 )  # fmt: skip
 
@@ -194,7 +235,7 @@ def _add(count, increment):
 
 @device_function
 def _step_again(
-    addresses, hyper, lanes, inside,
+    addresses, hyper, options_row, lanes, inside,
     STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
     ELEMENT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -205,12 +246,12 @@ def _step_again(
     state = ()
     for i in tl.static_range(STATES):
         state = state + (_load(addresses[2 + i], lanes, inside, ELEMENT, ALIGNED, "evict_first"),)
-    return finite_or_zero(STEP(grad, state, _options(hyper, OPTIONS, ELEMENT)))
+    return finite_or_zero(STEP(grad, state, _options(options_row, OPTIONS, ELEMENT)))
 
 
 @device_function
 def _measure_orthogonal_square(
-    n2, d, layer, row, hyper,
+    n2, d, layer, row, hyper, options_row,
     STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
     ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +264,7 @@ def _measure_orthogonal_square(
     for start in range(0, length, BLOCK):
         addresses = _addresses(row, (first + start) * ITEMSIZE, STATES)
         inside = lanes < length - start
-        u = _step_again(addresses, hyper, lanes, inside, STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, False)
+        u = _step_again(addresses, hyper, options_row, lanes, inside, STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, False)
         w = _load(addresses[0], lanes, inside, ELEMENT, False, "").to(tl.float64)
         difference = tl.where(inside, u.to(tl.float64) - c * w, 0.0)
         sums += difference * difference
@@ -238,7 +279,8 @@ def _write_coefficients(n2, d, q, sigma2, layer, row, hyper, has_grad, coefficie
     radii = tl.load(row + _RADIUS).to(tl.pointer_type(tl.float64)) + (layer - tl.load(row + _FIRST_LAYER))
     old_radius = tl.load(radii, mask=rotates, other=0.0)
     decay = tl.load(hyper + _WEIGHT_DECAY)
-    a, b, c, mode, radius = _coefficients(n2, d, q, sigma2, lr, old_radius, decay, rotates, current)
+    rule = tl.load(row + _RULE)
+    a, b, c, mode, radius = _coefficients(n2, d, q, sigma2, lr, old_radius, decay, rotates, current, rule)
     mode = tl.where(has_grad, mode, _KEEP)
     tl.store(coefficients + _A, a)
     tl.store(coefficients + _B, b)
@@ -253,15 +295,16 @@ def _write_coefficients(n2, d, q, sigma2, layer, row, hyper, has_grad, coefficie
 
 @triton.jit
 def finish(
-    tensors, hypers, layers, partials, partial_counts, dots, coefficients, counts,
+    tensors, hypers, step_options, layers, partials, partial_counts, dots, coefficients, counts,
     SUM: tl.constexpr, COEFFICIENTS: tl.constexpr, BLOCK: tl.constexpr,
     STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
-    ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr,
+    COUNTS: tl.constexpr, ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr,
 ):  # fmt: skip
     """SUM: add up the dots and counts of one layer's tiles. COEFFICIENTS: turn its dots into coefficients."""
     layer = tl.program_id(0).to(tl.int64)
     entry = layers + layer * _LAYER_WIDTH
-    row = tensors + tl.load(entry + _LAYER_TENSOR) * _TENSOR_WIDTH
+    tensor = tl.load(entry + _LAYER_TENSOR)
+    row = tensors + tensor * _TENSOR_WIDTH
     has_grad = tl.load(row + _GRAD) != 0
     dot, count = dots + layer * 3, counts + layer * _COUNT_WIDTH
     if SUM:
@@ -278,8 +321,9 @@ def finish(
         hyper = hypers + tl.load(row + _HYPER) * _HYPER_WIDTH
         sigma2 = _orthogonal_square(n2, d, q)
         if has_grad & ((tl.load(row + _FLAGS) & _ROTATES) != 0) & _is_nearly_parallel(sigma2, q):
+            options_row = _options_row(hyper, step_options, tensor, COUNTS)
             sigma2 = _measure_orthogonal_square(
-                n2, d, layer, row, hyper, STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, ITEMSIZE, BLOCK
+                n2, d, layer, row, hyper, options_row, STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, ITEMSIZE, BLOCK
             )
         coefficients = coefficients + layer * _COEFFICIENT_WIDTH
         _write_coefficients(n2, d, q, sigma2, layer, row, hyper, has_grad, coefficients, count)
@@ -287,14 +331,14 @@ def finish(
 
 @device_function
 def _rotate_tile(
-    addresses, length, hyper, coefficients,
+    addresses, length, hyper, options_row, coefficients,
     STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
     ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, TILE)
     inside = _inside(lanes, length, ITEMSIZE, ALIGNED)
     w = _load(addresses[0], lanes, inside, ELEMENT, ALIGNED, "evict_first")
-    u = _step_again(addresses, hyper, lanes, inside, STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, ALIGNED)
+    u = _step_again(addresses, hyper, options_row, lanes, inside, STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, ALIGNED)
     a, b = tl.load(coefficients + _A), tl.load(coefficients + _B)
     if tl.load(coefficients + _MODE) == _PRECISE:
         wide = w.to(tl.float64)
@@ -306,9 +350,9 @@ def _rotate_tile(
 
 @triton.jit
 def rotate(
-    tensors, hypers, tiles, coefficients,
+    tensors, hypers, step_options, tiles, coefficients,
     STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
-    ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr,
+    COUNTS: tl.constexpr, ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Apply the coefficients to one tile of the parameters (in place), the base step made anew from the state."""
     # Backwards: what measure touched last is still in the cache.
@@ -316,14 +360,16 @@ def rotate(
     coefficients = coefficients + tl.load(tile + _TILE_LAYER) * _COEFFICIENT_WIDTH
     # KEEP is also the mode of every layer without a gradient.
     if tl.load(coefficients + _MODE) != _KEEP:
-        row = tensors + tl.load(tile + _TILE_TENSOR) * _TENSOR_WIDTH
+        tensor = tl.load(tile + _TILE_TENSOR)
+        row = tensors + tensor * _TENSOR_WIDTH
         length = tl.load(tile + _LENGTH)
         addresses = _addresses(row, tl.load(tile + _OFFSET) * ITEMSIZE, STATES)
         hyper = hypers + tl.load(row + _HYPER) * _HYPER_WIDTH
+        options_row = _options_row(hyper, step_options, tensor, COUNTS)
         aligned = _is_aligned(addresses, length * ITEMSIZE, READS_GRAD, STATES)
         for ALIGNED in tl.static_range(2):
             if aligned == ALIGNED:
                 _rotate_tile(
-                    addresses, length, hyper, coefficients,
+                    addresses, length, hyper, options_row, coefficients,
                     STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, ITEMSIZE, TILE, ALIGNED,
                 )  # fmt: skip
