@@ -166,11 +166,29 @@ struct Adam : Counted {
   }
 };
 
+struct Lion : Uncounted {
+  static constexpr const char* name = "lion";
+  static constexpr int n_states = 1;
+  static constexpr bool reads_grad = true;
+
+  template <class T>
+  static LAYCA_INLINE void advance(T grad, T* state, const T* options) {
+    state[0] = running_mean(state[0], grad, options[0]);
+  }
+
+  // The sign of beta1*m + (1 - beta1)*g, where m, the average before this step, is taken from the one after it.
+  template <class T>
+  static LAYCA_INLINE T step(T grad, const T* state, const T* options) {
+    const T mixed = options[1] * state[0] + options[2] * grad;
+    return mixed > 0 ? T(1) : mixed < 0 ? T(-1) : mixed * T(0);
+  }
+};
+
 template <class... Formula>
 struct FormulaList {};
 
 // Every formula; a compiled backend instantiates its kernels for each of them.
 using Formulas = FormulaList<Sgd, SgdMomentum, SgdNesterov, RmsProp<false, false>, RmsProp<true, false>,
-                             RmsProp<false, true>, RmsProp<true, true>, Adagrad, Adam<false>, Adam<true>>;
+                             RmsProp<false, true>, RmsProp<true, true>, Adagrad, Adam<false>, Adam<true>, Lion>;
 
 }  // namespace layca

@@ -1,9 +1,21 @@
 """FusedLayca: rotation-controlled optimization for PyTorch (Layca, arXiv 1806.01603)."""
 
+from .attach import Handle, attach, detach
 from .backends import backends
+from .groups import LayerGroups, layer_groups
 from .optimizer import FusedLayca
 from .stats import RotationStats
 
-__all__ = ["FusedLayca", "RotationStats", "__version__", "backends"]
+__all__ = [
+    "FusedLayca",
+    "Handle",
+    "LayerGroups",
+    "RotationStats",
+    "__version__",
+    "attach",
+    "backends",
+    "detach",
+    "layer_groups",
+]
 
 __version__ = "0.1.0"

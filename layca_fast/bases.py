@@ -62,6 +62,18 @@ def recommended_rate(base: Base, group: Options) -> float:
     return RATE_OF_AVERAGE if base.averages(group) else RATE_OF_ONE_STEP
 
 
+def scaled_rate(lr: Any, factor: Any) -> Any:
+    """``lr * factor``, a tensor as a new tensor; at factor 1 ``lr`` itself, so that tensors stay shared.
+
+    Raises TypeError or ValueError for a factor that is no finite number >= 0.
+    """
+    if not isinstance(factor, Real):
+        raise TypeError(f"lr_factor={factor!r}: must be a number")
+    if not (0.0 <= float(factor) < math.inf):
+        raise ValueError(f"lr_factor={factor!r}: must be finite and >= 0; it multiplies the lr of its group")
+    return lr if factor == 1 else lr * float(factor)
+
+
 def _check_range(group: Options, name: str, low: float, high: float, interval: str) -> None:
     value = group[name]
     if not isinstance(value, Real) or not (low <= float(value) < high):
@@ -123,10 +135,21 @@ def _check_adam(group: Options) -> None:
     _check_truth(group, "amsgrad")
 
 
+def _check_lion(group: Options) -> None:
+    _check_betas(group)
+    if group["betas"][1] == 0:
+        raise ValueError(f"betas={group['betas']!r}: lion needs a second beta > 0, which keeps the last average")
+
+
+#: Every formula that some base runs, by name: what a compiled backend must offer.
+FORMULAS: dict[str, Formula] = {}
+
+
 def _formula(name: str, *states: str, reads_grad: bool, **more: Any) -> Formula:
-    """The formula that ``formulas.py`` has as ``<name>_advance`` and ``<name>_step``."""
+    """The formula that ``formulas.py`` has as ``<name>_advance`` and ``<name>_step``, listed in FORMULAS."""
     advance, step = getattr(formulas, f"{name}_advance"), getattr(formulas, f"{name}_step")
-    return Formula(name, advance, step, states, reads_grad, **more)
+    FORMULAS[name] = Formula(name, advance, step, states, reads_grad, **more)
+    return FORMULAS[name]
 
 
 _SGD = _formula("sgd", reads_grad=True)
@@ -144,6 +167,7 @@ _ADAGRAD = _formula("adagrad", "sum", reads_grad=True, counts_steps=True)
 _OF_ADAM: Mapping[str, Any] = {"reads_grad": False, "counts_steps": True, "prepare": formulas.adam_prepare}
 _ADAM = _formula("adam", "exp_avg", "exp_avg_sq", **_OF_ADAM)
 _AMSGRAD = _formula("adam_amsgrad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", **_OF_ADAM)
+_LION = _formula("lion", "exp_avg", reads_grad=True)
 
 
 def _sgd_formula(group: Options) -> Formula:
@@ -169,6 +193,11 @@ def _adam_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
     beta1, beta2 = map(float, group["betas"])
     logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     return (1.0 - beta1, beta2, 1.0 - beta2, float(group["eps"]), *logs)
+
+
+def _lion_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
+    beta1, beta2 = map(float, group["betas"])
+    return (1.0 - beta2, beta1 / beta2, (1.0 - beta1) - beta1 / beta2 * (1.0 - beta2))
 
 
 BASES: Mapping[str, Base] = {
@@ -215,10 +244,13 @@ BASES: Mapping[str, Base] = {
             check=_check_adam,
             averages=lambda group: True,
         ),
+        Base(
+            "lion",
+            options={"betas": (0.9, 0.99)},
+            formula=lambda group: _LION,
+            scalars=_lion_scalars,
+            check=_check_lion,
+            averages=lambda group: True,
+        ),
     )
-}
-
-#: Every formula that some base runs, by name: what a compiled backend must offer.
-FORMULAS: Mapping[str, Formula] = {
-    formula.name: formula for formula in (_SGD, _MOMENTUM, _NESTEROV, *_RMSPROP.values(), _ADAGRAD, _ADAM, _AMSGRAD)
 }

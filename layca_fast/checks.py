@@ -32,14 +32,24 @@ def describe(label: str, tensor: Tensor) -> str:
     return f"{label} (shape {tuple(tensor.shape)}, {tensor.dtype})"
 
 
-def check_parameter(tensor: Tensor, label: str) -> None:
-    """Raise TypeError or ValueError for a tensor that no kernel may be handed."""
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Whether the numbers are in another tensor inside this one, as in DTensor."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def check_initialized(tensor: Tensor, label: str) -> None:
+    """Raise ValueError for the parameter of a lazy module that has seen no input yet."""
     if torch.nn.parameter.is_lazy(tensor):
         raise ValueError(f"{label} is not initialized yet: run one forward pass before making the optimizer")
+
+
+def check_parameter(tensor: Tensor, label: str) -> None:
+    """Raise TypeError or ValueError for a tensor that no kernel may be handed."""
+    check_initialized(tensor, label)
     name = describe(label, tensor)
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if _is_wrapper(tensor):
         raise TypeError(
-            f"{name} is a {type(tensor).__name__}: FusedLayca reads plain tensors only; pass the plain tensor inside it"
+            f"{name} is a {type(tensor).__name__}: layca_fast reads plain tensors only; pass the plain tensor inside it"
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor, parameter.to_dense()")
@@ -68,7 +78,7 @@ def check_gradient(grad: Tensor, param: Tensor, label: str) -> None:
     name = describe(f"the gradient of {label}", grad)
     if grad.layout != torch.strided:
         raise TypeError(f"{name} has layout {grad.layout}: FusedLayca needs dense gradients (sparse=False)")
-    if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if _is_wrapper(grad):
         raise TypeError(f"{name} is a {type(grad).__name__}: FusedLayca reads plain tensors only")
     for what in ("shape", "dtype", "device"):
         theirs, ours = getattr(grad, what), getattr(param, what)
@@ -76,22 +86,29 @@ def check_gradient(grad: Tensor, param: Tensor, label: str) -> None:
             raise ValueError(f"{name} has {what} {theirs}, its parameter {ours}: they must be the same")
 
 
-def check_lr(lr: Any) -> None:
+def check_lr(lr: Any, name: str = "lr") -> None:
     """Raise for a learning rate that is no finite number >= 0. One that lives on a device is not read back."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: it must hold one number")
+            raise ValueError(f"{name} is a tensor of shape {tuple(lr.shape)}: it must hold one number")
         if lr.device.type != "cpu":
             return
     elif not isinstance(lr, Real):
-        raise TypeError(f"lr={lr!r}: must be a number, or a tensor that holds one")
+        raise TypeError(f"{name}={lr!r}: must be a number, or a tensor that holds one")
     if not (0.0 <= float(lr) < math.inf):
-        raise ValueError(f"lr={lr!r}: must be finite and >= 0 (each step turns a layer by atan(lr) radians)")
+        raise ValueError(f"{name}={lr!r}: must be finite and >= 0 (each step turns a layer by atan(lr) radians)")
 
 
-def _check_choice(group: Mapping[str, Any], name: str, choices: tuple[Any, ...]) -> None:
+def check_choice(group: Mapping[str, Any], name: str, choices: tuple[Any, ...]) -> None:
+    """Raise ValueError if the option ``name`` of ``group`` is none of ``choices``."""
     if not any(group[name] is each or group[name] == each for each in choices):
         raise ValueError(f"{name}={group[name]!r} is unknown: choose one of {list(choices)}")
+
+
+def check_chunks(chunks: Any) -> None:
+    """Raise ValueError for a number of layers per tensor that is none."""
+    if chunks != "all" and (isinstance(chunks, bool) or not isinstance(chunks, Integral) or chunks < 1):
+        raise ValueError(f"chunks={chunks!r}: must be a whole number >= 1, or 'all' (one layer per slice)")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -102,15 +119,13 @@ def check_group(group: Mapping[str, Any]) -> None:
     if lacking:
         raise ValueError(f"base={base.name!r} needs {lacking}, which its param group lacks: set them in the group")
     base.check(group)
-    _check_choice(group, "rule", tuple(RULES))
-    _check_choice(group, "radius", RADII)
-    _check_choice(group, "backend", ("auto", *MODULES))
-    _check_choice(group, "maximize", (False, True))
+    check_choice(group, "rule", tuple(RULES))
+    check_choice(group, "radius", RADII)
+    check_choice(group, "backend", ("auto", *MODULES))
+    check_choice(group, "maximize", (False, True))
     if group["rotate"] not in (None, True, False):
         raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (tensors of 2 or more dimensions)")
-    chunks = group["chunks"]
-    if chunks != "all" and (isinstance(chunks, bool) or not isinstance(chunks, Integral) or chunks < 1):
-        raise ValueError(f"chunks={chunks!r}: must be a whole number >= 1, or 'all' (one layer per slice)")
+    check_chunks(group["chunks"])
     decay = group["weight_decay"]
     if not isinstance(decay, Real) or not (0.0 <= float(decay) < math.inf):
         raise ValueError(f"weight_decay={decay!r}: must be a finite number >= 0")
@@ -147,3 +162,22 @@ def count_layers(param: Tensor, chunks: int | str, label: str) -> int:
             f"{rows}, or put the tensor in a group with chunks=1"
         )
     return int(chunks)
+
+
+def have_zero_layers(tensors: Sequence[tuple[Tensor, int]]) -> list[bool]:
+    """Whether each tensor, given with its number of layers, holds a layer whose weights are all zero.
+
+    Waits once for each device. Those without plain numbers (empty, meta, sparse, wrappers such as DTensor) are not
+    looked into: what the optimizer cannot take, it refuses itself.
+    """
+    flags = [False] * len(tensors)
+    found: dict[torch.device, dict[int, Tensor]] = {}
+    for index, (tensor, layers) in enumerate(tensors):
+        if tensor.numel() > 0 and tensor.layout == torch.strided and not (tensor.is_meta or _is_wrapper(tensor)):
+            # The norm needs no memory for the absolute values.
+            largest = torch.linalg.vector_norm(tensor.detach().reshape(layers, -1), torch.inf, dim=1)
+            found.setdefault(tensor.device, {})[index] = (largest == 0).any()
+    for on_device in found.values():
+        for index, value in zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True):
+            flags[index] = value
+    return flags

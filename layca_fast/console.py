@@ -3,6 +3,16 @@
 from collections.abc import Sequence
 
 
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as plain text, columns two spaces apart."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (columns, *rows)
+    ]
+    return "\n".join(lines)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print one table. Machines that only have torch (a GPU server, say) get it as plain text."""
     try:
@@ -10,10 +20,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
         print(title)
-        for row in (columns, *rows):
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(aligned(columns, rows))
         return
     table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:

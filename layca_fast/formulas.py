@@ -156,6 +156,16 @@ def adam_amsgrad_step(grad, state, options):
     return state[0] * options[4] / (sqrt(state[2]) * options[5] + options[3])
 
 
+def lion_advance(grad, state, options):
+    return (running_mean(state[0], grad, options[0]),)
+
+
+def lion_step(grad, state, options):
+    # The sign of beta1*m + (1 - beta1)*g, where m, the average before this step, is taken from the one after it.
+    mixed = options[1] * state[0] + options[2] * grad
+    return where(mixed > 0.0, 1.0, where(mixed < 0.0, -1.0, mixed * 0.0))
+
+
 def layca(n, d, q, sigma, lr):
     """Turn by atan(lr) (arXiv 1806.01603, Algorithm 1)."""
     return 1.0, lr

@@ -4,7 +4,8 @@ torch's own ``load_state_dict`` casts every state tensor to its parameter's dtyp
 parameter is, so the tensors are put back as they were saved once torch is done.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch.optim import Optimizer
 from .bases import FORMULAS
 from .batch import scalar_device
 from .checks import count_layers, describe, labelled
+
+#: Every group of FusedLayca has all of these. Groups made by layer_groups for another optimizer have some.
+OUR_OPTIONS = {"base", "rule", "rotate"}
 
 #: State that the kernels read; whatever else a checkpoint holds is kept as it is.
 OUR_STATES = {"radius", "step", *(name for formula in FORMULAS.values() for name in formula.states)}
@@ -28,8 +32,8 @@ def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Map
 
 
 def is_foreign(saved: Mapping[str, Any]) -> bool:
-    """Whether another optimizer wrote this checkpoint: none of its groups has an option that only ours has."""
-    return all("rotate" not in group for group in saved["param_groups"])
+    """Whether another optimizer wrote this checkpoint: none of its groups has the options that only ours have."""
+    return not any(group.keys() >= OUR_OPTIONS for group in saved["param_groups"])
 
 
 def adopt(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
@@ -58,11 +62,56 @@ def check_shapes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                 )
 
 
+def _copied(name: str, value: Tensor, param: Tensor) -> Tensor:
+    """A saved state tensor in a memory of its own, of its own type, on the device where its parameter needs it."""
+    device = scalar_device(param.device) if name == "radius" else param.device
+    return value.detach().to(device=device, copy=True)
+
+
 def restore_types(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Put every saved state tensor back as it was saved, copied to its parameter's device."""
     for _, _, param, state in _pairs(optimizer, saved):
-        device = scalar_device(param.device)
         for name, value in state.items():
             if isinstance(value, Tensor):
-                target = device if name == "radius" else param.device
-                optimizer.state[param][name] = value.detach().to(device=target, copy=True)
+                optimizer.state[param][name] = _copied(name, value, param)
+
+
+@dataclass(frozen=True)
+class _Shielded:
+    """A tensor inside something that torch does not know, and so passes through ``load_state_dict`` as it is."""
+
+    tensor: Tensor
+
+
+def shield_radii(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The state_dict ``saved`` with its radii shielded from torch's casts, for another optimizer than ours to load.
+
+    Restoring them afterwards from ``saved`` would be wrong where a user's hook renumbers the parameters.
+    """
+    state = {
+        key: {**each, "radius": _Shielded(each["radius"])}
+        if isinstance(each, Mapping) and isinstance(each.get("radius"), Tensor)
+        else each
+        for key, each in saved["state"].items()
+    }
+    return {**saved, "state": state}
+
+
+def unshield_radii(optimizer: Optimizer) -> None:
+    """Take the shields of :func:`shield_radii` off the loaded state, in place."""
+    for _, _, param in labelled(optimizer.param_groups):
+        state = optimizer.state.get(param, {})
+        if isinstance(state.get("radius"), _Shielded):
+            state["radius"] = _copied("radius", state["radius"].tensor, param)
+
+
+def keep_options(optimizer: Optimizer, saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The state_dict ``saved`` where groups without an option of these names have those of ``optimizer``.
+
+    torch replaces groups as a whole: a checkpoint of the plain optimizer would make everything rotate that its groups
+    exempt.
+    """
+    # Groups that do not match are torch's to refuse.
+    pairs = zip(optimizer.param_groups, saved["param_groups"], strict=False)
+    groups = [{**{name: ours[name] for name in names if name in ours}, **theirs} for ours, theirs in pairs]
+    return {**saved, "param_groups": groups + saved["param_groups"][len(groups) :]}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .bases import BASES, Base, recommended_rate
+from .bases import BASES, Base, recommended_rate, scaled_rate
 from .checks import check_group, check_options, check_parameter, find_base, labelled
 from .loading import adopt, check_shapes, is_foreign, restore_types
 from .plan import Plan, rotates
@@ -99,7 +99,11 @@ class FusedLayca(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as any torch optimizer does; the group's own options are checked before it is added."""
+        """Add a group, as any torch optimizer does; the group's own options are checked before it is added.
+
+        A group without an lr of its own takes the optimizer's, times the group's ``lr_factor`` if it has one (a finite
+        number >= 0; :func:`layca_fast.layer_groups` sets it).
+        """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict with the key 'params', not a {type(param_group).__name__}")
         given = dict(param_group)
@@ -112,6 +116,8 @@ class FusedLayca(Optimizer):
         if group["lr"] is None or ("lr" not in given and self._lr_is_recommended):
             group["lr"] = recommended_rate(base, group)
         check_group(group)
+        if given.get("lr") is None and "lr_factor" in given:
+            group["lr"] = scaled_rate(group["lr"], given["lr_factor"])
         keys = set(group)
         before = len(self.param_groups)
         _check_new(group, self.param_groups)

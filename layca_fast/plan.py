@@ -12,7 +12,7 @@ from .backends import choose
 from .backends.base import Backend
 from .bases import Formula
 from .batch import Batch, Slot, scalar_device
-from .checks import check_gradient, check_parameter, count_layers, describe, find_base, labelled
+from .checks import check_gradient, check_parameter, count_layers, describe, find_base, have_zero_layers, labelled
 from .layout import layers_are_dense
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -86,7 +86,8 @@ class _Member:
         if old.shape != (self.layers,):
             raise ValueError(
                 f"the state 'radius' of {describe(self.label, self.param)} has shape {tuple(old.shape)} for "
-                f"{self.layers} layers: call optimizer.reset_radius() after changing chunks"
+                f"{self.layers} layers: call optimizer.reset_radius() after changing chunks (of an optimizer that "
+                "Layca is attached to: del optimizer.state[parameter]['radius'])"
             )
         return old.to(device=home, dtype=torch.float64).contiguous()
 
@@ -118,14 +119,8 @@ def _members(groups: Sequence[Mapping[str, Any]], state: State) -> Iterator[_Mem
 
 def _check_norms(members: Sequence[_Member]) -> None:
     """Raise ValueError if a layer's weights are all zero: it has no direction to turn. Waits for the device."""
-    by_device: dict[torch.device, list[_Member]] = {}
-    for member in members:
-        if member.param.numel() > 0:
-            by_device.setdefault(member.param.device, []).append(member)
-    zero = []
-    for group in by_device.values():
-        has_zero = torch.stack([(member.param.reshape(member.layers, -1).abs().amax(1) == 0).any() for member in group])
-        zero += [member for member, value in zip(group, has_zero.tolist(), strict=True) if value]
+    flags = have_zero_layers([(member.param, member.layers) for member in members])
+    zero = [member for member, flag in zip(members, flags, strict=True) if flag]
     if zero:
         names = ", ".join(describe(member.label, member.param) for member in zero)
         raise ValueError(

@@ -88,12 +88,20 @@ def adam(
     return step
 
 
+def lion(grad: Tensor, state: dict[str, Any], betas: tuple[float, float] = (0.9, 0.99)) -> Tensor:
+    """Lion (arXiv 2302.06675, Algorithm 2): the sign of a mean, whose memory decays at another rate."""
+    memory = state.get("exp_avg", torch.zeros_like(grad))
+    _average(state, "exp_avg", grad, betas[1])
+    return torch.sign(betas[0] * memory + (1 - betas[0]) * grad)
+
+
 BASES: dict[str, Callable[..., Tensor]] = {
     "sgd": sgd,
     "sgd_amom": sgd_amom,
     "rmsprop": rmsprop,
     "adagrad": adagrad,
     "adam": adam,
+    "lion": lion,
 }
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from layca_fast import FusedLayca
+from layca_fast import FusedLayca, LayerGroups
 from layca_fast.backends import load
 
 #: Every backend of this version. None is skipped: the native module is always built for the tests, and Triton's
@@ -138,3 +138,27 @@ def assert_close(actual: Optimizer, expected: Optimizer, tolerance: float) -> No
         assert set(state) == set(other)
         for name in other:
             assert relative_distance(state[name], other[name]) <= tolerance, name
+
+
+def turning(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Names of the tensors that rotate, in the order of the groups, with their chunks."""
+    return {name: group["chunks"] for group in groups if group["rotate"] for name, _ in group["params"]}
+
+
+def resting(groups: LayerGroups) -> dict[str, str]:
+    """Names of the tensors that do not rotate, with the reason that the plan gives."""
+    named = {name for group in groups if not group["rotate"] for name, _ in group["params"]}
+    reasons = {row.name: row.reason for row in groups.rows if row.lr_factor is None}
+    assert named == set(reasons)
+    return reasons
+
+
+class Unknown(nn.Module):
+    """A type that torch does not know, with weights as (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6))
+        self.scale = nn.Parameter(torch.randn(()))
+        self.gain = nn.Parameter(torch.randn(6))
+        self.bias = nn.Parameter(torch.randn(1, 6))

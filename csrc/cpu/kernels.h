@@ -81,14 +81,14 @@ struct Clean {
   template <class Formula>
   LAYCA_INLINE void advance(T& grad, T* state, const T* options) {
     T tried[max_states] = {};
-    for (int k = 0; k < Formula::n_states; ++k) tried[k] = state[k];
+    for (int k = 0; k < Formula::n_states; ++k) tried[k] = state[k] = (*this)(state[k]);
     Formula::advance(grad, tried, options);
     Counter<T> is_lost = 0;
     for (int k = 0; k < Formula::n_states; ++k) is_lost |= is_finite(tried[k]) ? 0 : 1;
+    broken |= is_lost;
     grad = is_lost == 0 ? grad : T(0);
     Formula::advance(grad, state, options);
     for (int k = 0; k < Formula::n_states; ++k) state[k] = (*this)(state[k]);
-    broken |= is_lost;
   }
 };
 

@@ -88,14 +88,7 @@ class Blocks:
         for block in self:
             raw = self._raw_gradient(block)
             grad = cleaned(raw)
-            before = tuple(state[block] for state in self.states)
-            advanced = self.formula.advance(grad, before, self.options)
-            states = tuple(cleaned(state) for state in advanced)
-            lost = [new != clean for new, clean in zip(advanced, states, strict=True) if new is not clean]
-            if lost:
-                # A gradient that a state cannot hold counts as zero, too.
-                grad = torch.where(torch.stack(lost).any(0), 0.0, grad)
-                states = tuple(cleaned(state) for state in self.formula.advance(grad, before, self.options))
+            grad, states, lost = self._advance(grad, block)
             step = self.formula.step(grad, states, self.options)
             for state, value in zip(self.states, states, strict=True):
                 state[block] = value
@@ -107,6 +100,23 @@ class Blocks:
             dots[block[0]] += torch.stack([row_sums(w * w), row_sums(w * u), row_sums(u * u)], 1)
         for state, matrix in zip(self.slot.states, self.states, strict=True):
             store(state, matrix)
+
+    def _advance(self, grad: Tensor, block: tuple[slice, slice]) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:
+        """(gradient, new states, where numbers were lost): old states that are not finite count as zero.
+
+        So does a gradient that a new state cannot hold.
+        """
+        old = tuple(state[block] for state in self.states)
+        states = self.formula.advance(grad, old, self.options)
+        if all(cleaned(state) is state for state in states):
+            return grad, states, []
+        clean = tuple(finite_or_zero(state) for state in old)
+        lost = [before != after for before, after in zip(old, clean, strict=True)]
+        states = self.formula.advance(grad, clean, self.options)
+        overflows = torch.stack([state != finite_or_zero(state) for state in states]).any(0)
+        grad = torch.where(overflows, 0.0, grad)
+        states = tuple(finite_or_zero(state) for state in self.formula.advance(grad, clean, self.options))
+        return grad, states, [*lost, overflows]
 
     def _step_again(self, block: tuple[slice, slice]) -> Tensor:
         """The base step of a block once more, from the states that measure left."""

@@ -140,7 +140,9 @@ def _measure_tile(
     grad, non_finite = _load_gradient(addresses[1], hyper, lanes, inside, ELEMENT, ALIGNED, POLICY)
     before = ()
     for i in tl.static_range(STATES):
-        before = before + (_load(addresses[2 + i], lanes, inside, ELEMENT, ALIGNED, ""),)
+        old = _load(addresses[2 + i], lanes, inside, ELEMENT, ALIGNED, "")
+        before = before + (finite_or_zero(old),)
+        non_finite = non_finite | (before[i] != old)
     w = _load(addresses[0], lanes, inside, ELEMENT, ALIGNED, "").to(tl.float64)
     if STATES > 0:
         # A gradient that a state cannot hold counts as zero, too.
