@@ -1,10 +1,10 @@
 """``python -m layca_fast demo``: torch's optimizers and FusedLayca train a network on real digits; table, figure."""
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ import torch
 
 from .backends import choose
 from .backends.names import MODULES
-from .demo_bases import ALL, PLAIN_BASES, contestants
+from .demo_bases import ALL, PAPER_BASES, contestants
 from .demo_tables import print_bases, print_pair
 from .demo_training import Contestant, Digits, Run, load_digits, one_cpu_thread, train
 
@@ -70,11 +70,11 @@ def positive(text: str) -> int:
 
 
 def rate(text: str) -> float:
-    """An argument that must be a positive number."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    """An argument that must be a positive number, a decimal one or a fraction such as 1/27."""
+    with suppress(ValueError, ArithmeticError):
+        if (number := float(Fraction(text))) > 0:
+            return number
+    raise argparse.ArgumentTypeError(f"{text} is not a positive number or fraction")
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]:
@@ -85,9 +85,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]
     length.add_argument("--epochs", type=positive, default=EPOCHS, help=f"of each training (default {EPOCHS})")
     parser.add_argument("--seeds", type=positive, default=1, help="train with this many seeds each (default 1)")
     parser.add_argument(
-        "--base", default="sgd", choices=[*PLAIN_BASES, ALL], help="optimizer to compare with FusedLayca (default sgd)"
+        "--base", default="sgd", choices=[*PAPER_BASES, ALL], help="optimizer to compare with FusedLayca (default sgd)"
     )
     parser.add_argument("--plain-lr", type=rate, help="of the plain optimizer (default: the best of a grid)")
+    parser.add_argument("--layca-lr", type=rate, help="of FusedLayca (default: the best of a grid)")
     parser.add_argument("--out", type=Path, default=Path("layca_demo.png"), help="the figure (default layca_demo.png)")
     parser.add_argument("--backend", default="auto", choices=["auto", *MODULES], help="of FusedLayca (default auto)")
     args = parser.parse_args(argv)
@@ -120,8 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"for {args.epochs} epochs on {where}",
         flush=True,
     )
-    bases = list(PLAIN_BASES) if args.base == ALL else [args.base]
-    racers = [racer for base in bases for racer in contestants(base, args.backend, device, args.plain_lr)]
+    bases = list(PAPER_BASES) if args.base == ALL else [args.base]
+    racers = [
+        racer for base in bases for racer in contestants(base, args.backend, device, args.plain_lr, args.layca_lr)
+    ]
     with one_cpu_thread(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         results = list(zip(racers, train_all(racers, digits, args.epochs, args.seeds), strict=True))
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from layca_fast import demo, demo_figure
+from layca_fast import FusedLayca, demo, demo_figure
 from layca_fast.backends import choose, load
 from layca_fast.demo_bases import contestants
 from layca_fast.demo_training import (
@@ -103,8 +103,9 @@ def test_a_missing_extra_is_named_with_the_way_out(
         (["--epochs", "many"], "'many'"),
         (["--quick", "--epochs", "3"], "not allowed with"),
         (["--backend", "abacus"], "choose from"),
-        (["--plain-lr", "0"], "0 is not a positive number"),
-        (["--plain-lr", "nan"], "nan is not a positive number"),
+        (["--plain-lr", "0"], "0 is not a positive number or fraction"),
+        (["--plain-lr", "nan"], "nan is not a positive number or fraction"),
+        (["--layca-lr", "1/0"], "1/0 is not a positive number or fraction"),
         (["--base", "all", "--plain-lr", "0.5"], "--plain-lr 0.5: the optimizers of --base all differ in lr"),
         (["--out", "/"], "--out /"),
         (["--out", "no such folder/figure.png"], "in a folder that exists"),
@@ -130,6 +131,12 @@ def test_a_backend_that_cannot_run_is_refused_with_its_reason(
 def test_quick_is_shorter() -> None:
     full, quick = (demo.parse(argv)[0].epochs for argv in ([], ["--quick"]))
     assert quick < full
+
+
+def test_layca_runs_at_its_default_rate() -> None:
+    params = [nn.Parameter(torch.ones(2, 2))]
+    _, layca = contestants("sgd", "torch", torch.device("cpu"))
+    assert layca.optimizer(params).param_groups[0]["lr"] == FusedLayca(params).param_groups[0]["lr"]
 
 
 def test_digits_are_split_without_overlap(digits: Digits) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from layca_fast import FusedLayca, demo, demo_figure
-from layca_fast.demo_bases import PLAIN_BASES, contestants
+from layca_fast.demo_bases import PAPER_BASES, contestants
 from layca_fast.demo_tables import spread_in_points
 from layca_fast.demo_training import Contestant, Digits, Result, Run
 
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 
-#: The paper's five: torch's class, what its group holds beside the defaults, and FusedLayca's default lr.
+#: The paper's five: torch's class, what its group holds beside the defaults, its lr, and that of FusedLayca on it.
 FIVE = {
-    "sgd": (torch.optim.SGD, {}, 3**-3),
-    "sgd_amom": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.9}, 3**-5),
-    "rmsprop": (torch.optim.RMSprop, {}, 3**-3),
-    "adam": (torch.optim.Adam, {}, 3**-5),
-    "adagrad": (torch.optim.Adagrad, {}, 3**-3),
+    "sgd": (torch.optim.SGD, {}, 1, 3**-3),
+    "sgd_amom": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.9}, 3, 3**-3),
+    "rmsprop": (torch.optim.RMSprop, {}, 3**-5, 3**-2),
+    "adam": (torch.optim.Adam, {}, 3**-4, 3**-3),
+    "adagrad": (torch.optim.Adagrad, {}, 3**-3, 3**-2),
 }
 
 
@@ -51,26 +51,29 @@ def random_finals(seeds: int) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def test_the_five_bases_are_the_papers() -> None:
-    assert list(PLAIN_BASES) == list(FIVE)
+    assert list(PAPER_BASES) == list(FIVE)
 
 
 @pytest.mark.parametrize("base", FIVE)
-def test_each_base_is_torchs_own_against_layca_at_its_defaults(base: str) -> None:
-    made, options, layca_rate = FIVE[base]
+def test_each_base_is_torchs_own_against_layca(base: str) -> None:
+    kind, options, plain_rate, layca_rate = FIVE[base]
     params = [nn.Parameter(torch.randn(3, 2))]
     plain, layca = (racer.optimizer(params) for racer in contestants(base, "torch", CPU))
-    reference = made(params, lr=PLAIN_BASES[base].rate, **options)
-    assert type(plain) is made
-    assert plain.param_groups == reference.param_groups
+    assert type(plain) is kind
+    assert plain.param_groups == kind(params, lr=plain_rate, **options).param_groups
     assert type(layca) is FusedLayca
-    assert layca.param_groups == FusedLayca(params, base=base, backend="torch").param_groups
-    assert layca.param_groups[0]["lr"] == pytest.approx(layca_rate, rel=1e-15)
+    assert layca.param_groups == FusedLayca(params, lr=layca_rate, base=base, backend="torch").param_groups
 
 
-def test_plain_lr_is_that_of_the_plain_optimizer_alone() -> None:
-    plain, layca = contestants("sgd_amom", "torch", CPU, plain_rate=0.3)
-    assert (plain.lr, plain.rate) == (0.3, "3/10")
-    assert layca.lr == contestants("sgd_amom", "torch", CPU)[1].lr
+def test_each_lr_is_that_of_its_side_alone() -> None:
+    plain, layca = (racer.lr for racer in contestants("sgd_amom", "torch", CPU))
+    assert [racer.lr for racer in contestants("sgd_amom", "torch", CPU, plain_rate=0.3)] == [0.3, layca]
+    assert [racer.lr for racer in contestants("sgd_amom", "torch", CPU, layca_rate=0.3)] == [plain, 0.3]
+
+
+def test_one_lr_of_layca_may_serve_all_bases() -> None:
+    args, _ = demo.parse(["--base", "all", "--layca-lr", "1/81"])
+    assert args.layca_lr == 1 / 81
 
 
 @pytest.mark.parametrize(
@@ -131,17 +134,30 @@ def test_main_compares_one_base(
 ) -> None:
     figure = tmp_path / "figure.png"
     monkeypatch.setattr(demo, "load_digits", lambda: few_digits)
-    argv = ["--base", base, "--plain-lr", "0.002", "--epochs", "1", "--seeds", "2", "--out", str(figure)]
+    argv = [
+        "--base",
+        base,
+        "--plain-lr",
+        "0.002",
+        "--layca-lr",
+        "1/50",
+        "--epochs",
+        "1",
+        "--seeds",
+        "2",
+        "--out",
+        str(figure),
+    ]
     assert demo.main(argv) == 0
     rows = table_rows(capsys.readouterr().out)
-    (_, _, layca_rate), racers = FIVE[base], contestants(base, "auto", demo.pick_device("auto"))
-    for racer, rate, runs in zip(racers, ("1/500", f"1/{round(1 / layca_rate)}"), recorded_runs, strict=True):
+    racers = contestants(base, "auto", demo.pick_device("auto"))
+    for racer, rate, runs in zip(racers, ("1/500", "1/50"), recorded_runs, strict=True):
         assert rows[racer.name][:4] == [racer.name, rate, racer.backend, summary([run.accuracy[-1] for run in runs])]
     check_png(figure)
 
 
 def test_names_of_all_bases_fit_into_the_table(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    seed: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     results = results_ending_at(random_finals(seeds=3))
