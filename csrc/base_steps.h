@@ -16,10 +16,22 @@ namespace layca {
 
 struct Uncounted {
   static constexpr bool counts_steps = false;
+
+  // Where this is not finite, the gradient counts as 0.
+  template <class T>
+  static LAYCA_INLINE T witness(T grad) {
+    return grad;
+  }
 };
 
+// Formulas that count steps also square gradients: one whose square overflows would leave a mean square of infinity.
 struct Counted {
   static constexpr bool counts_steps = true;
+
+  template <class T>
+  static LAYCA_INLINE T witness(T grad) {
+    return grad * grad;
+  }
 
   static LAYCA_INLINE void prepare(double, const double* group, double* options) {
     for (int k = 0; k < max_options; ++k) options[k] = group[k];
@@ -129,7 +141,8 @@ struct Adagrad : Counted {
 
   template <class T>
   static LAYCA_INLINE void advance(T grad, T* state, const T*) {
-    state[0] += grad * grad;
+    const T sum = state[0] + grad * grad;
+    state[0] = is_finite(sum) ? sum : state[0];
   }
 
   template <class T>

@@ -26,7 +26,8 @@ class Formula:
     ``states`` names the state buffers that it reads and writes, in the order of the formula's tuple; ``reads_grad``
     says whether the base step needs the gradient beside the advanced state, so whether rotate must load it again;
     ``counts_steps`` whether torch's optimizer keeps the number of steps in the state ``step``, so ours does;
-    ``prepare`` makes this step's options from that number and the scalars of the group.
+    ``prepare`` makes this step's options from that number and the scalars of the group; ``admit`` puts 0 in the place
+    of gradient elements that cannot be used.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Formula:
     reads_grad: bool
     counts_steps: bool = False
     prepare: Callable[..., Any] = formulas.same_options
+    admit: Callable[..., Any] = formulas.finite_or_zero
 
 
 @dataclass(frozen=True)
@@ -155,16 +157,18 @@ def _formula(name: str, *states: str, reads_grad: bool, **more: Any) -> Formula:
 _SGD = _formula("sgd", reads_grad=True)
 _MOMENTUM = _formula("sgd_momentum", "momentum_buffer", reads_grad=False)
 _NESTEROV = _formula("sgd_nesterov", "momentum_buffer", reads_grad=True)
+#: What torch's optimizers that square gradients have in common.
+_SQUARES: Mapping[str, Any] = {"counts_steps": True, "admit": formulas.finite_square_or_zero}
 _RMSPROP = {
-    (False, False): _formula("rmsprop", "square_avg", reads_grad=True, counts_steps=True),
-    (True, False): _formula("rmsprop_centered", "square_avg", "grad_avg", reads_grad=True, counts_steps=True),
-    (False, True): _formula("rmsprop_momentum", "square_avg", "momentum_buffer", reads_grad=False, counts_steps=True),
+    (False, False): _formula("rmsprop", "square_avg", reads_grad=True, **_SQUARES),
+    (True, False): _formula("rmsprop_centered", "square_avg", "grad_avg", reads_grad=True, **_SQUARES),
+    (False, True): _formula("rmsprop_momentum", "square_avg", "momentum_buffer", reads_grad=False, **_SQUARES),
     (True, True): _formula(
-        "rmsprop_centered_momentum", "square_avg", "grad_avg", "momentum_buffer", reads_grad=False, counts_steps=True
+        "rmsprop_centered_momentum", "square_avg", "grad_avg", "momentum_buffer", reads_grad=False, **_SQUARES
     ),
 }
-_ADAGRAD = _formula("adagrad", "sum", reads_grad=True, counts_steps=True)
-_OF_ADAM: Mapping[str, Any] = {"reads_grad": False, "counts_steps": True, "prepare": formulas.adam_prepare}
+_ADAGRAD = _formula("adagrad", "sum", reads_grad=True, **_SQUARES)
+_OF_ADAM: Mapping[str, Any] = {"reads_grad": False, "prepare": formulas.adam_prepare, **_SQUARES}
 _ADAM = _formula("adam", "exp_avg", "exp_avg_sq", **_OF_ADAM)
 _AMSGRAD = _formula("adam_amsgrad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", **_OF_ADAM)
 _LION = _formula("lion", "exp_avg", reads_grad=True)

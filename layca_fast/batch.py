@@ -234,6 +234,10 @@ class Batch:
 
     def refresh(self) -> None:
         """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone)."""
+        for slot, grad in zip(self.slots, self.grads, strict=True):
+            # Kernels know a gradient by its address, which that of an empty tensor lacks.
+            if slot.step is not None and grad is not None and grad.numel() == 0:
+                slot.step += 1
         table = self._tensor_mirror
         table.set_column(Column.GRAD, [_address(grad) for grad in self.grads])
         table.set_column(Column.HYPER, [row + slot.fresh for row, slot in zip(self._rows, self.slots, strict=True)])

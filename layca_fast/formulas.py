@@ -49,6 +49,11 @@ def finite_or_zero(x):
     return where(x * 0.0 == 0.0, x, 0.0)
 
 
+def finite_square_or_zero(x):
+    """x where its square is finite, else 0: as a gradient it would make a mean square infinite for good."""
+    return where(x * x * 0.0 == 0.0, x, 0.0)
+
+
 def same_options(count, options):
     return options
 
@@ -125,7 +130,8 @@ def rmsprop_centered_momentum_step(grad, state, options):
 
 
 def adagrad_advance(grad, state, options):
-    return (state[0] + grad * grad,)
+    total = state[0] + grad * grad
+    return (where(total * 0.0 == 0.0, total, state[0]),)
 
 
 def adagrad_step(grad, state, options):

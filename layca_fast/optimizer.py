@@ -41,9 +41,10 @@ class FusedLayca(Optimizer):
             in place by :meth:`step`; their ``.grad`` is never modified.
         lr: rotation rate, float or tensor of one element: a rotating layer turns by atan(lr) radians per step; other
             tensors take the plain base step scaled by lr. None: 3**-3 where the direction is one step's gradient,
-            3**-5 where it is averaged over steps (paper, section 4).
-        base: the optimizer that proposes the direction: "sgd" or "sgd_amom".
-        rule: "layca".
+            3**-5 where it is averaged over steps: momentum, sgd_amom, adam, lion (paper, section 4).
+        base: the optimizer that proposes the direction: "sgd", "sgd_amom", "rmsprop", "adagrad", "adam" or "lion".
+        rule: "layca", or "hyperball" (arXiv 2606.16899): the step is not projected, so the layer turns by
+            atan2(lr sin(phi), 1 - lr cos(phi)), with phi the angle between weights and step.
         rotate: which tensors rotate: True, False, or None for those of two or more dimensions. A tensor that rotates
             again after a pause goes back to its old radius; :meth:`reset_radius` forgets it.
         chunks: layers per rotating tensor, as equal slices of its first dimension: 1, a divisor of that dimension, or
@@ -53,10 +54,14 @@ class FusedLayca(Optimizer):
         weight_decay: decoupled decay of the tensors that do not rotate. Ignored, with a warning, where they do.
         maximize: ascend instead of descend.
         backend: "auto", "cpu", "triton", "cuda" or "torch": see :func:`layca_fast.backends`.
-        base_options: what the base has beside these. sgd: momentum, dampening, nesterov; sgd_amom: momentum.
+        base_options: what the base has beside these, named as in torch.optim and with its defaults. sgd: momentum,
+            dampening, nesterov; sgd_amom: momentum (0.9); rmsprop: alpha, eps, momentum, centered; adagrad: eps,
+            initial_accumulator_value; adam: betas, eps, amsgrad; lion (arXiv 2302.06675): betas (0.9, 0.99).
 
-    Every argument may be set per param group. State per tensor: ``momentum_buffer`` where the base has momentum, and
-    ``radius``, float64 of shape (layers,), 0 until a step moves the layer, where the tensor rotates.
+    Every argument may be set per param group. State per tensor: what torch's optimizer of that name keeps
+    (``momentum_buffer``, ``exp_avg``, ``step``, ...), with ``step`` where the tensor is; and ``radius``, float64 of
+    shape (layers,), 0 until a step moves the layer, where the tensor rotates. Under rotate=False each base takes the
+    step of torch's optimizer, with decoupled weight decay (so adam is AdamW).
 
     Raises TypeError or ValueError for options and tensors that it cannot take, before anything is modified.
     """

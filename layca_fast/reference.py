@@ -121,19 +121,22 @@ def has_direction(weight: Tensor, step: Tensor) -> bool:
     return bool(length > SMALLEST_SINE * torch.linalg.vector_norm(step))
 
 
-def layca(weight: Tensor, step: Tensor, lr: float) -> Tensor:
-    """Algorithm 1 but for its last line, on one layer: project, scale to the norm of the weights, subtract lr of it."""
-    orthogonal = orthogonal_part(weight, step)
+def go(weight: Tensor, direction: Tensor, lr: float, radius: float | None) -> Tensor:
+    """``weight`` after lr of its norm against ``direction``, on the sphere of ``radius`` (None: of its norm)."""
     norm = torch.linalg.vector_norm(weight)
-    moved: Tensor = weight - lr * (orthogonal * norm / torch.linalg.vector_norm(orthogonal))
-    return moved
+    moved = weight - lr * (direction * norm / torch.linalg.vector_norm(direction))
+    rotated: Tensor = moved * (norm if radius is None else radius) / torch.linalg.vector_norm(moved)
+    return rotated
 
 
-def hyperball(weight: Tensor, step: Tensor, lr: float) -> Tensor:
+def layca(weight: Tensor, step: Tensor, lr: float, radius: float | None) -> Tensor:
+    """Algorithm 1 on one layer: project the step, and go there. Returns the new weights; radius as in :func:`go`."""
+    return go(weight, orthogonal_part(weight, step), lr, radius) if has_direction(weight, step) else weight
+
+
+def hyperball(weight: Tensor, step: Tensor, lr: float, radius: float | None) -> Tensor:
     """The same without the projection (arXiv 2606.16899)."""
-    norm = torch.linalg.vector_norm(weight)
-    moved: Tensor = weight - lr * (step * norm / torch.linalg.vector_norm(step))
-    return moved
+    return go(weight, step, lr, radius) if has_direction(weight, step) else weight
 
 
 RULES: dict[str, Callable[..., Tensor]] = {"layca": layca, "hyperball": hyperball}
@@ -175,9 +178,7 @@ def reference_step(
     for i, (layer, direction) in enumerate(slices):
         if lr == 0 or not has_direction(layer, direction):
             continue
-        norm = layer.norm()
         if radius == "initial" and radii[i] is None:
-            radii[i] = norm.item()
-        moved = RULES[rule](layer, direction, lr)
-        layer.copy_(moved * (norm if radii[i] is None else radii[i]) / moved.norm())
+            radii[i] = layer.norm().item()
+        layer.copy_(RULES[rule](layer, direction, lr, radii[i]))
     return step

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from layca_fast import FusedLayca
 from layca_fast.backends import load
+from layca_fast.bases import BASES
 
 from .support import (
     contents,
@@ -47,8 +48,8 @@ BAD_OPTIONS = (
     BadOption("lr NaN in a tensor", {"lr": torch.tensor(NAN)}, ValueError, rf"lr=tensor\(nan\).*{LR_RANGE}"),
     BadOption("two rates in one tensor", {"lr": torch.ones(2)}, ValueError, r"lr.*\(2,\).*must hold one number"),
     BadOption("lr as text", {"lr": "0.1"}, TypeError, r"lr='0\.1': must be a number"),
-    BadOption("unknown base", {"base": "adamw9"}, ValueError, r"base='adamw9' is unknown.*'sgd', 'sgd_amom'"),
-    BadOption("unknown rule", {"rule": "lamb"}, ValueError, r"rule='lamb' is unknown.*'layca'"),
+    BadOption("unknown base", {"base": "adamw9"}, ValueError, r"base='adamw9' is unknown.*'adam', .*'sgd_amom'"),
+    BadOption("unknown rule", {"rule": "lamb"}, ValueError, r"rule='lamb' is unknown.*'layca', 'hyperball'"),
     BadOption("unknown radius", {"radius": "first"}, ValueError, r"radius='first' is unknown.*'initial', 'current'"),
     BadOption("unknown backend", {"backend": "warp"}, ValueError, r"backend='warp' is unknown.*'auto'.*'cpu'.*'torch'"),
     BadOption("rotate as text", {"rotate": "yes"}, ValueError, r"rotate='yes': must be True, False, or None"),
@@ -80,6 +81,37 @@ BAD_OPTIONS = (
         ValueError,
         r"momentum=1\.0: must be a number in \[0, 1\)",
     ),
+    *(
+        BadOption(f"{base} with betas {betas}", {"base": base, "betas": betas}, ValueError, message)
+        for base in ("adam", "lion")
+        for betas, message in (
+            ((1.0, 0.9), r"betas=\(1\.0, 0\.9\): must be two numbers in \[0, 1\)"),
+            ((0.9, -0.1), r"betas=\(0\.9, -0\.1\): must be two numbers"),
+            ((0.9, NAN), r"betas=\(0\.9, nan\): must be two numbers"),
+            ((0.9,), r"betas=\(0\.9,\): must be two numbers"),
+            (0.9, r"betas=0\.9: must be two numbers"),
+            (("0.9", 0.9), r"betas=\('0\.9', 0\.9\): must be two numbers"),
+        )
+    ),
+    *(
+        BadOption(f"{base} with eps {eps}", {"base": base, "eps": eps}, ValueError, rf"eps={eps}: .*\[0, inf\)")
+        for base in ("adam", "rmsprop", "adagrad")
+        for eps in (-1e-8, NAN, INF)
+    ),
+    BadOption("lion that forgets", {"base": "lion", "betas": (0.9, 0.0)}, ValueError, r"betas=.*second beta > 0"),
+    BadOption("amsgrad as text", {"base": "adam", "amsgrad": "no"}, ValueError, r"amsgrad='no': must be True or False"),
+    BadOption("alpha of 1", {"base": "rmsprop", "alpha": 1.0}, ValueError, r"alpha=1\.0: must be a number in \[0, 1\)"),
+    BadOption("negative alpha", {"base": "rmsprop", "alpha": -0.1}, ValueError, r"alpha=-0\.1: .*\[0, 1\)"),
+    BadOption(
+        "centered as number", {"base": "rmsprop", "centered": 2}, ValueError, r"centered=2: must be True or False"
+    ),
+    BadOption("rmsprop momentum", {"base": "rmsprop", "momentum": -1}, ValueError, r"momentum=-1: .*\[0, inf\)"),
+    BadOption(
+        "negative accumulator",
+        {"base": "adagrad", "initial_accumulator_value": -1.0},
+        ValueError,
+        r"initial_accumulator_value=-1\.0: must be a number in \[0, inf\)",
+    ),
 )
 
 
@@ -91,6 +123,10 @@ OF_ANOTHER_BASE = (
         r"nesterov=True is no option of base='sgd_amom' \(it belongs to sgd\): it has \['momentum'\]",
     ),
     BadOption(
+        "betas for rmsprop", {"base": "rmsprop", "betas": (0.9, 0.9)}, TypeError, r"betas=.*belongs to adam, lion"
+    ),
+    BadOption("eps for lion", {"base": "lion", "eps": 1e-8}, TypeError, r"eps=1e-08 is no option of base='lion'"),
+    BadOption(
         "two options of another base",
         {"base": "sgd_amom", "momentum": 0.9, "dampening": 0.1},
         TypeError,
@@ -100,6 +136,12 @@ OF_ANOTHER_BASE = (
 
 
 ids = {"ids": lambda case: case.name}
+
+
+def with_the_rest_of_its_base(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group needs beside them, so that it is these that are refused."""
+    base = BASES.get(options.get("base", ""))
+    return {**(base.options if base else {}), **options}
 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS + OF_ANOTHER_BASE, **ids)
@@ -127,7 +169,7 @@ def test_a_new_group_is_refused_and_the_run_goes_on(case: BadOption, seed: int) 
 def test_an_option_set_mid_run_is_refused_and_the_run_goes_on(case: BadOption, seed: int) -> None:
     optimizer = running()
     before, good = contents(optimizer), dict(optimizer.param_groups[0])
-    optimizer.param_groups[0].update(case.options)
+    optimizer.param_groups[0].update(with_the_rest_of_its_base(case.options))
     with pytest.raises(case.error, match=case.message):
         optimizer.step()
     assert same_bits(contents(optimizer), before)
@@ -140,7 +182,7 @@ def test_an_option_set_mid_run_is_refused_and_the_run_goes_on(case: BadOption, s
 def test_an_option_set_before_the_first_step_is_refused(case: BadOption, seed: int) -> None:
     param = parameter(3, 4)
     optimizer = FusedLayca([param], 0.1, momentum=0.9, backend="torch")
-    optimizer.param_groups[0].update(case.options)
+    optimizer.param_groups[0].update(with_the_rest_of_its_base(case.options))
     param.grad = torch.randn_like(param)
     before = contents(optimizer)
     with pytest.raises(case.error, match=case.message):
@@ -152,6 +194,8 @@ def test_an_option_set_before_the_first_step_is_refused(case: BadOption, seed: i
 def test_the_constructor_refuses_unknown_keywords_and_lists_those_it_has(seed: int) -> None:
     with pytest.raises(TypeError, match=r"betas=\(0\.9, 0\.99\).*base='sgd'.*'dampening', 'momentum', 'nesterov'"):
         FusedLayca([parameter(3, 4)], 0.1, betas=(0.9, 0.99))
+    with pytest.raises(TypeError, match=r"lr_decay=0\.1.*base='adagrad'.*'eps', 'initial_accumulator_value'"):
+        FusedLayca([parameter(3, 4)], 0.1, base="adagrad", lr_decay=0.1)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 2)], ids=str)

@@ -69,8 +69,8 @@ def launches() -> Iterator[tuple[str, Launch, dict[str, int]]]:
             batch = batch_of(formula.name, dtype)
             vectors, states = TILE * dtype.itemsize // 16, len(formula.states)
             reads = 1 + formula.reads_grad + states_read(formula)
-            # Gradient and step; old, tried and new states; what the formula itself tests, whenever it is run.
-            tests = 2 + 3 * states + 2 * formula.advance.__code__.co_names.count("finite_or_zero")
+            # Gradient, states and step, and what the formula itself tests.
+            tests = 2 + states + formula.advance.__code__.co_names.count("finite_or_zero")
             measured = {"loads": vectors * (2 + states), "stores": vectors * states, "finite": 2 * TILE * tests}
             rotated = {"loads": vectors * reads, "stores": vectors, "finite": 2 * TILE * (1 + formula.reads_grad)}
             case = f"{formula.name}, {str(dtype).removeprefix('torch.')}"

@@ -57,38 +57,31 @@ struct Watch {
     sum += x;
     return x;
   }
-  LAYCA_INLINE Trouble trouble() const { return sum * T(0); }
-
   template <class Formula>
-  LAYCA_INLINE void advance(T grad, T* state, const T* options) {
-    Formula::advance(grad, state, options);
-    for (int k = 0; k < Formula::n_states; ++k) sum += state[k];
+  LAYCA_INLINE T gradient(T grad) {
+    (*this)(Formula::witness(grad));
+    return grad;
   }
+  LAYCA_INLINE Trouble trouble() const { return sum * T(0); }
 };
 
-// `Clean` takes 0 in their place, and counts the element. A gradient that a state cannot hold counts as 0, too.
+// `Clean` takes 0 in their place, and of a gradient whose witness is not, and counts the element.
 template <class T>
 struct Clean {
   using Trouble = Counter<T>;
   Counter<T> broken = 0;
-  LAYCA_INLINE T operator()(T x) {
-    const Counter<T> is_broken = is_finite(x) ? 0 : 1;
-    broken |= is_broken;
-    return is_broken == 0 ? x : T(0);
+  LAYCA_INLINE T operator()(T x) { return keep_if(is_finite(x), x); }
+  template <class Formula>
+  LAYCA_INLINE T gradient(T grad) {
+    return keep_if(is_finite(Formula::witness(grad)), grad);
   }
   LAYCA_INLINE Trouble trouble() const { return broken; }
 
-  template <class Formula>
-  LAYCA_INLINE void advance(T& grad, T* state, const T* options) {
-    T tried[max_states] = {};
-    for (int k = 0; k < Formula::n_states; ++k) tried[k] = state[k] = (*this)(state[k]);
-    Formula::advance(grad, tried, options);
-    Counter<T> is_lost = 0;
-    for (int k = 0; k < Formula::n_states; ++k) is_lost |= is_finite(tried[k]) ? 0 : 1;
-    broken |= is_lost;
-    grad = is_lost == 0 ? grad : T(0);
-    Formula::advance(grad, state, options);
-    for (int k = 0; k < Formula::n_states; ++k) state[k] = (*this)(state[k]);
+ private:
+  LAYCA_INLINE T keep_if(bool is_good, T x) {
+    const Counter<T> is_broken = is_good ? 0 : 1;
+    broken |= is_broken;
+    return is_broken == 0 ? x : T(0);
   }
 };
 
@@ -134,9 +127,9 @@ LAYCA_INLINE auto advance_element(const Run<T>& run, std::int64_t start, std::in
   Check check;
   T state[max_states] = {};
   for (int k = 0; k < Formula::n_states; ++k) state[k] = run.states[k][start + i];
-  T grad = check(run.grad_scale * run.grad[start + i]);
-  check.template advance<Formula>(grad, state, run.options);
-  for (int k = 0; k < Formula::n_states; ++k) states.of[k][i] = state[k];
+  const T grad = check.template gradient<Formula>(run.grad_scale * run.grad[start + i]);
+  Formula::advance(grad, state, run.options);
+  for (int k = 0; k < Formula::n_states; ++k) states.of[k][i] = state[k] = check(state[k]);
   sums.add_product(lane, run.param[start + i], check(Formula::step(grad, state, run.options)));
   return check.trouble();
 }
@@ -189,7 +182,7 @@ template <class Formula, class T>
 LAYCA_INLINE T step_again(const Run<T>& run, std::int64_t i) {
   Clean<T> clean;
   T grad = 0, state[max_states] = {};
-  if (Formula::reads_grad) grad = clean(run.grad_scale * run.grad[i]);
+  if (Formula::reads_grad) grad = clean.template gradient<Formula>(run.grad_scale * run.grad[i]);
   for (int k = 0; k < Formula::n_states; ++k) state[k] = run.states[k][i];
   return clean(Formula::step(grad, state, run.options));
 }

@@ -52,6 +52,7 @@ def _step_constants(batch: Batch) -> dict[str, Any]:
     formula = batch.formula
     return {
         "STEP": triton_formulas.lower(formula.step),
+        "ADMIT": triton_formulas.lower(formula.admit),
         "READS_GRAD": formula.reads_grad,
         "STATES": len(formula.states),
         "OPTIONS": len(batch.options(batch.slots[0])),

@@ -61,11 +61,24 @@ def finite_or_zero(x):
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
+@device_function
+def finite_square_or_zero(x):
+    """x where its square is finite, else 0."""
+    return tl.where(x * x < float("inf"), x, 0.0)
+
+
+#: Formulas that Triton has another form of.
+OWN = {
+    formulas.finite_or_zero: finite_or_zero,
+    formulas.finite_square_or_zero: finite_square_or_zero,
+}
+
+
 @cache
 def lower(function: Callable[..., Any]) -> Any:
     """Triton's version of a function of ``formulas.py``, and of all that it calls."""
-    if function is formulas.finite_or_zero:
-        return finite_or_zero
+    if function in OWN:
+        return OWN[function]
     assert isinstance(function, FunctionType)
     scope: dict[str, Any] = {"where": _where, "sqrt": _sqrt, "exp": _exp}
     for name in function.__code__.co_names:

@@ -112,24 +112,20 @@ def _load(address, lanes, inside, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, 
 
 
 @device_function
-def _load_gradient(address, hyper, lanes, inside, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, POLICY: tl.constexpr):
+def _load_gradient(
+    address, hyper, lanes, inside,
+    ADMIT: tl.constexpr, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
     raw = tl.load(hyper + _GRAD_SCALE).to(ELEMENT) * _load(address, lanes, inside, ELEMENT, ALIGNED, POLICY)
-    grad = finite_or_zero(raw)
+    grad = ADMIT(raw)
     return grad, grad != raw
-
-
-@device_function
-def _is_lost(state, STATES: tl.constexpr):
-    lost = finite_or_zero(state[0]) != state[0]
-    for i in tl.static_range(1, STATES):
-        lost = lost | (finite_or_zero(state[i]) != state[i])
-    return lost
 
 
 @device_function
 def _measure_tile(
     addresses, length, hyper, options_row, partials, partial_counts,
-    ADVANCE: tl.constexpr, STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
+    ADVANCE: tl.constexpr, STEP: tl.constexpr, ADMIT: tl.constexpr,
+    READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
     ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, TILE)
@@ -137,22 +133,16 @@ def _measure_tile(
     options = _options(options_row, OPTIONS, ELEMENT)
     # Only what rotate reads again deserves its place in the cache.
     POLICY: tl.constexpr = "" if READS_GRAD else "evict_first"
-    grad, non_finite = _load_gradient(addresses[1], hyper, lanes, inside, ELEMENT, ALIGNED, POLICY)
+    grad, non_finite = _load_gradient(addresses[1], hyper, lanes, inside, ADMIT, ELEMENT, ALIGNED, POLICY)
     before = ()
     for i in tl.static_range(STATES):
-        old = _load(addresses[2 + i], lanes, inside, ELEMENT, ALIGNED, "")
-        before = before + (finite_or_zero(old),)
-        non_finite = non_finite | (before[i] != old)
+        before = before + (_load(addresses[2 + i], lanes, inside, ELEMENT, ALIGNED, ""),)
     w = _load(addresses[0], lanes, inside, ELEMENT, ALIGNED, "").to(tl.float64)
-    if STATES > 0:
-        # A gradient that a state cannot hold counts as zero, too.
-        lost = _is_lost(ADVANCE(grad, before, options), STATES)
-        grad = tl.where(lost, 0.0, grad)
-        non_finite = non_finite | lost
     advanced = ADVANCE(grad, before, options)
     state = ()
     for i in tl.static_range(STATES):
         clean = finite_or_zero(advanced[i])
+        non_finite = non_finite | (clean != advanced[i])
         tl.store(_pointers(addresses[2 + i], lanes, ELEMENT, ALIGNED), clean, mask=inside)
         state = state + (clean,)
     step = STEP(grad, state, options)
@@ -190,7 +180,8 @@ def prepare(
 @triton.jit
 def measure(
     tensors, hypers, step_options, tiles, partials, partial_counts,
-    ADVANCE: tl.constexpr, STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
+    ADVANCE: tl.constexpr, STEP: tl.constexpr, ADMIT: tl.constexpr,
+    READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
     COUNTS: tl.constexpr, ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Advance the states of one tile (in place) and write its three dots and its number of non-finite elements."""
@@ -208,7 +199,7 @@ def measure(
             if aligned == ALIGNED:
                 _measure_tile(
                     addresses, length, hyper, options_row, partials, partial_counts,
-                    ADVANCE, STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, ITEMSIZE, TILE, ALIGNED,
+                    ADVANCE, STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, ITEMSIZE, TILE, ALIGNED,
                 )  # fmt: skip
 
 
@@ -238,11 +229,11 @@ def _add(count, increment):
 @device_function
 def _step_again(
     addresses, hyper, options_row, lanes, inside,
-    STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
+    STEP: tl.constexpr, ADMIT: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
     ELEMENT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     if READS_GRAD:
-        grad, _ = _load_gradient(addresses[1], hyper, lanes, inside, ELEMENT, ALIGNED, "evict_first")
+        grad, _ = _load_gradient(addresses[1], hyper, lanes, inside, ADMIT, ELEMENT, ALIGNED, "evict_first")
     else:
         grad = 0.0
     state = ()
@@ -254,7 +245,7 @@ def _step_again(
 @device_function
 def _measure_orthogonal_square(
     n2, d, layer, row, hyper, options_row,
-    STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
+    STEP: tl.constexpr, ADMIT: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
     ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One program walks the whole layer: slow for a large one, but next to no step is so nearly parallel.
@@ -266,7 +257,9 @@ def _measure_orthogonal_square(
     for start in range(0, length, BLOCK):
         addresses = _addresses(row, (first + start) * ITEMSIZE, STATES)
         inside = lanes < length - start
-        u = _step_again(addresses, hyper, options_row, lanes, inside, STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, False)
+        u = _step_again(
+            addresses, hyper, options_row, lanes, inside, STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, False
+        )
         w = _load(addresses[0], lanes, inside, ELEMENT, False, "").to(tl.float64)
         difference = tl.where(inside, u.to(tl.float64) - c * w, 0.0)
         sums += difference * difference
@@ -299,7 +292,7 @@ def _write_coefficients(n2, d, q, sigma2, layer, row, hyper, has_grad, coefficie
 def finish(
     tensors, hypers, step_options, layers, partials, partial_counts, dots, coefficients, counts,
     SUM: tl.constexpr, COEFFICIENTS: tl.constexpr, BLOCK: tl.constexpr,
-    STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
+    STEP: tl.constexpr, ADMIT: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
     COUNTS: tl.constexpr, ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr,
 ):  # fmt: skip
     """SUM: add up the dots and counts of one layer's tiles. COEFFICIENTS: turn its dots into coefficients."""
@@ -325,8 +318,9 @@ def finish(
         if has_grad & ((tl.load(row + _FLAGS) & _ROTATES) != 0) & _is_nearly_parallel(sigma2, q):
             options_row = _options_row(hyper, step_options, tensor, COUNTS)
             sigma2 = _measure_orthogonal_square(
-                n2, d, layer, row, hyper, options_row, STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, ITEMSIZE, BLOCK
-            )
+                n2, d, layer, row, hyper, options_row,
+                STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, ITEMSIZE, BLOCK,
+            )  # fmt: skip
         coefficients = coefficients + layer * _COEFFICIENT_WIDTH
         _write_coefficients(n2, d, q, sigma2, layer, row, hyper, has_grad, coefficients, count)
 
@@ -334,13 +328,15 @@ def finish(
 @device_function
 def _rotate_tile(
     addresses, length, hyper, options_row, coefficients,
-    STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
+    STEP: tl.constexpr, ADMIT: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
     ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, TILE)
     inside = _inside(lanes, length, ITEMSIZE, ALIGNED)
     w = _load(addresses[0], lanes, inside, ELEMENT, ALIGNED, "evict_first")
-    u = _step_again(addresses, hyper, options_row, lanes, inside, STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, ALIGNED)
+    u = _step_again(
+        addresses, hyper, options_row, lanes, inside, STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, ALIGNED
+    )
     a, b = tl.load(coefficients + _A), tl.load(coefficients + _B)
     if tl.load(coefficients + _MODE) == _PRECISE:
         wide = w.to(tl.float64)
@@ -353,7 +349,7 @@ def _rotate_tile(
 @triton.jit
 def rotate(
     tensors, hypers, step_options, tiles, coefficients,
-    STEP: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
+    STEP: tl.constexpr, ADMIT: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
     COUNTS: tl.constexpr, ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Apply the coefficients to one tile of the parameters (in place), the base step made anew from the state."""
@@ -373,5 +369,5 @@ def rotate(
             if aligned == ALIGNED:
                 _rotate_tile(
                     addresses, length, hyper, options_row, coefficients,
-                    STEP, READS_GRAD, STATES, OPTIONS, ELEMENT, ITEMSIZE, TILE, ALIGNED,
+                    STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, ITEMSIZE, TILE, ALIGNED,
                 )  # fmt: skip
