@@ -65,22 +65,23 @@ def running(backend: str = "torch", **options: Any) -> FusedLayca:
 
 
 def mixed_params(backend: str = "torch", dtype: torch.dtype = torch.float32) -> list[Parameter]:
-    return [parameter(*shape, backend=backend, dtype=dtype) for shape in ((6, 5), (7,), (4, 3, 2), ())]
+    return [parameter(*shape, backend=backend, dtype=dtype) for shape in ((6, 5), (7,), (4, 3, 2), (), (5, 4))]
 
 
 def mixed_optimizer(params: list[Any], backend: str = "torch") -> FusedLayca:
-    """Three groups: two bases, chunks, a tensor that does not rotate, hyperparameters far from neutral."""
+    """Four groups: three bases, both rules, chunks, a tensor that does not rotate, hyperparameters far from neutral."""
     groups = [
         {"params": params[:1], "chunks": 3, "momentum": 0.8, "nesterov": True},
         {"params": params[1:2], "weight_decay": 0.05, "dampening": 0.3, "lr": 0.02},
         {
-            "params": params[2:],
+            "params": params[2:4],
             "base": "sgd_amom",
             "radius": "current",
             "maximize": True,
             "rotate": True,
             "note": "mine",
         },
+        {"params": params[4:], "base": "adam", "betas": (0.8, 0.9), "amsgrad": True, "rule": "hyperball"},
     ]
     return FusedLayca(groups, 0.1, momentum=0.9, backend=backend)
 

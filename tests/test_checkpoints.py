@@ -38,7 +38,7 @@ def same_groups(a: Optimizer, b: Optimizer) -> bool:
 def through_state_dict(optimizer: FusedLayca, backend: str) -> FusedLayca:
     """A fresh optimizer with other hyperparameters, which the loaded ones must replace."""
     params = clones(params_of(optimizer))
-    groups = [{"params": params[:1]}, {"params": params[1:2]}, {"params": params[2:]}]
+    groups = [{"params": params[:1]}, {"params": params[1:2]}, {"params": params[2:4]}, {"params": params[4:]}]
     loaded = FusedLayca(groups, 0.7, momentum=0.1, backend=backend)
     loaded.load_state_dict(optimizer.state_dict())
     return loaded
@@ -117,15 +117,15 @@ def test_state_has_torchs_names_and_keeps_its_types(backend: str, dtype: torch.d
     train(optimizer, random_gradients(params_of(optimizer), 2))
     loaded = through_file(optimizer, backend)
     for each in (optimizer, loaded):
-        layers = (3, None, 1, 1)
-        for param, count in zip(params_of(each), layers, strict=True):
+        momentum, moments = {"momentum_buffer"}, {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+        kept = ((momentum, 3), (momentum, None), (momentum, 1), (momentum, 1), (moments, 1))
+        for param, (buffers, layers) in zip(params_of(each), kept, strict=True):
             state = each.state[param]
-            assert set(state) == {"momentum_buffer"} | (set() if count is None else {"radius"})
-            assert state["momentum_buffer"].dtype == dtype
-            assert state["momentum_buffer"].shape == param.shape
-            if count is not None:
-                assert state["radius"].dtype == torch.float64
-                assert state["radius"].shape == (count,)
+            scalars = {"step": (torch.float32, ())} if buffers is moments else {}
+            if layers is not None:
+                scalars["radius"] = (torch.float64, (layers,))
+            expected = {name: (dtype, tuple(param.shape)) for name in buffers} | scalars
+            assert {name: (value.dtype, tuple(value.shape)) for name, value in state.items()} == expected
     assert same_bits(contents(loaded)[0][2], contents(optimizer)[0][2])
 
 
@@ -149,7 +149,8 @@ def test_a_float64_state_survives_in_a_float32_run(seed: int) -> None:
     train(wide, random_gradients(params_of(wide), 2))
     narrow = mixed_optimizer([Parameter(param.detach().float()) for param in params_of(wide)])
     narrow.load_state_dict(wide.state_dict())
-    assert all(narrow.state[param]["momentum_buffer"].dtype == torch.float64 for param in params_of(narrow))
+    for param in params_of(narrow):
+        assert {value.dtype for name, value in narrow.state[param].items() if name != "step"} == {torch.float64}
     grads = random_gradients(params_of(wide), 3)
     train(wide, grads)
     train(narrow, grads)
@@ -171,7 +172,7 @@ def test_hooks_of_state_dict_and_loading_run_in_torchs_places(seed: int) -> None
     assert (events, saved["stamp"]) == (["saving", "saved"], 7)
 
     def doubled(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        state = {key: {**each, "momentum_buffer": 2 * each["momentum_buffer"]} for key, each in saved["state"].items()}
+        state = {key: {name: 2 * value for name, value in each.items()} for key, each in saved["state"].items()}
         return {**state_dict, "state": state}
 
     types = []
@@ -181,7 +182,8 @@ def test_hooks_of_state_dict_and_loading_run_in_torchs_places(seed: int) -> None
     loaded.load_state_dict(saved)
     assert types == [torch.float64], "the user's hook must see the state as it was saved"
     for ours, theirs in zip(params_of(loaded), params_of(optimizer), strict=True):
-        assert torch.equal(loaded.state[ours]["momentum_buffer"], 2 * optimizer.state[theirs]["momentum_buffer"])
+        for name, value in optimizer.state[theirs].items():
+            assert torch.equal(loaded.state[ours][name], 2 * value)
     loaded.load_state_dict(saved)
     assert len(types) == 2, "loading must leave the user's hooks in place, and only those"
     assert len(loaded._optimizer_load_state_dict_pre_hooks) == 1
