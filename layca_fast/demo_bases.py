@@ -45,13 +45,14 @@ class PaperBase:
     layca_rate: float
 
 
-#: By FusedLayca's name of the base. SGD's dampening makes its momentum an average, as in SGD_AMom (paper, section 4).
+#: By FusedLayca's name of the base. Labels are short enough for a table of 80 columns. SGD's dampening makes its
+#: momentum an average, as in SGD_AMom (paper, section 4).
 PAPER_BASES = {
     "sgd": PaperBase("torch.optim.SGD", SGD, 1.0, 3.0**-3),
     "sgd_amom": PaperBase("SGD, dampening 0.9", partial(SGD, momentum=0.9, dampening=0.9), 3.0, 3.0**-3),
-    "rmsprop": PaperBase("torch.optim.RMSprop", RMSprop, 3.0**-5, 3.0**-2),
-    "adam": PaperBase("torch.optim.Adam", Adam, 3.0**-4, 3.0**-3),
-    "adagrad": PaperBase("torch.optim.Adagrad", Adagrad, 3.0**-3, 3.0**-2),
+    "rmsprop": PaperBase("torch RMSprop", RMSprop, 3.0**-5, 3.0**-2),
+    "adam": PaperBase("torch Adam", Adam, 3.0**-4, 3.0**-3),
+    "adagrad": PaperBase("torch Adagrad", Adagrad, 3.0**-3, 3.0**-2),
 }
 
 
@@ -60,7 +61,7 @@ def contestants(
 ) -> list[Contestant]:
     """The plain base and FusedLayca on it, each at the best lr of its grid unless ``..._rate`` says otherwise."""
     row = PAPER_BASES[base]
-    name = "FusedLayca" if base == "sgd" else f"FusedLayca, {base}"
+    name = "FusedLayca" if base == "sgd" else f"Layca on {base}"
     make = partial(FusedLayca, base=base, backend=backend)
     return [
         Contestant(row.label, base, plain_rate or row.plain_rate, "-", row.make),
