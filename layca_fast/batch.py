@@ -5,10 +5,11 @@ the same columns in the same order. Row indices are those of the batch; offsets 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, repeat
+from operator import is_not
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .bases import Base, Formula
 from .checks import check_gradient
 from .formulas import RULES
 from .upload import Mirror
+from .watch import Addresses, Entries, Layouts, addresses, gradients
 
 MAX_STATES = 3
 MAX_OPTIONS = 6
@@ -102,7 +104,7 @@ class Slot:
     ``states`` are the buffers of the formula in its order, ``step`` the 0-d float32 number of steps taken (None where
     the formula does not count them), ``radius`` the float64 state (None where the tensor does not rotate), ``layers``
     the number of equal slices, ``dense`` whether these lie in memory one after the other, ``fresh`` whether the state
-    was created for the coming step.
+    was created for the coming step. ``entry`` is what the optimizer keeps for the parameter: the states by their names.
     """
 
     param: Tensor
@@ -115,6 +117,7 @@ class Slot:
     layers: int
     dense: bool
     fresh: bool
+    entry: Mapping[str, Any] = field(default_factory=dict)
 
     def gradient(self) -> Tensor | None:
         """This step's gradient, checked, with the parameter's strides where kernels walk both as one run of memory."""
@@ -136,10 +139,6 @@ class Slot:
     @property
     def rule(self) -> int:
         return RULES[self.group["rule"]]
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def scalar_device(device: torch.device) -> torch.device:
@@ -190,59 +189,47 @@ class Batch:
         table.set_column(Column.FIRST_LAYER, self.first_layers)
         table.set_column(Column.FLAGS, [slot.flags for slot in self.slots])
         table.set_column(Column.RULE, [slot.rule for slot in self.slots])
-        table.set_column(Column.RADIUS, [_address(slot.radius) for slot in self.slots])
-        table.set_column(Column.STEP, [_address(slot.step) for slot in self.slots])
-        table.set_column(Column.PARAM, [param.data_ptr() for param in self.params])
+        table.set_column(Column.RADIUS, addresses([slot.radius for slot in self.slots]))
+        table.set_column(Column.STEP, addresses([slot.step for slot in self.slots]))
+        table.set_column(Column.PARAM, addresses(self.params))
         for i, states in enumerate(self.states):
-            table.set_column(Column.STATE + i, [state.data_ptr() for state in states])
+            table.set_column(Column.STATE + i, addresses(states))
 
-        scalars = [each for slot in self.slots for each in (slot.radius, slot.step) if each is not None]
-        self._kept = [*self.params, *(state for states in self.states for state in states), *scalars]
-        self._memory = self._where()
-
-    def _where(self) -> tuple[list[int], list[tuple[int, ...]], list[torch.Size], list[torch.dtype]]:
-        kept = self._kept
-        return (
-            [t.data_ptr() for t in kept],
-            [t.stride() for t in kept],
-            [t.shape for t in kept],
-            [t.dtype for t in kept],
-        )
+        self._settled = False
+        self._set_hyper_rows()
+        columns = {name: [(slot.entry, slot.states[i]) for slot in self.slots] for i, name in enumerate(formula.states)}
+        columns["step"] = [(slot.entry, slot.step) for slot in self.slots if slot.step is not None]
+        columns["radius"] = [(slot.entry, slot.radius) for slot in self.slots if slot.radius is not None]
+        self._entries = Entries(columns)
+        self._layouts = Layouts(self.params)
+        self._kept = Addresses([tensor for pairs in columns.values() for _, tensor in pairs])
+        # Kernels know a gradient by its address, which that of an empty tensor lacks: its steps are counted here.
+        self._empty = [(i, slot.step) for i, slot in enumerate(self.slots) if slot.param.numel() == 0]
 
     def holds(self) -> bool:
         """Whether parameters, states and radii lie in memory as they did when the batch was made for them."""
-        return self._where() == self._memory
+        return self._entries.hold() and self._layouts.hold() and self._kept.hold()
 
     def take_gradients(self) -> None:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
-        self.grads = [param.grad for param in self.params]
-        _, strides, shapes, _ = self._memory
-        dtype, device = self.dtype, self.device
-        for i, grad in enumerate(self.grads):
-            # Once per tensor and step, so the common case is a few comparisons, and all else goes the slow way.
-            if grad is None or (
-                type(grad) is Tensor
-                and grad.layout is torch.strided
-                and grad.dtype is dtype
-                and grad.device == device
-                and grad.stride() == strides[i]
-                and grad.shape == shapes[i]
-                and not grad.is_neg()
-            ):
-                continue
-            self.grads[i] = self.slots[i].gradient()
+        self.grads = gradients(self.params)
+        # All else goes the slow way: gradients that are missing, lie otherwise, or are wrong.
+        if not self._layouts.fit(self.grads):
+            self.grads = [slot.gradient() for slot in self.slots]
 
     def refresh(self) -> None:
         """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone)."""
-        for slot, grad in zip(self.slots, self.grads, strict=True):
-            # Kernels know a gradient by its address, which that of an empty tensor lacks.
-            if slot.step is not None and grad is not None and grad.numel() == 0:
-                slot.step += 1
+        for index, step in self._empty:
+            if step is not None and self.grads[index] is not None:
+                step += 1
         table = self._tensor_mirror
-        table.set_column(Column.GRAD, [_address(grad) for grad in self.grads])
-        table.set_column(Column.HYPER, [row + slot.fresh for row, slot in zip(self._rows, self.slots, strict=True)])
+        table.set_column(Column.GRAD, addresses(self.grads))
         table.push()
         self._refresh_hypers()
+
+    def _set_hyper_rows(self) -> None:
+        rows = [row + slot.fresh for row, slot in zip(self._rows, self.slots, strict=True)]
+        self._tensor_mirror.set_column(Column.HYPER, rows)
 
     def _refresh_hypers(self) -> None:
         rows: list[float] = []
@@ -264,9 +251,19 @@ class Batch:
 
     def release(self) -> None:
         """After a step: drop the gradients, so that zero_grad frees them, and settle the slots that had one."""
-        for slot, grad in zip(self.slots, self.grads, strict=True):
-            slot.fresh &= grad is None
+        if not self._settled:
+            for slot, grad in zip(self.slots, self.grads, strict=True):
+                slot.fresh &= grad is None
+            self._settled = not any(slot.fresh for slot in self.slots)
+            self._set_hyper_rows()
         self.grads = [None] * len(self.slots)
+
+    @property
+    def stepped(self) -> list[Tensor]:
+        """The parameters that have a gradient in this step."""
+        if all(map(is_not, self.grads, repeat(None))):
+            return self.params
+        return [param for param, grad in zip(self.params, self.grads, strict=True) if grad is not None]
 
     def lr_of(self, slot: Slot) -> Tensor:
         """The rotation rate of ``slot`` in the last step, 0-d on the device."""

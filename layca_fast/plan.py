@@ -14,6 +14,7 @@ from .bases import Formula
 from .batch import Batch, Slot, scalar_device
 from .checks import check_gradient, check_parameter, count_layers, describe, find_base, have_zero_layers, labelled
 from .layout import layers_are_dense
+from .watch import gradients, same_objects
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -142,7 +143,7 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
             group["radius"],
             group["backend"],
             bool(group["weight_decay"]),
-            [id(param) for param in group["params"]],
+            list(map(id, group["params"])),
         )
         for group in groups
     ]
@@ -181,6 +182,7 @@ class Plan:
                 layers=member.layers,
                 dense=member.dense,
                 fresh=fresh,
+                entry=state[member.param] if tensors else {},
             )
             key = (member.backend.name, member.param.device, member.param.dtype, member.formula.name)
             self._formulas[key] = member.backend, member.formula
@@ -188,7 +190,7 @@ class Plan:
         self.batches = [
             (backend, Batch(formula, slots[key], backend.tile)) for key, (backend, formula) in self._formulas.items()
         ]
-        self._seen_state = self._state_ids()
+        self._entries = list(state.values())
         self._retired: dict[Tensor, Tensor] = {}
         if previous is not None:
             self._carry_counts(previous)
@@ -210,19 +212,17 @@ class Plan:
             for slot, first in zip(batch.slots, batch.first_layers, strict=True):
                 yield batch, slot, slice(first, first + slot.layers)
 
-    def _state_ids(self) -> list[int]:
-        return [id(value) for state in self._state.values() for value in state.values() if isinstance(value, Tensor)]
-
     def holds(self, groups: Sequence[Mapping[str, Any]], state: State) -> bool:
         """Whether the batches still describe the groups, the state and the memory of the parameters."""
         if groups is not self._groups or state is not self._state:
             return False
         if _signature(self._groups) != self._signature:
             return False
-        for param in self._waiting:
-            if param.grad is not None:
-                return False
-        return self._state_ids() == self._seen_state and all(batch.holds() for _, batch in self.batches)
+        if any(grad is not None for grad in gradients(self._waiting)):
+            return False
+        # Whose state has been taken away or replaced as a whole, the batches cannot see.
+        entries = list(state.values())
+        return same_objects(entries, self._entries) and all(batch.holds() for _, batch in self.batches)
 
     def step(self) -> None:
         """Check the gradients of this step, then run every batch."""
@@ -233,6 +233,5 @@ class Plan:
             backend.step(batch)
             if backend.writes_unseen:
                 # Autograd then knows that graphs which saved these weights are out of date.
-                stepped = zip(batch.params, batch.grads, strict=True)
-                increment_version([param for param, grad in stepped if grad is not None])
+                increment_version(batch.stepped)
             batch.release()

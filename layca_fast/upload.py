@@ -1,5 +1,6 @@
 """Tables that are written on the host, cell by cell, and read on a device."""
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ class Mirror:
     def set_column(self, column: int, values: list[int]) -> None:
         """Write one column, if it differs from what was written there last."""
         if self._cached.get(column) != values:
-            self._host[:, column] = torch.tensor(values, dtype=self._host.dtype, device="cpu")
+            # Through an array: torch takes three times as long to read a list.
+            self._host[:, column] = torch.frombuffer(array("q", values), dtype=torch.int64).to(self._host.dtype)
             self._cached[column] = values
             self._changed = True
 
