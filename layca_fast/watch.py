@@ -9,10 +9,9 @@ from itertools import repeat
 from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any
 
-import torch
 from torch import Tensor
 
-_DTYPE, _GRAD, _LAYOUT = attrgetter("dtype"), attrgetter("grad"), attrgetter("layout")
+_DTYPE, _GRAD = attrgetter("dtype"), attrgetter("grad")
 
 
 def same_objects(left: Sequence[Any], right: Sequence[Any]) -> bool:
@@ -45,10 +44,10 @@ class Addresses:
 
 
 class Layouts:
-    """How tensors of one dtype and device lie in memory: addresses, strides and sizes, and their dtype.
+    """How tensors of one dtype and device lie in memory: addresses, strides and sizes.
 
-    Not their shapes, which take longest to ask for: of plain tensors, strides and sizes decide which addresses a kernel
-    may touch, and in which order.
+    Shapes take longest to ask for, and of plain tensors strides and sizes decide which addresses a kernel may touch, in
+    which order. Another dtype would come with another address.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -66,7 +65,6 @@ class Layouts:
             addresses(tensors) == self._addresses
             and list(map(Tensor.stride, tensors)) == self._strides
             and list(map(Tensor.numel, tensors)) == self._sizes
-            and set(map(_DTYPE, tensors)) == self._dtypes
         )
 
     def fit(self, grads: Sequence[Tensor | None]) -> bool:
@@ -78,11 +76,10 @@ class Layouts:
                 and list(map(Tensor.numel, grads)) == self._sizes  # type: ignore[arg-type]
                 and set(map(_DTYPE, grads)) == self._dtypes
                 and set(map(Tensor.get_device, grads)) == self._devices  # type: ignore[arg-type]
-                and set(map(_LAYOUT, grads)) == {torch.strided}
                 and not any(map(Tensor.is_neg, grads))  # type: ignore[arg-type]
             )
         except (RuntimeError, NotImplementedError):
-            # Sparse gradients have no strides.
+            # Gradients of another layout, such as sparse ones, have no strides.
             return False
 
 

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from layca_fast import FusedLayca, LayerGroups
 from layca_fast.backends import load
+from layca_fast.bases import BASES, Base
+from layca_fast.verify import BASE_OPTIONS
 
 #: Every backend of this version. None is skipped: the native module is always built for the tests, and Triton's
 #: kernels run under its interpreter where there is no GPU.
@@ -163,3 +165,14 @@ class Unknown(nn.Module):
         self.scale = nn.Parameter(torch.randn(()))
         self.gain = nn.Parameter(torch.randn(6))
         self.bias = nn.Parameter(torch.randn(1, 6))
+
+
+def rows_by_formula(**more: Any) -> dict[str, tuple[Base, dict[str, Any]]]:
+    """For each formula a base with a complete param group, its options away from their defaults, that runs it."""
+    rows = {}
+    for options in BASE_OPTIONS:
+        optimizer = FusedLayca([torch.ones(1, requires_grad=True)], **options, **more)
+        (group,) = optimizer.param_groups
+        base = BASES[group["base"]]
+        rows[base.formula(group).name] = base, group
+    return rows

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from layca_fast.backends import load
-from layca_fast.bases import BASES, FORMULAS, Base, Formula
+from layca_fast.bases import FORMULAS
 from layca_fast.batch import Batch, Coefficient, Count, Slot
 from layca_fast.formulas import KEEP
-from layca_fast.optimizer import FusedLayca
-from layca_fast.verify import BASE_OPTIONS
 
-from .support import same_bits
+from .support import rows_by_formula, same_bits
 
 CPU = load("cpu")
 LR = 0.05
@@ -23,23 +21,7 @@ LR = 0.05
 SHAPES = ((1,), (15,), (16, 1), (33,), (7, 73), (8, 513), (4097,), (3, 30_011), (1_300_021,), (64, 64), (5, 5))
 
 
-def group_of(options: dict[str, object]) -> dict[str, object]:
-    """A complete param group with these options."""
-    return FusedLayca([torch.ones(1, requires_grad=True)], lr=LR, **options).param_groups[0]
-
-
-def rows_by_formula() -> dict[str, tuple[Base, Formula, dict[str, object]]]:
-    """For each formula a group, its options away from their defaults, that runs it."""
-    rows = {}
-    for options in BASE_OPTIONS:
-        group = group_of(dict(options))
-        base = BASES[str(group["base"])]
-        formula = base.formula(group)
-        rows[formula.name] = (base, formula, group)
-    return rows
-
-
-ROWS = rows_by_formula()
+ROWS = rows_by_formula(lr=LR)
 every_formula = pytest.mark.parametrize("formula", sorted(FORMULAS))
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
@@ -50,7 +32,7 @@ SMALLEST = {"square_avg": 1.0, "exp_avg_sq": 1.0, "max_exp_avg_sq": 1.0}
 
 def make_batch(formula: str, tensors: Sequence[Tensor], grads: Sequence[Tensor | None], *, layers: int = 1) -> Batch:
     """A batch ready to be stepped; states start as small random numbers, and vectors do not rotate."""
-    base, row, group = ROWS[formula]
+    (base, group), row = ROWS[formula], FORMULAS[formula]
     slots = [
         Slot(
             param=tensor,

@@ -12,24 +12,16 @@ from torch import Tensor, sqrt, where
 
 from layca_fast.backends import load
 from layca_fast.backends.triton_ import BACKEND, FINISH_BLOCK, TILE, Launch, finish_launch
-from layca_fast.bases import BASES, FORMULAS, Formula
+from layca_fast.bases import FORMULAS, Formula
 from layca_fast.batch import Batch, Coefficient, Column, Count, Slot, Tile
 from layca_fast.formulas import KEEP
 
-from .support import device_of, relative_distance, same_bits
+from .support import device_of, relative_distance, rows_by_formula, same_bits
 
 pytest.importorskip("triton")
 
 DEVICE = device_of("triton")
-GROUP = {
-    **BASES["sgd"].options,
-    "momentum": 0.9,
-    "lr": 0.1,
-    "weight_decay": 0.05,
-    "maximize": False,
-    "radius": "initial",
-    "rule": "layca",
-}
+ROWS = rows_by_formula(lr=0.1, weight_decay=0.05)
 MOMENTUM, NESTEROV, SGD = FORMULAS["sgd_momentum"], FORMULAS["sgd_nesterov"], FORMULAS["sgd"]
 
 
@@ -42,11 +34,14 @@ def batch_of(
     rotates: bool = True,
 ) -> Batch:
     """A batch on these very tensors, ready for its first step; states are random by default."""
+    # Formulas of these tests' own take the options of SGD with momentum.
+    base, group = ROWS.get(formula.name, ROWS["sgd_momentum"])
     slots = []
     for i, param in enumerate(params):
-        state = states[i] if states else tuple(torch.randn_like(param) for _ in formula.states)
+        state = states[i] if states else tuple(torch.rand_like(param) for _ in formula.states)
         radius = torch.zeros(layers, dtype=torch.float64, device=DEVICE) if rotates else None
-        slots.append(Slot(param, GROUP, BASES["sgd"], str(i), state, None, radius, layers, dense=True, fresh=False))
+        step = torch.zeros((), device=DEVICE) if formula.counts_steps else None
+        slots.append(Slot(param, group, base, str(i), state, step, radius, layers, dense=True, fresh=False))
     batch = Batch(formula, slots, TILE)
     batch.grads = list(grads)
     batch.refresh()
@@ -70,7 +65,7 @@ def results(batch: Batch) -> list[Any]:
 
 
 @pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
-def test_three_launches_do_what_the_three_verbs_do(
+def test_a_few_launches_do_what_the_three_verbs_do(
     formula: Formula, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many tensors; a sharded model calls the verbs one by one, with an all-reduce between them."""
@@ -84,7 +79,7 @@ def test_three_launches_do_what_the_three_verbs_do(
     launch = Launch.__call__
     monkeypatch.setattr(Launch, "__call__", lambda self: (launches.append(self), launch(self)))
     BACKEND.step(whole)
-    assert len(launches) == 3
+    assert len(launches) == 3 + formula.counts_steps
     for verb in (BACKEND.measure, BACKEND.coefficients, BACKEND.rotate):
         verb(split)
     assert same_bits(results(whole), results(split))
@@ -174,11 +169,13 @@ def test_any_formula_of_operators_where_and_sqrt_compiles(seed: int) -> None:
     """One that takes two states, calls another function and reads a constant."""
     formula = Formula("roots", _roots_advance, _roots_step, ("first", "second"), reads_grad=True)
     grad, states = random(3, 90), (random(3, 90), random(3, 90).abs())
-    options = (0.9, 1.0)
+    batch = batch_of([random(3, 90)], [grad], formula, [states])
+    options = batch.options(batch.slots[0])
+    assert len(options) == 2
+    # The step is to see these states as they are now.
+    states = tuple(state.clone() for state in states)
     expected = _roots_advance(grad.double(), tuple(state.double() for state in states), options)
     step = _roots_step(grad.double(), expected, options)
-    batch = batch_of([random(3, 90)], [grad], formula, [states])
-    assert batch.options(batch.slots[0]) == options
     BACKEND.step(batch)
     for ours, exact in zip(states, expected, strict=True):
         assert relative_distance(ours, exact) <= 2e-7
