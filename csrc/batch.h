@@ -35,7 +35,7 @@ struct Flag {
 
 // Columns of the hyperparameter table, float64.
 struct Hyper {
-  enum : int { LR = 0, WEIGHT_DECAY = 1, GRAD_SCALE = 2, OPTION = 3, WIDTH = OPTION + max_options };
+  enum : int { LR = 0, WEIGHT_DECAY, GRAD_SCALE, NOISE, OPTION, WIDTH = OPTION + max_options };
 };
 
 // Columns of the layer table, int64.

@@ -59,7 +59,7 @@ Columns columns() {
       {"Flag", {LAYCA_COLUMN(Flag, ROTATES), LAYCA_COLUMN(Flag, CURRENT)}},
       {"Hyper",
        {LAYCA_COLUMN(Hyper, LR), LAYCA_COLUMN(Hyper, WEIGHT_DECAY), LAYCA_COLUMN(Hyper, GRAD_SCALE),
-        LAYCA_COLUMN(Hyper, OPTION), LAYCA_COLUMN(Hyper, WIDTH)}},
+        LAYCA_COLUMN(Hyper, NOISE), LAYCA_COLUMN(Hyper, OPTION), LAYCA_COLUMN(Hyper, WIDTH)}},
       {"Layer",
        {LAYCA_COLUMN(Layer, TENSOR), LAYCA_COLUMN(Layer, FIRST_TILE), LAYCA_COLUMN(Layer, TILES),
         LAYCA_COLUMN(Layer, WIDTH)}},

@@ -75,15 +75,15 @@ LAYCA_HOST_DEVICE inline Turn hyperball(const Dots& dots, double n, double sigma
 }
 
 // A rotating layer: turned as its rule says towards -u, onto the sphere of its radius (0: not yet set) or, with
-// `current`, of its norm.
+// `current`, of its norm. `noise` is what may be wrong with u, as a part of the norm of w.
 LAYCA_HOST_DEVICE inline Rotation rotation(const Dots& dots, double sigma2, double lr, double radius, bool current,
-                                           int rule) {
+                                           int rule, double noise) {
   using std::sqrt;
   const double n = sqrt(dots.n2);
   const double sigma = sqrt(sigma2 > 0 ? sigma2 : 0);
   // A NaN compares false everywhere here, so a layer with a non-finite dot never moves.
-  const bool moves =
-      lr > 0 && is_finite(lr * lr) && dots.n2 > 0 && is_finite(dots.n2) && sigma > smallest_sine * sqrt(dots.q);
+  const bool moves = lr > 0 && is_finite(lr * lr) && dots.n2 > 0 && is_finite(dots.n2) &&
+                     sigma > smallest_sine * sqrt(dots.q) && sigma > noise * n;
   if (!moves) return keep_rotation(radius);
 
   const bool unset = radius == 0;

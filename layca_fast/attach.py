@@ -72,7 +72,10 @@ class Handle:
 
     def _state_of_optimizer(self) -> dict[str, Any]:
         optimizer = self._optimizer()
-        assert optimizer is not None
+        if optimizer is None:
+            raise RuntimeError(
+                "this optimizer is a shallow copy of an attached one that is gone: copy.deepcopy makes copies that last"
+            )
         ours = {hooks: OrderedDict({_KEY: getattr(self, method)}) for hooks, method in _HOOKS.items()}
         state: dict[str, Any] = type(optimizer).__getstate__(optimizer)
         return {**state, **ours, "__getstate__": self._state_of_optimizer}
@@ -163,10 +166,15 @@ def attach(
     their weight are lost. The angle turned is atan(lr) all the same. ``python -m bench.attach_error`` measures this;
     the README says what to do about it.
 
+    A step below eps/2 * |w| (once projected) is not told from rounding, so the layer stays as it is.
+
     Weight decay inside the optimizer: a decay that is parallel to w is projected away by rule="layca". So it is with
     decoupled decay (AdamW) and with SGD without momentum. L2 decay that goes through momentum or is divided by a second
     moment (SGD with momentum, Adam) does change the direction, and under rule="hyperball", which does not project,
     every decay tilts the step. Set weight_decay=0 for what rotates to be rid of it.
+
+    Hooks that change weights before the step must be registered before ``attach``: later ones would be part of the base
+    step. An optimizer that keeps copies of the weights in its state (ASGD) keeps those of its own step.
 
     Returns:
         A handle: ``handle.remove()`` restores the plain optimizer, as leaving ``with attach(optimizer):`` does.

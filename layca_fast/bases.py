@@ -139,8 +139,9 @@ def _check_adam(group: Options) -> None:
 
 def _check_lion(group: Options) -> None:
     _check_betas(group)
-    if group["betas"][1] == 0:
-        raise ValueError(f"betas={group['betas']!r}: lion needs a second beta > 0, which keeps the last average")
+    if group["betas"][1] < 0.01:
+        # The last average is taken from the new one, of which it must be a good part.
+        raise ValueError(f"betas={group['betas']!r}: the second beta of lion must be at least 0.01")
 
 
 #: Every formula that some base runs, by name: what a compiled backend must offer.

@@ -55,8 +55,9 @@ class Hyper(IntEnum):
     LR = 0
     WEIGHT_DECAY = 1
     GRAD_SCALE = 2  # multiplies the gradient: -1 under maximize
-    OPTION = 3  # MAX_OPTIONS columns, in the order of Base.scalars
-    WIDTH = 9
+    NOISE = 3  # of the step, as a part of the norm of the weights: see formulas.coefficients
+    OPTION = 4  # MAX_OPTIONS columns, in the order of Base.scalars
+    WIDTH = 10
 
 
 class Layer(IntEnum):
@@ -232,6 +233,8 @@ class Batch:
         self._tensor_mirror.set_column(Column.HYPER, rows)
 
     def _refresh_hypers(self) -> None:
+        # The difference of two weights is off by up to half a unit in the last place of each.
+        noise = torch.finfo(self.dtype).eps / 2
         rows: list[float] = []
         on_device: list[tuple[int, Tensor]] = []
         for i, (group, base) in enumerate(self._groups):
@@ -240,7 +243,12 @@ class Batch:
                 # Copied from device to device below: reading it here would make the host wait.
                 on_device.append((2 * i, lr))
                 lr = 0.0
-            head = (float(lr), float(group["weight_decay"]), -1.0 if group["maximize"] else 1.0)
+            head = (
+                float(lr),
+                float(group["weight_decay"]),
+                -1.0 if group["maximize"] else 1.0,
+                noise if group.get("difference") else 0.0,
+            )
             for fresh in (False, True):
                 scalars = base.scalars(group, fresh)
                 rows += (*head, *scalars, *(0.0,) * (MAX_OPTIONS - len(scalars)))

@@ -208,12 +208,12 @@ def is_nearly_parallel(sigma2, q):
     return sigma2 < NEARLY_PARALLEL_SINE2 * q
 
 
-def coefficients(n2, d, q, sigma2, lr, radius, weight_decay, rotates, current, rule):
+def coefficients(n2, d, q, sigma2, lr, radius, weight_decay, rotates, current, rule, noise):
     """Three dots in, one linear combination out (the paper's Algorithm 1, in closed form).
 
     n2 = <w,w>, d = <w,u>, q = <u,u> and sigma2, all float64, of one layer (or tensors of many). ``radius`` is the
-    state, 0 while unset; ``rotates`` and ``current`` are booleans, ``rule`` is a number. Returns
-    (a, b, c, mode, radius):
+    state, 0 while unset; ``rotates`` and ``current`` are booleans, ``rule`` is a number. ``noise`` is what may be wrong
+    with u, as a part of the norm of w: a sigma below it is no direction. Returns (a, b, c, mode, radius):
 
     - LINEAR: w+ = a*w + b*u;
     - PRECISE: w+ = a*w + b*(u - c*w) in float64, where a*w and b*u of LINEAR would cancel;
@@ -235,6 +235,7 @@ def coefficients(n2, d, q, sigma2, lr, radius, weight_decay, rotates, current, r
         & (n2 > 0.0)
         & (n2 - n2 == 0.0)
         & (sigma > SMALLEST_SINE * sqrt(q))
+        & (sigma > noise * n)
     )
     target = where(current | (radius == 0.0), n, radius)
     safe_n = where(moves, n, 1.0)

@@ -140,7 +140,8 @@ def _rotating_groups(
     entries: Sequence[_Entry], factors: Sequence[float], lr: float | Tensor | None, options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     groups: dict[tuple[float, int | str | None], dict[str, Any]] = {}
-    shared = {name: value for name, value in options.items() if name != "weight_decay"}
+    # Nothing decays on a sphere: another optimizer's own default must not step in.
+    shared = {**options, "weight_decay": 0.0} if "weight_decay" in options else options
     for entry, factor in zip(entries, factors, strict=True):
         key = factor, entry.chunks
         if key not in groups:
@@ -195,6 +196,11 @@ def _check_arguments(
     for name in RESERVED:
         if name in options:
             raise TypeError(f"{name}={options[name]!r}: layer_groups sets it itself; leave it out")
+    if options.get("base") == "rmsprop" and alpha != 0:
+        raise ValueError(
+            f"alpha={alpha!r} with base='rmsprop': here alpha sets layer-wise rates, and RMSprop has its own. "
+            "Give base, and its alpha, to the optimizer: FusedLayca(layer_groups(...), base='rmsprop', alpha=...)"
+        )
 
 
 def layer_groups(
@@ -229,7 +235,8 @@ def layer_groups(
         embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
         rotate: module types of which every tensor of two or more dimensions, biases apart, rotates besides, such as the
             Conv1D of transformers; as a dict, with the ``chunks`` of each (1, n or "all"), also for the types above.
-        options: put into every group (base, momentum, radius, ...); ``weight_decay`` only into that of the others.
+        options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0
+            into those that rotate.
 
     Returns:
         A list of dicts that any torch optimizer takes (torch >= 2.6), with named parameters. Rotating tensors with the

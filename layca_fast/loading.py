@@ -4,6 +4,7 @@ torch's own ``load_state_dict`` casts every state tensor to its parameter's dtyp
 parameter is, so the tensors are put back as they were saved once torch is done.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -44,6 +45,12 @@ def adopt(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     return {**saved, "param_groups": adopted + saved["param_groups"][len(adopted) :]}
 
 
+def _check_count(step: Tensor, where: str) -> None:
+    """Raise ValueError for a number of steps that is none. Those of our own runs are on the CPU once saved."""
+    if step.device.type == "cpu" and step.numel() == 1 and not 0 <= float(step) < math.inf:
+        raise ValueError(f"state_dict: 'step' is {float(step)} for {where}: it must be a finite number >= 0")
+
+
 def check_shapes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Raise ValueError if a saved state tensor does not fit its parameter."""
     for group, label, param, state in _pairs(optimizer, saved):
@@ -55,6 +62,7 @@ def check_shapes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                 expected = (count_layers(param, group.get("chunks", 1), label),)
             elif name == "step":
                 expected = ()
+                _check_count(value, describe(label, param))
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"state_dict: {name!r} has shape {tuple(value.shape)}, but {describe(label, param)} needs "

@@ -47,7 +47,9 @@ class _Member:
         for name in self.formula.states:
             tensors[name] = self._buffer(name, state.get(name))
         if self.formula.counts_steps:
-            tensors["step"] = self._step_count(state.get("step"))
+            # Another base may have counted steps before these buffers were made.
+            has = [name for name in self.formula.states if state.get(name) is not None]
+            tensors["step"] = self._step_count(state.get("step"), has)
         if self.rotates:
             tensors["radius"] = self._radius(state.get("radius"))
         return tensors
@@ -70,9 +72,16 @@ class _Member:
             return old
         return torch.empty_like(self.param, memory_format=form).copy_(old)
 
-    def _step_count(self, old: Any) -> Tensor:
+    def _step_count(self, old: Any, buffers: Sequence[str]) -> Tensor:
+        if not buffers:
+            old = 0.0
+        if old is None:
+            raise ValueError(
+                f"the state of {describe(self.label, self.param)} has {buffers[0]!r} but no 'step', the number of "
+                "steps that made it: set it, or clear the optimizer's state for it, del optimizer.state[parameter]"
+            )
         # Older versions of torch saved a plain number.
-        count = torch.as_tensor(0.0 if old is None else old)
+        count = old if isinstance(old, Tensor) else torch.tensor(float(old), device="cpu")
         if count.shape != ():
             raise ValueError(
                 f"the state 'step' of {describe(self.label, self.param)} has shape {tuple(count.shape)}: it must be a "

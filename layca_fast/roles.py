@@ -80,6 +80,8 @@ def _role(module: nn.Module, leaf: str, param: Tensor, asked: Asked) -> Role:
         return None, "bias"
     if isinstance(module, ParametrizationList):
         return None, "parametrized"
+    if param.numel() == 0:
+        return None, "empty"
     if param.dim() < 2:
         return None, "vector" if param.dim() == 1 else "scalar"
     stem = _RNN_SUFFIX.sub("", leaf) if isinstance(module, nn.RNNBase) else leaf

@@ -25,7 +25,13 @@ OPTIONS = ("rule", "rotate", "chunks", "radius", "backend")
 BLOCK_ON_CPU, BLOCK_ELSEWHERE = 2**18, 2**22
 
 #: The base step is taken as it is: it plays the gradient of plain SGD.
-_AS_IT_IS: Mapping[str, Any] = {"base": "sgd", "weight_decay": 0.0, "maximize": False, **BASES["sgd"].options}
+_AS_IT_IS: Mapping[str, Any] = {
+    "base": "sgd",
+    "weight_decay": 0.0,
+    "maximize": False,
+    "difference": True,
+    **BASES["sgd"].options,
+}
 
 
 def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:

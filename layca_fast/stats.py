@@ -19,7 +19,8 @@ class RotationStats:
     of the weights, before the step. ``radius``: the norm that steps restore (0: not yet set), of tensors that do not
     rotate their own. ``drift``: norm / radius - 1, what storing the weights has cost since the last step.
 
-    Counted since the optimizer was made: ``non_finite`` elements that counted as zero, steps with ``no_direction`` to
+    Counted since the optimizer was made: ``non_finite`` elements that counted as zero (of the gradient, which under
+    rmsprop, adagrad and adam is one, too, where its square overflows; of state or step), steps with ``no_direction`` to
     turn in, steps with ``broken`` (non-finite) weights.
     """
 

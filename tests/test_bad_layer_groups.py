@@ -124,3 +124,9 @@ def test_an_lr_factor_is_checked_where_it_is_used(factor: Any, error: type[Excep
 def test_a_tensor_lr_is_checked_before_it_is_scaled(seed: int) -> None:
     with pytest.raises(ValueError, match=r"lr=tensor\(-1\.\)"):
         FusedLayca(layer_groups(nn.Linear(2, 3), alpha=0.5), torch.tensor(-1.0))
+
+
+def test_rmsprops_own_alpha_is_not_taken_for_layer_wise_rates() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"alpha=0\.9 with base='rmsprop'.*FusedLayca\(layer_groups"):
+        layer_groups(model, base="rmsprop", alpha=0.9)

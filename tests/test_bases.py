@@ -247,3 +247,49 @@ def test_options_of_adam_may_change_mid_run(backend: str, seed: int) -> None:
     train(optimizer, random_gradients(params, 1))
     state = optimizer.state[params_of(optimizer)[0]]
     assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
+
+
+@native_backends
+def test_a_base_that_begins_mid_run_begins_its_own_count(backend: str, seed: int) -> None:
+    """Adam's corrections are for moments of zero, whatever another base has counted before it."""
+    param = parameter(6, 5, backend=backend, dtype=torch.float64)
+    optimizer = FusedLayca([param], LR, base="rmsprop", rotate=False, backend=backend)
+    train(optimizer, random_gradients([param], 20))
+    optimizer.param_groups[0].update(BASES["adam"].options, base="adam")
+    (twin,) = clones([param])
+    fresh = FusedLayca([twin], LR, base="adam", rotate=False, backend=backend)
+    gradients = random_gradients([param], 3)
+    train(optimizer, gradients)
+    train(fresh, gradients)
+    assert same_bits(param.detach(), twin.detach())
+    assert float(optimizer.state[param]["step"]) == 3
+
+
+def test_moments_without_a_count_of_steps_are_refused(seed: int) -> None:
+    param = parameter(6, 5)
+    optimizer = FusedLayca([param], LR, base="adam")
+    train(optimizer, random_gradients([param], 2))
+    before = param.detach().clone()
+    del optimizer.state[param]["step"]
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0.*'exp_avg' but no 'step'.*set it"):
+        train(optimizer, random_gradients([param], 1))
+    assert same_bits(param.detach(), before)
+
+
+@pytest.mark.parametrize("count", [float("nan"), float("inf"), -1.0])
+def test_a_checkpoint_with_an_impossible_count_is_refused(count: float, seed: int) -> None:
+    optimizer = FusedLayca([parameter(6, 5)], LR, base="adam")
+    train(optimizer, random_gradients(params_of(optimizer), 2))
+    saved = optimizer.state_dict()
+    saved["state"][0] = {**saved["state"][0], "step": torch.tensor(count)}
+    with pytest.raises(ValueError, match=r"'step' is .*finite number >= 0"):
+        optimizer.load_state_dict(saved)
+
+
+def test_the_default_device_does_not_matter(seed: int) -> None:
+    param = parameter(6, 5)
+    optimizer = FusedLayca([param], LR, base="adam")
+    (grads,) = random_gradients([param], 1)
+    with torch.device("meta"):
+        train(optimizer, [grads])
+    assert (optimizer.state[param]["step"].device.type, float(optimizer.state[param]["step"])) == ("cpu", 1.0)

@@ -109,7 +109,7 @@ def test_the_others_have_their_own_lr_and_decay(seed: int) -> None:
     options = {"base": "sgd_amom", "momentum": 0.7, "radius": "current"}
     layers, others = layer_groups(model, 0.1, others_lr=0.02, weight_decay=0.3, **options)
     assert (layers["lr"], others["lr"]) == (0.1, 0.02)
-    assert "weight_decay" not in layers
+    assert layers["weight_decay"] == 0.0
     assert others["weight_decay"] == 0.3
     for group in (layers, others):
         assert {name: group[name] for name in options} == options

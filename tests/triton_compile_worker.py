@@ -16,7 +16,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from layca_fast.backends.triton_ import TILE, Launch, finish_launch, measure_launch, prepare_launch, rotate_launch
+from layca_fast.backends.triton_ import (
+    OPTIONS,
+    TILE,
+    Launch,
+    finish_launch,
+    measure_launch,
+    prepare_launch,
+    rotate_launch,
+)
 from layca_fast.bases import BASES, FORMULAS, Formula
 from layca_fast.batch import MAX_OPTIONS, Batch, Slot
 from layca_fast.verify import BASE_OPTIONS
@@ -93,7 +101,7 @@ def compile_for(target: GPUTarget, launch: Launch) -> Any:
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(tables))},
     )
-    return triton.compile(source, target=target, options={"num_warps": launch.warps})
+    return triton.compile(source, target=target, options={"num_warps": launch.warps, **OPTIONS})
 
 
 def cuda_report(kernel: Any) -> dict[str, Any]:

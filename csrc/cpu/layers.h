@@ -86,7 +86,7 @@ inline void compute_coefficients(const Batch& batch, const Kernels& kernels, std
         span.tensor.pointer<double>(Column::RADIUS) + (layer - span.tensor.columns[Column::FIRST_LAYER]);
     const double sigma2 = measure_orthogonal_square(kernels, span, dots, batch.tile);
     turn = rotation(dots, sigma2, lr, *radius, span.tensor.flag(Flag::CURRENT),
-                    static_cast<int>(span.tensor.columns[Column::RULE]));
+                    static_cast<int>(span.tensor.columns[Column::RULE]), span.tensor.hyper[Hyper::NOISE]);
     *radius = turn.radius;
     std::int64_t* const counts = batch.counts + layer * Count::WIDTH;
     const bool finite = is_finite(dots.n2);

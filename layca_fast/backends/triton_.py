@@ -30,6 +30,11 @@ PREPARE_BLOCK, PREPARE_WARPS = 128, 4
 FINISH_BLOCK, FINISH_WARPS = 1024, 4
 
 
+#: Whether a*b + c is fused is otherwise the compiler's choice, kernel by kernel, and rotate must make the step that
+#: measure made: Lion's, a sign, may hang on the last bit.
+OPTIONS = {"enable_fp_fusion": False}
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel and all that it is launched with: ``programs`` programs of ``warps`` warps over ``tables``."""
@@ -42,7 +47,7 @@ class Launch:
 
     def __call__(self) -> None:
         """Launch on the current stream of the current device."""
-        self.kernel[(self.programs,)](*self.tables, **self.constants, num_warps=self.warps)
+        self.kernel[(self.programs,)](*self.tables, **self.constants, num_warps=self.warps, **OPTIONS)
 
 
 def _step_constants(batch: Batch) -> dict[str, Any]:
