@@ -17,6 +17,11 @@ CHOSEN_TORCH := $(shell sed -n 's/.* chosen: //p' $(TORCH_STAMP) 2>/dev/null)
 TORCH ?= $(CHOSEN_TORCH)
 TORCH_REQUIREMENT := $(if $(TORCH),'$(TORCH)',--requirement requirements/torch.txt)
 
+# The tests of a file stay together, for what they share. Idle threads of one process must not spin while the other has
+# work to do.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test bench verify lint format FORCE
@@ -34,7 +39,7 @@ demo: $(STAMP)  ## train on real MNIST digits with SGD and with FusedLayca; a ta
 
 test: $(STAMP)  ## run the tests
 	@echo "==> Running the tests"
-	@$(RUN) pytest $(ARGS)
+	@$(TEST_ENVIRONMENT) $(RUN) pytest $(PARALLEL) $(ARGS)
 
 bench: $(STAMP)  ## time a step of every backend beside torch.optim.SGD
 	@echo "==> Running the benchmarks"

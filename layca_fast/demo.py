@@ -16,6 +16,7 @@ from .backends.names import MODULES
 from .demo_bases import ALL, PAPER_BASES, contestants
 from .demo_tables import print_bases, print_pair
 from .demo_training import Contestant, Digits, Run, load_digits, one_cpu_thread, train
+from .formulas import RULES
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -87,6 +88,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]
     parser.add_argument(
         "--base", default="sgd", choices=[*PAPER_BASES, ALL], help="optimizer to compare with FusedLayca (default sgd)"
     )
+    parser.add_argument("--rule", default="layca", choices=list(RULES), help="of FusedLayca (default layca)")
     parser.add_argument("--plain-lr", type=rate, help="of the plain optimizer (default: the best of a grid)")
     parser.add_argument("--layca-lr", type=rate, help="of FusedLayca (default: the best of a grid)")
     parser.add_argument("--out", type=Path, default=Path("layca_demo.png"), help="the figure (default layca_demo.png)")
@@ -123,7 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     bases = list(PAPER_BASES) if args.base == ALL else [args.base]
     racers = [
-        racer for base in bases for racer in contestants(base, args.backend, device, args.plain_lr, args.layca_lr)
+        racer
+        for base in bases
+        for racer in contestants(base, args.backend, device, args.plain_lr, args.layca_lr, args.rule)
     ]
     with one_cpu_thread(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         results = list(zip(racers, train_all(racers, digits, args.epochs, args.seeds), strict=True))

@@ -57,12 +57,22 @@ PAPER_BASES = {
 
 
 def contestants(
-    base: str, backend: str, device: torch.device, plain_rate: float | None = None, layca_rate: float | None = None
+    base: str,
+    backend: str,
+    device: torch.device,
+    plain_rate: float | None = None,
+    layca_rate: float | None = None,
+    rule: str = "layca",
 ) -> list[Contestant]:
-    """The plain base and FusedLayca on it, each at the best lr of its grid unless ``..._rate`` says otherwise."""
+    """The plain base and FusedLayca on it, each at the best lr of its grid unless ``..._rate`` says otherwise.
+
+    The grid of FusedLayca is that of rule "layca" under every rule.
+    """
     row = PAPER_BASES[base]
     name = "FusedLayca" if base == "sgd" else f"Layca on {base}"
-    make = partial(FusedLayca, base=base, backend=backend)
+    if rule != "layca":
+        name = f"{rule.capitalize()} on {base}"
+    make = partial(FusedLayca, base=base, rule=rule, backend=backend)
     return [
         Contestant(row.label, base, plain_rate or row.plain_rate, "-", row.make),
         Contestant(name, base, layca_rate or row.layca_rate, choose(backend, device).name, make),

@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,8 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    chosen = config.getoption("--seed")
+    # A worker of pytest-xdist has the seed of the run.
+    chosen = getattr(config, "workerinput", {}).get("layca_seed", config.getoption("--seed"))
     config.layca_seed = random.SystemRandom().randrange(2**31) if chosen is None else chosen
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["layca_seed"] = node.config.layca_seed
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -206,3 +206,11 @@ def test_the_picture_shows_where_every_base_ends(seeds: int, seed: int, tmp_path
     rightmost = torch.stack([pixels[:, 1].max() for pixels in shown])
     assert rightmost.argsort().tolist() == ends.amax(1).argsort().tolist()
     assert dict(matplotlib.rcParams) == settings
+
+
+def test_the_rule_is_that_of_fused_layca_alone() -> None:
+    plain, ball = contestants("adam", "torch", CPU, rule="hyperball")
+    params = [torch.ones(3, 2, requires_grad=True)]
+    assert ball.name == "Hyperball on adam"
+    assert ball.optimizer(params).param_groups[0]["rule"] == "hyperball"
+    assert "rule" not in plain.optimizer(params).param_groups[0]
