@@ -49,8 +49,18 @@ def test_every_kernel_compiles_for_every_target(reports: dict[str, dict[str, Any
 
 
 def test_nothing_spills(reports: dict[str, dict[str, Any]]) -> None:
-    """Neither registers to memory nor anything to a stack."""
-    assert {name: report["spills"] for name, report in reports.items() if any(report["spills"].values())} == {}
+    """Neither registers to memory nor anything to a stack, but for the frame of finish's call to divide float64.
+
+    ptxas makes slow cases of that division a subroutine, which saves up to four registers of its caller. There are a
+    few divisions per layer.
+    """
+    frame = {"STACK": 16}
+    spilled = {
+        name: report["spills"]
+        for name, report in reports.items()
+        if any(count > frame.get(what, 0) * name.startswith("finish(") for what, count in report["spills"].items())
+    }
+    assert spilled == {}
 
 
 @pytest.mark.parametrize("what", ["loads", "stores"])
