@@ -19,11 +19,11 @@ TORCH_REQUIREMENT := $(if $(TORCH),'$(TORCH)',--requirement requirements/torch.t
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench verify lint format FORCE
+.PHONY: help setup demo test bench bench-full verify lint format FORCE
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Options: PYTHON=python3.11 (for a new .venv), TORCH='torch==2.12.0', ARGS='...' (passed on to the command)"
 
 setup: $(STAMP)  ## make .venv and install layca_fast with its development tools into it
@@ -36,9 +36,18 @@ test: $(STAMP)  ## run the tests
 	@echo "==> Running the tests"
 	@$(RUN) pytest $(ARGS)
 
-bench: $(STAMP)  ## time a step of every backend beside torch.optim.SGD
+bench: $(STAMP)  ## time a step of every backend beside torch's and others' optimizers, on three models (minutes)
 	@echo "==> Running the benchmarks"
-	@$(RUN) pytest bench $(ARGS)
+	@$(RUN) pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+
+RESULTS := bench/results
+bench-full: $(STAMP)  ## the same on all models, interleaved, with scaling: files and figures in bench/results (an hour)
+	@echo "==> Running all benchmarks"
+	@mkdir -p $(RESULTS)
+	@$(RUN) bench.ratios --out $(RESULTS)/ratios.csv $(ARGS)
+	@$(RUN) bench.plot $(RESULTS)/ratios.csv --out $(RESULTS)/ratios.png
+	@$(RUN) bench.table $(RESULTS)/ratios.csv > $(RESULTS)/ratios.md
+	@$(RUN) bench.scaling --out $(RESULTS)/scaling.csv --figure $(RESULTS)/scaling.png
 
 verify: $(STAMP)  ## check every backend available here against the float64 reference
 	@echo "==> Checking every backend against the reference"

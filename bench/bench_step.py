@@ -18,7 +18,7 @@ from .runner import WARM_UP, Contestant, Copy, Model, seconds_of, synchronize
 from .shapes import MODELS, QUICK
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROUNDS = 10
+QUICK_ROUNDS, ROUNDS = 5, 15
 
 #: Other packages warn as they like.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -40,10 +40,12 @@ def reason_to_skip(provider: Provider, base: str, model: str, quick: bool) -> st
     return {**too_large, **sift([provider], len(shapes), quick)}.get(provider.name, "")
 
 
+@pytest.mark.benchmark(disable_gc=True)
 def test_step(
     benchmark: BenchmarkFixture, request: pytest.FixtureRequest, base: str, provider: Provider, model: str
 ) -> None:
-    reason = reason_to_skip(provider, base, model, quick=not request.config.getoption("--full"))
+    quick = not request.config.getoption("--full")
+    reason = reason_to_skip(provider, base, model, quick)
     if reason:
         pytest.skip(reason)
     stage = Model(MODELS[model](), DEVICE)
@@ -61,7 +63,7 @@ def test_step(
         synchronize(DEVICE)
 
     benchmark.group = f"{model}, {base}"
-    benchmark.pedantic(step, setup=before_step, rounds=ROUNDS, warmup_rounds=WARM_UP)
+    benchmark.pedantic(step, setup=before_step, rounds=QUICK_ROUNDS if quick else ROUNDS, warmup_rounds=WARM_UP)
     contestant.check()
     speed = contestant.bytes_moved / benchmark.stats.stats.median / 1e9
     copy_speed = copy.bytes_moved / quartiles(copy_seconds)[1] / 1e9

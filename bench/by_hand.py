@@ -64,7 +64,8 @@ class Corrections:
         if not self.adam:
             return torch.tensor(1.0), RATE
         self.steps += 1
-        return torch.tensor(math.sqrt(1 - BETAS[1] ** self.steps)), RATE / (1 - BETAS[0] ** self.steps)
+        correction = torch.tensor(math.sqrt(1 - BETAS[1] ** self.steps), dtype=torch.float64)
+        return correction, RATE / (1 - BETAS[0] ** self.steps)
 
 
 def coefficients(ww: Tensor, wu: Tensor, uu: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .rows import Row, latest
 from .runner import COPY
@@ -33,7 +33,10 @@ STYLE: Mapping[Any, Any] = {
 
 WIDTH, DPI = 9.0, 200
 
-OURS, OTHERS, YARDSTICK = "#c4402f", "0.72", "0.35"
+OURS, ATTACHED, BY_HAND, OTHERS, YARDSTICK = "#c4402f", "#e3a197", "#7f9fc0", "0.75", "0.35"
+
+#: Line and marker of the colours that the scaling picture has.
+LINES = {OURS: ("-", "o"), YARDSTICK: ("-", "s")}
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -45,7 +48,8 @@ def _save(figure: Figure, path: Path) -> None:
 def _colour(row: Row) -> str:
     if row.provider == row.yardstick:
         return YARDSTICK
-    return OURS if row.provider.startswith("FusedLayca") else OTHERS
+    kinds = {"FusedLayca": OURS, "attach": ATTACHED, "Layca by hand": BY_HAND}
+    return next((colour for start, colour in kinds.items() if row.provider.startswith(start)), OTHERS)
 
 
 def _short(reason: str, length: int = 34) -> str:
@@ -71,6 +75,7 @@ def _bars(axes: Axes, model: str, names: Sequence[str], rows: Mapping[str, Row],
         axes.text(end, place, value, va="center", fontsize=7, weight=weight)
     one = next(iter(rows.values()))
     axes.set_title(f"{model}\n{one.tensors:,} tensors, {one.parameters / 1e6:.4g} M weights")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if limits[1] < 100 * limits[0] else (1.0,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="y", length=0)
@@ -122,7 +127,8 @@ def save_ratios(path: Path, rows: Sequence[Row], base: str, models: Sequence[str
                 label.set_color(OURS)
                 label.set_weight("bold")
         figure.supxlabel(
-            f"time per step over that of torch's {one.yardstick}, base {base} (log scale; black: quartiles)\n"
+            f"time per step over that of torch's {one.yardstick}, base {base} (log scale; black: quartiles)   "
+            "red: layca_fast, blue: Layca by hand, grey: other optimizers\n"
             f"{_where(one)}",
             fontsize=7.5,
         )
@@ -131,18 +137,13 @@ def save_ratios(path: Path, rows: Sequence[Row], base: str, models: Sequence[str
 
 def _lines(axes: Axes, rows: Sequence[Row], column: str, label: str) -> None:
     """Microseconds per step against one column, a line per provider."""
-    styles = {
-        COPY: ("0.6", ":", "."),
-        "ours": (OURS, "-", "o"),
-        "unit": (YARDSTICK, "-", "s"),
-        "other": ("#3b6ea5", "-", "^"),
-    }
     for name in dict.fromkeys(row.provider for row in rows):
         points = [row for row in rows if row.provider == name and row.median_ms is not None]
         if not points:
             continue
-        kind = {OURS: "ours", YARDSTICK: "unit", OTHERS: "other"}[_colour(points[0])]
-        colour, line, marker = styles[COPY if name == COPY else kind]
+        colour, line, marker = (_colour(points[0]), *LINES.get(_colour(points[0]), ("-", "^")))
+        if name == COPY:
+            colour, line, marker = "0.6", ":", "."
         where = [getattr(row, column) for row in points]
         times, firsts, thirds = (
             [1e3 * getattr(row, field) for row in points] for field in ("median_ms", "q1_ms", "q3_ms")

@@ -40,7 +40,7 @@ def _batch_rows(batch: Sequence[Provider], model: Model, rounds: int, common: di
                 ratio=middle / quarters[unit][1],
                 ratio_q1=ratio_q1,
                 ratio_q3=ratio_q3,
-                bytes_per_parameter=entries[name].bytes_moved / model.count,
+                bytes_per_parameter=entries[name].bytes_per_parameter,
                 gb_per_s=speeds[name],
                 copy_fraction=speeds[name] / speeds[COPY],
                 skipped="",

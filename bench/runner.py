@@ -6,10 +6,12 @@ for a dozen optimizers on one large model. The gradients change sign every round
 however many rounds there are.
 """
 
+import gc
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -44,6 +46,16 @@ class Model:
         """Change the sign of every gradient, in place."""
         torch._foreach_neg_(self.grads)
 
+    def fingerprints(self) -> list[float]:
+        """A number per tensor that every step along the gradient changes, and that is finite if the weights are.
+
+        The product with the gradient, since a plain sum may survive a step of equal size in all elements.
+        """
+        return [
+            float(torch.dot(weight.view(-1), grad.view(-1)))
+            for weight, grad in zip(self.weights, self.grads, strict=True)
+        ]
+
     def sample(self) -> list[int]:
         """Indices of some tensors that rotate, evenly spread."""
         rotating = [i for i, weight in enumerate(self.weights) if weight.dim() >= 2 and weight.numel() > 1]
@@ -57,7 +69,8 @@ class Contestant:
 
     def __init__(self, provider: Provider, model: Model) -> None:
         self.provider, self.model = provider, model
-        self.bytes_moved = provider.bytes_per_parameter * model.scale * model.count
+        self.bytes_per_parameter = provider.bytes_per_parameter * model.scale
+        self.bytes_moved = self.bytes_per_parameter * model.count
         self._params = [weight.detach().requires_grad_() for weight in model.weights]
         self._grads = [grad.clone() for grad in model.grads] if provider.alters_grad else model.grads
         self._give_gradients()
@@ -77,12 +90,11 @@ class Contestant:
         """Take one step; AssertionError unless all tensors move, stay finite and, where promised, turn by atan(lr)."""
         name, weights = self.provider.name, self.model.weights
         sample = [] if self.provider.accuracy is None else self.model.sample()
-        sums = [float(weight.sum(dtype=torch.float64)) for weight in weights]
+        fingerprints = self.model.fingerprints()
         before = {index: weights[index].clone() for index in sample}
         self.prepare()
         self.step()
-        for index, (old, weight) in enumerate(zip(sums, weights, strict=True)):
-            new = float(weight.sum(dtype=torch.float64))
+        for index, (old, new) in enumerate(zip(fingerprints, self.model.fingerprints(), strict=True)):
             assert math.isfinite(new), f"{name}: tensor {index} is no longer finite"
             assert new != old, f"{name}: tensor {index} did not move"
         for index, old_weight in before.items():
@@ -106,7 +118,8 @@ class Copy:
     def __init__(self, model: Model) -> None:
         self._source = torch.randn(min(model.count, LARGEST_COPY), device=model.device, dtype=model.weights[0].dtype)
         self._target = torch.empty_like(self._source)
-        self.bytes_moved = 2.0 * self._source.nbytes  # read, and written
+        self.bytes_per_parameter = 8 * model.scale  # read, and written
+        self.bytes_moved = 2.0 * self._source.nbytes
 
     def prepare(self) -> None:
         """Nothing to put back."""
@@ -140,6 +153,19 @@ def seconds_of(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect now and not inside, where one step would pay for the objects of all."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def interleave(
     entries: Mapping[str, Contestant | Copy], model: Model, rounds: int, seed: int = 0
 ) -> dict[str, list[float]]:
@@ -151,11 +177,12 @@ def interleave(
     for number in range(-WARM_UP, rounds):
         generator.shuffle(order)
         model.flip_gradients()
-        for name in order:
-            entries[name].prepare()
-            taken = seconds_of(entries[name].step, model.device)
-            if number >= 0:
-                seconds[name].append(taken)
+        with no_garbage_collection():
+            for name in order:
+                entries[name].prepare()
+                taken = seconds_of(entries[name].step, model.device)
+                if number >= 0:
+                    seconds[name].append(taken)
     for entry in entries.values():
         entry.check()
     return seconds
