@@ -154,14 +154,16 @@ def seconds_of(step: Callable[[], object], device: torch.device) -> float:
 
 
 @contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Collect now and not inside, where one step would pay for the objects of all."""
-    gc.collect()
+def collected_by_hand() -> Iterator[None]:
+    """No garbage collection by itself, where one step would pay for the objects of all; what there is stays."""
     was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
+        gc.unfreeze()
         if was_enabled:
             gc.enable()
 
@@ -174,10 +176,11 @@ def interleave(
         entry.check()
     seconds: dict[str, list[float]] = {name: [] for name in entries}
     order, generator = list(entries), random.Random(seed)
-    for number in range(-WARM_UP, rounds):
-        generator.shuffle(order)
-        model.flip_gradients()
-        with no_garbage_collection():
+    with collected_by_hand():
+        for number in range(-WARM_UP, rounds):
+            generator.shuffle(order)
+            model.flip_gradients()
+            gc.collect()
             for name in order:
                 entries[name].prepare()
                 taken = seconds_of(entries[name].step, model.device)
