@@ -42,7 +42,7 @@ bench: $(STAMP)  ## time a step of every backend beside torch's and others' opti
 
 # Where README.md looks for them. ARGS='--rounds 11' makes the first of them shorter.
 RESULTS := bench/results
-bench-full: $(STAMP)  ## all models in interleaved rounds, and scaling: the README's files, table and figures (an hour)
+bench-full: $(STAMP)  ## all models in interleaved rounds, and scaling: the README's files, table and figures (hours)
 	@echo "==> Running all benchmarks"
 	@mkdir -p $(RESULTS)
 	@$(RUN) bench.ratios --out $(RESULTS)/ratios.csv $(ARGS)

@@ -16,11 +16,13 @@ from .shapes import Shape
 NO_TIMES = dict.fromkeys(("median_ms", "q1_ms", "q3_ms", "ratio", "ratio_q1", "ratio_q3", "gb_per_s", "copy_fraction"))
 
 
-def _batch_rows(batch: Sequence[Provider], model: Model, rounds: int, common: dict[str, Any]) -> list[Row]:
+def _batch_rows(
+    batch: Sequence[Provider], model: Model, rounds: int, limit: float, common: dict[str, Any]
+) -> list[Row]:
     """One interleaved run of ``batch``, the copy's row first."""
     entries: dict[str, Contestant | Copy] = {COPY: Copy(model)}
     entries.update({each.name: Contestant(each, model) for each in batch})
-    seconds = interleave(entries, model, rounds)
+    seconds = interleave(entries, model, rounds, limit)
     quarters = {name: quartiles(times) for name, times in seconds.items()}
     speeds = {name: entries[name].bytes_moved / middle / 1e9 for name, (_, middle, _) in quarters.items()}
     packages = {each.name: each.package_version for each in batch}
@@ -36,7 +38,7 @@ def _batch_rows(batch: Sequence[Provider], model: Model, rounds: int, common: di
                 median_ms=1e3 * middle,
                 q1_ms=1e3 * first,
                 q3_ms=1e3 * third,
-                rounds=rounds,
+                rounds=len(times),
                 ratio=middle / quarters[unit][1],
                 ratio_q1=ratio_q1,
                 ratio_q3=ratio_q3,
@@ -57,6 +59,7 @@ def measure(
     rounds: int,
     device: torch.device,
     *,
+    limit: float = math.inf,
     dtype: torch.dtype = torch.float32,
     quick: bool = False,
     only: Sequence[Provider] | None = None,
@@ -64,9 +67,9 @@ def measure(
 ) -> list[Row]:
     """A row of each provider of ``base`` (``only``: of these) and of a copy on tensors of ``shapes``, called ``name``.
 
-    Interleaved in ``rounds`` rounds (:func:`bench.runner.interleave`); where memory does not hold all of them at once,
-    in batches, and a later batch's yardstick and copy serve its ratios but get no rows of their own. Those that do not
-    run get a row that says why. AssertionError if a provider does not move the weights as it must.
+    Interleaved in ``rounds`` rounds, fewer after ``limit`` seconds (:func:`bench.runner.interleave`). Where memory does
+    not hold all of them at once, in batches: a later batch's yardstick and copy serve its ratios but get no rows. Those
+    that do not run get a row that says why. AssertionError if a provider does not move the weights as it must.
     """
     candidates = list(only or providers(base, device))
     parameters = sum(map(math.prod, shapes))
@@ -88,7 +91,7 @@ def measure(
     for batch in batches:
         assert model is not None
         tell(f"{name}, {base}: {rounds} rounds of {', '.join(each.name for each in batch)}")
-        for row in _batch_rows(batch, model, rounds, common):
+        for row in _batch_rows(batch, model, rounds, limit, common):
             rows.setdefault(row.provider, row)
         # Optimizers hold reference cycles through their hooks, and their states would crowd out the next batch.
         gc.collect()

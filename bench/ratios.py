@@ -7,6 +7,7 @@ what it holds), which ``python -m bench.table`` and ``python -m bench.plot`` rea
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from layca_fast.console import print_table
 from .measure import measure
 from .providers import BASES
 from .rows import Row, write
+from .runner import FEWEST_ROUNDS
 from .shapes import MODELS, QUICK
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -71,14 +73,12 @@ def show(rows: Sequence[Row]) -> None:
     print(flush=True)
 
 
-def run(
-    bases: Iterable[str], models: Iterable[str], rounds: int, device: torch.device, dtype: torch.dtype, quick: bool
-) -> list[Row]:
-    """Measure and print every base on every model."""
+def run(bases: Iterable[str], models: Iterable[str], rounds: int, device: torch.device, **options: Any) -> list[Row]:
+    """Measure and print every base on every model; ``options``: those of :func:`bench.measure.measure`."""
     rows = []
     for base in bases:
         for model in models:
-            found = measure(base, model, MODELS[model](), rounds, device, dtype=dtype, quick=quick)
+            found = measure(base, model, MODELS[model](), rounds, device, **options)
             show(found)
             rows += found
     return rows
@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", action="append", choices=BASES, help="only this one (may be repeated)")
     parser.add_argument("--model", action="append", choices=list(MODELS), help="only this one (may be repeated)")
     parser.add_argument("--rounds", type=positive, default=31, help="timed steps of each (default 31)")
+    limit = f"seconds for the rounds of one table (default 120); {FEWEST_ROUNDS} are made in any case"
+    parser.add_argument("--limit", type=float, default=120.0, help=limit)
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--out", type=new_file, help="CSV file to write")
     quick = f"only {', '.join(QUICK)}, and without what compiles for minutes"
@@ -99,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = args.model or (QUICK if args.quick else list(MODELS))
-    rows = run(args.base or BASES, models, args.rounds, device, DTYPES[args.dtype], args.quick)
+    options = {"dtype": DTYPES[args.dtype], "quick": args.quick, "limit": args.limit}
+    rows = run(args.base or BASES, models, args.rounds, device, **options)
     if args.out is not None:
         write(args.out, rows)
         print(f"{len(rows)} rows: {args.out}")

@@ -25,6 +25,9 @@ from .shapes import Shape
 #: Steps before the timed ones, beside the one that is checked.
 WARM_UP = 3
 
+#: Rounds that are timed, if as many are asked for, however long they take.
+FEWEST_ROUNDS = 5
+
 #: Layers whose rotation is measured, and the largest that is: its float64 copies must not crowd out the rest.
 SAMPLE, LARGEST_SAMPLE = 8, 2**24
 
@@ -169,15 +172,21 @@ def collected_by_hand() -> Iterator[None]:
 
 
 def interleave(
-    entries: Mapping[str, Contestant | Copy], model: Model, rounds: int, seed: int = 0
+    entries: Mapping[str, Contestant | Copy], model: Model, rounds: int, limit: float = math.inf
 ) -> dict[str, list[float]]:
-    """Seconds of each entry's step, one per round, in an order drawn for each round; checked before and after."""
+    """Seconds of each entry's step, one per round, in an order drawn for each round; checked before and after.
+
+    Once ``limit`` seconds have passed, no round begins but the first :data:`FEWEST_ROUNDS`.
+    """
     for entry in entries.values():
         entry.check()
     seconds: dict[str, list[float]] = {name: [] for name in entries}
-    order, generator = list(entries), random.Random(seed)
+    order, generator = list(entries), random.Random(0)
+    end = time.perf_counter() + limit
     with collected_by_hand():
         for number in range(-WARM_UP, rounds):
+            if number >= FEWEST_ROUNDS and time.perf_counter() > end:
+                break
             generator.shuffle(order)
             model.flip_gradients()
             gc.collect()

@@ -15,7 +15,7 @@ from bench.measure import measure
 from bench.plan import in_batches, sift
 from bench.providers import BASES, Provider, providers, yardstick
 from bench.rows import Row, quartiles, read, write
-from bench.runner import COPY, Contestant, Model, interleave
+from bench.runner import COPY, FEWEST_ROUNDS, Contestant, Model, interleave
 from bench.shapes import MODELS, Shape
 
 CPU = torch.device("cpu")
@@ -147,6 +147,13 @@ def test_a_wrong_step_during_the_rounds_fails(seed: int) -> None:
     model = Model(TINY, CPU)
     with pytest.raises(AssertionError, match="turned by"):
         interleave({"drifts": Contestant(Provider("drifts", 0, make, accuracy=1e-3), model)}, model, 1)
+
+
+@pytest.mark.parametrize(("rounds", "limit", "made"), [(7, math.inf, 7), (7, 0.0, FEWEST_ROUNDS), (2, 0.0, 2)])
+def test_the_time_limit_ends_the_rounds(rounds: int, limit: float, made: int, seed: int) -> None:
+    model = Model(TINY, CPU)
+    entry = Contestant(named("sgd", "SGD fused"), model)
+    assert len(interleave({"one": entry}, model, rounds, limit)["one"]) == made
 
 
 def test_gradients_that_a_provider_alters_are_its_own(seed: int) -> None:
