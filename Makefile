@@ -10,6 +10,7 @@ PIP_INSTALL := $(RUN) pip install --quiet --disable-pip-version-check
 # Stamps. Each also says what it was made for, and torch.txt constrains later installs to the torch that is there.
 TORCH_STAMP := $(VENV)/torch.txt
 STAMP := $(VENV)/installed.txt
+BENCH_STAMP := $(VENV)/bench.txt
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 # TORCH='torch==2.12.0' (any pip requirement) chooses another torch, and .venv keeps to it until another is named.
@@ -24,11 +25,11 @@ TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench verify lint format FORCE
+.PHONY: help setup demo test bench bench-full verify lint format FORCE
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Options: PYTHON=python3.11 (for a new .venv), TORCH='torch==2.12.0', ARGS='...' (passed on to the command)"
 
 setup: $(STAMP)  ## make .venv and install layca_fast with its development tools into it
@@ -41,9 +42,19 @@ test: $(STAMP)  ## run the tests
 	@echo "==> Running the tests"
 	@$(TEST_ENVIRONMENT) $(RUN) pytest $(PARALLEL) $(ARGS)
 
-bench: $(STAMP)  ## time a step of every backend beside torch.optim.SGD
+bench: $(BENCH_STAMP)  ## time a step of every backend beside torch's and others' optimizers, on three models (minutes)
 	@echo "==> Running the benchmarks"
-	@$(RUN) pytest bench $(ARGS)
+	@$(RUN) pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+
+# Where README.md looks for them. ARGS='--rounds 11' makes the first of them shorter.
+RESULTS := bench/results
+bench-full: $(BENCH_STAMP)  ## all models in interleaved rounds, and scaling: the README's files, table and figures (hours)
+	@echo "==> Running all benchmarks"
+	@mkdir -p $(RESULTS)
+	@$(RUN) bench.ratios --out $(RESULTS)/ratios.csv $(ARGS)
+	@$(RUN) bench.plot $(RESULTS)/ratios.csv --out docs/speed.png
+	@$(RUN) bench.table $(RESULTS)/ratios.csv
+	@$(RUN) bench.scaling --out $(RESULTS)/scaling.csv --figure docs/scaling.png
 
 verify: $(STAMP)  ## check every backend available here against the float64 reference
 	@echo "==> Checking every backend against the reference"
@@ -72,6 +83,11 @@ $(STAMP): $(TORCH_STAMP) requirements/dev.txt $(SOURCES)
 	@echo "==> Building layca_fast and installing it with the development tools"
 	@$(PIP_INSTALL) --constraint $(TORCH_STAMP) --constraint requirements/dev.txt --editable '.[dev]'
 	@echo "LAYCA_REQUIRE_NATIVE=$(LAYCA_REQUIRE_NATIVE)" > $@
+
+$(BENCH_STAMP): $(STAMP) requirements/bench.txt
+	@echo "==> Installing the optimizers to compare with"
+	@$(PIP_INSTALL) --constraint $(TORCH_STAMP) --requirement requirements/bench.txt
+	@touch $@
 
 # Set up again where a stamp was made for something else than is asked for now.
 ifneq ($(TORCH),$(CHOSEN_TORCH))

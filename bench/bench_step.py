@@ -1,4 +1,9 @@
-"""One optimizer step, timed: ``pytest bench`` (or ``make bench``). ``python -m bench.ratios`` compares interleaved."""
+"""One optimizer step under pytest-benchmark: ``pytest bench`` (or ``make bench``), with ``--full`` on all models.
+
+Beside each step a copy is timed. To compare providers, use ``python -m bench.ratios``, which interleaves them.
+"""
+
+import math
 
 import pytest
 import torch
@@ -6,42 +11,84 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from layca_fast import FusedLayca, backends
 
-from .providers import Provider, assert_moves, make_params, providers
-from .shapes import MODELS
+from .plan import free_memory, in_batches, sift
+from .providers import BASES, Provider, providers, yardstick
+from .rows import environment, quartiles
+from .runner import WARM_UP, Contestant, Copy, Model, seconds_of, synchronize
+from .shapes import MODELS, QUICK
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+QUICK_ROUNDS, ROUNDS = 5, 15
+
+#: Other packages warn as they like.
+pytestmark = pytest.mark.filterwarnings("default")
 
 
-@pytest.mark.parametrize("provider", providers(DEVICE), ids=lambda provider: provider.name)
-@pytest.mark.parametrize("model", MODELS)
-def test_step(benchmark: BenchmarkFixture, model: str, provider: Provider) -> None:
-    params = make_params(MODELS[model](), DEVICE)
-    step = provider.make(params)
-    assert_moves(params, step)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "model" in metafunc.fixturenames:
+        metafunc.parametrize("model", MODELS if metafunc.config.getoption("--full") else QUICK)
+    if "provider" in metafunc.fixturenames:
+        cases = [(base, provider) for base in BASES for provider in providers(base, DEVICE)]
+        metafunc.parametrize(("base", "provider"), cases, ids=[f"{base}-{provider.name}" for base, provider in cases])
 
-    def synchronized_step() -> None:
-        step()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
 
-    benchmark.group = model
-    benchmark.pedantic(synchronized_step, rounds=12, warmup_rounds=2)
-    count = sum(param.numel() for param in params)
+def reason_to_skip(provider: Provider, base: str, model: str, quick: bool) -> str:
+    shapes = MODELS[model]()
+    first = next(each for each in providers(base, DEVICE) if each.name == yardstick(base))
+    candidates = [first] if provider.name == first.name else [first, provider]
+    _, too_large = in_batches(candidates, base, sum(map(math.prod, shapes)), 4, free_memory(DEVICE))
+    return {**too_large, **sift([provider], len(shapes), quick)}.get(provider.name, "")
+
+
+@pytest.mark.benchmark(disable_gc=True)
+def test_step(
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, base: str, provider: Provider, model: str
+) -> None:
+    quick = not request.config.getoption("--full")
+    reason = reason_to_skip(provider, base, model, quick)
+    if reason:
+        pytest.skip(reason)
+    stage = Model(MODELS[model](), DEVICE)
+    contestant, copy = Contestant(provider, stage), Copy(stage)
+    contestant.check()
+    copy_seconds: list[float] = []
+
+    def before_step() -> None:
+        stage.flip_gradients()
+        contestant.prepare()
+        copy_seconds.append(seconds_of(copy.step, DEVICE))
+
+    def step() -> None:
+        contestant.step()
+        synchronize(DEVICE)
+
+    benchmark.group = f"{model}, {base}"
+    benchmark.pedantic(step, setup=before_step, rounds=QUICK_ROUNDS if quick else ROUNDS, warmup_rounds=WARM_UP)
+    contestant.check()
+    speed = contestant.bytes_moved / benchmark.stats.stats.median / 1e9
+    copy_speed = copy.bytes_moved / quartiles(copy_seconds)[1] / 1e9
     benchmark.extra_info.update(
-        parameters=count,
+        **environment(DEVICE),
+        package=provider.package_version,
+        parameters=stage.count,
         bytes_per_parameter=provider.bytes_per_parameter,
-        gigabytes_per_second=round(count * provider.bytes_per_parameter / benchmark.stats.stats.median / 1e9, 2),
-        threads=torch.get_num_threads(),
-        device=str(DEVICE),
+        gb_per_s=round(speed, 2),
+        copy_fraction=round(speed / copy_speed, 3),
     )
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="Triton's kernels run on this GPU, where test_step times them")
-def test_interpreted_triton_step(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreted_triton_step(benchmark: BenchmarkFixture) -> None:
     """The interpreter is for correctness: one small batch, so that its kernels run here, too."""
-    params = make_params([(30, 40), (7, 5), (9,)], DEVICE)
     assert backends()["triton"].available, backends()["triton"].reason
-    step = FusedLayca(params, 1e-3, momentum=0.9, backend="triton").step
-    assert_moves(params, step)
+    interpreted = Provider(
+        "FusedLayca triton, interpreted",
+        28,
+        lambda params: FusedLayca(params, 1e-3, momentum=0.9, backend="triton").step,
+        accuracy=1e-6,
+        package="layca_fast",
+    )
+    contestant = Contestant(interpreted, Model([(30, 40), (7, 5), (9,)], DEVICE))
+    contestant.check()
     benchmark.group = "interpreter, 3 tensors"
-    benchmark.pedantic(step, rounds=3)
+    benchmark.pedantic(contestant.step, rounds=3)

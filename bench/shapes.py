@@ -28,9 +28,43 @@ def gpt2_small() -> list[Shape]:
     return [(50257, d), (1024, d), *block * 12, *norm]
 
 
+def vit_b16() -> list[Shape]:
+    """ViT-B/16 (arXiv 2010.11929) at 224 x 224, 1,000 classes: 152 tensors, 86.6 million weights."""
+    d = 768
+    norm: list[Shape] = [(d,), (d,)]
+    block = [*norm, (3 * d, d), (3 * d,), (d, d), (d,), *norm, (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    return [(1, 1, d), (1, 197, d), (d, 3, 16, 16), (d,), *block * 12, *norm, (1000, d), (1000,)]
+
+
+def llama_1b() -> list[Shape]:
+    """A Llama of the size of Llama 3.2 1B, tied embeddings, grouped queries: 146 tensors, 1.24 billion weights."""
+    d, key_value, hidden = 2048, 512, 8192
+    attention: list[Shape] = [(d,), (d, d), (key_value, d), (key_value, d), (d, d)]
+    mlp: list[Shape] = [(d,), (hidden, d), (hidden, d), (d, hidden)]
+    return [(128256, d), *(attention + mlp) * 16, (d,)]
+
+
 def many_small() -> list[Shape]:
     """2,000 square matrices of 10,000 weights."""
     return [(100, 100)] * 2000
 
 
-MODELS = {"ResNet-50": resnet50, "GPT-2 small": gpt2_small, "2000 x 10k": many_small}
+def many_tiny() -> list[Shape]:
+    """10,000 square matrices of 100 weights: the overhead per tensor, and little else."""
+    return [(10, 10)] * 10_000
+
+
+MODELS = {
+    "ResNet-50": resnet50,
+    "ViT-B/16": vit_b16,
+    "GPT-2 small": gpt2_small,
+    "Llama 1B": llama_1b,
+    "2000 x 10k": many_small,
+    "10000 x 100": many_tiny,
+}
+
+#: Those of the README's table and figure.
+HEADLINE = ("ResNet-50", "GPT-2 small", "2000 x 10k")
+
+#: Those that two cores step with every provider in minutes.
+QUICK = ("ResNet-50", "2000 x 10k", "10000 x 100")
