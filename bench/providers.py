@@ -134,7 +134,7 @@ def _torch_providers(base: str) -> Iterator[Provider]:
     yield Provider(f"{family} for-loop", unfused, _torch_step(base, foreach=False), state, scratch)
 
 
-def _layca_skipped(name: str, device: torch.device) -> str:
+def layca_skipped(name: str, device: torch.device) -> str:
     """Why a backend does not run at its own speed here."""
     status = backends()[name]
     if not status.available:
@@ -156,7 +156,7 @@ def _layca_providers(base: str, device: torch.device) -> Iterator[Provider]:
             state,
             accuracy=LAYCA_ACCURACY[base],
             package="layca_fast",
-            skipped=_layca_skipped(name, device),
+            skipped=layca_skipped(name, device),
         )
     # The optimizer's own; 8 to keep w; 16 to exchange it for u, through a scratch that stays in cache; 20 to turn w.
     attached = {"sgd": 12, "momentum": 20, "adam": 28}[base] + 44

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import backends, load
+from .bases import Formula
 from .checks import find_base
 from .console import print_table
 from .optimizer import FusedLayca
@@ -185,10 +186,11 @@ BASE_OPTIONS: tuple[Mapping[str, Any], ...] = (
 )
 
 
-def _describe(options: Mapping[str, Any]) -> str:
+def describe_base(options: Mapping[str, Any]) -> tuple[str, Formula]:
+    """What to call a base with these options, and the formula that it then runs."""
     base = find_base(options["base"])
-    variant = base.formula({**base.options, **options}).name
-    return variant if variant.startswith(base.name) else f"{base.name} ({variant})"
+    formula = base.formula({**base.options, **options})
+    return formula.name if formula.name.startswith(base.name) else f"{base.name} ({formula.name})", formula
 
 
 def cases(interpreted: bool) -> Iterator[Case]:
@@ -196,8 +198,9 @@ def cases(interpreted: bool) -> Iterator[Case]:
     steps = 10 if interpreted else 50
     for dtype in (torch.float32, torch.float64):
         for options in BASE_OPTIONS:
-            yield Case(_describe(options), ODD_SHAPES, options, dtype, steps)
-            yield Case(f"{_describe(options)}, hyperball", ODD_SHAPES, {**options, "rule": "hyperball"}, dtype, steps)
+            name, _ = describe_base(options)
+            yield Case(name, ODD_SHAPES, options, dtype, steps)
+            yield Case(f"{name}, hyperball", ODD_SHAPES, {**options, "rule": "hyperball"}, dtype, steps)
         momentum = {"base": "sgd", "momentum": 0.9}
         slices = {**momentum, "chunks": "all", "radius": "current", "maximize": True}
         yield Case("chunks=all, radius=current", ((12, 30), (5, 4, 7)), slices, dtype, steps)
