@@ -11,9 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pybind11
 import pytest
 
-pybind11 = pytest.importorskip("pybind11")
 ROOT = Path(__file__).parents[1]
 COMMITTED = json.loads((ROOT / "tests" / "instructions.json").read_text(encoding="utf-8"))
 VALGRIND = shutil.which("valgrind")
