@@ -228,6 +228,7 @@ def layer_groups(
         alpha: layer-wise rates, -1 < alpha < 1: see :func:`lr_factors`. Positions count rotating tensors in the order
             in which the modules are defined, a packed tensor as one. Each rotating group holds its ``lr_factor``; with
             ``lr=None``, FusedLayca multiplies its lr by it, and any other optimizer ignores it: give those an lr.
+            Schedulers that multiply keep the ratios; those that set rates (OneCycleLR) need a list with one per group.
         others: "train" them by the plain base step, or "freeze" them, as the official code does: **modifies the model**
             (requires_grad=False, grad=None), so call it before DDP wraps the model. They stay in a group with lr=0.
             Weights of zeros are frozen, too, with a warning, since they never train then.
