@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from itertools import accumulate, repeat
-from operator import is_not
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from .bases import Base, Formula
 from .checks import check_gradient
 from .formulas import RULES
 from .upload import Mirror
-from .watch import Addresses, Entries, Layouts, addresses, gradients
+from .watch import Entries, Layouts, addresses, all_there, gradients
 
 MAX_STATES = 3
 MAX_OPTIONS = 6
@@ -203,7 +202,7 @@ class Batch:
         columns["radius"] = [(slot.entry, slot.radius) for slot in self.slots if slot.radius is not None]
         self._entries = Entries(columns)
         self._layouts = Layouts(self.params)
-        self._kept = Addresses([tensor for pairs in columns.values() for _, tensor in pairs])
+        self._kept = Layouts([tensor for pairs in columns.values() for _, tensor in pairs])
         # Kernels know a gradient by its address, which that of an empty tensor lacks: its steps are counted here.
         self._empty = [(i, slot.step) for i, slot in enumerate(self.slots) if slot.param.numel() == 0]
 
@@ -269,7 +268,7 @@ class Batch:
     @property
     def stepped(self) -> list[Tensor]:
         """The parameters that have a gradient in this step."""
-        if all(map(is_not, self.grads, repeat(None))):
+        if all_there(self.grads):
             return self.params
         return [param for param, grad in zip(self.params, self.grads, strict=True) if grad is not None]
 

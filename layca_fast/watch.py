@@ -24,30 +24,23 @@ def gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
     return list(map(_GRAD, params))
 
 
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+def all_there(tensors: Sequence[Any]) -> bool:
+    """Whether none of them is None."""
+    return all(map(is_not, tensors, repeat(None)))
+
+
+def addresses(tensors: Sequence[Any]) -> list[int]:
     """Where each tensor begins in memory; 0 for None."""
-    if all(map(is_not, tensors, repeat(None))):
-        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    if all_there(tensors):
+        return list(map(Tensor.data_ptr, tensors))
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-class Addresses:
-    """Where tensors begin in memory: enough for state, which nobody but an offloader moves."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-        self._addresses = addresses(tensors)
-
-    def hold(self) -> bool:
-        """Whether all still begin there."""
-        return addresses(self._tensors) == self._addresses
-
-
 class Layouts:
-    """How tensors of one dtype and device lie in memory: addresses, strides and sizes.
+    """How tensors lie in memory: their addresses, strides, sizes and dtypes.
 
-    Shapes take longest to ask for, and of plain tensors strides and sizes decide which addresses a kernel may touch, in
-    which order. Another dtype would come with another address.
+    Shapes take longest to ask for, and of plain tensors the others decide which addresses a kernel may touch, in which
+    order. An address alone says little: memory that was freed is soon given again, to tensors of any kind.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -55,8 +48,8 @@ class Layouts:
         self._addresses = addresses(tensors)
         self._strides = list(map(Tensor.stride, tensors))
         self._sizes = list(map(Tensor.numel, tensors))
-        self._dtypes = set(map(_DTYPE, tensors))
-        self._devices = set(map(Tensor.get_device, tensors))
+        self._dtypes = list(map(_DTYPE, tensors))
+        self._devices = list(map(Tensor.get_device, tensors))
 
     def hold(self) -> bool:
         """Whether all still lie as they did."""
@@ -65,20 +58,21 @@ class Layouts:
             addresses(tensors) == self._addresses
             and list(map(Tensor.stride, tensors)) == self._strides
             and list(map(Tensor.numel, tensors)) == self._sizes
+            and list(map(_DTYPE, tensors)) == self._dtypes
         )
 
-    def fit(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether these gradients, one for each tensor, are plain tensors that lie as the tensors do, elsewhere."""
+    def fit(self, grads: Sequence[Any]) -> bool:
+        """Whether these gradients, one (or None) for each tensor, are plain tensors that lie as those, elsewhere."""
         try:
             return (
                 set(map(type, grads)) == {Tensor}
-                and list(map(Tensor.stride, grads)) == self._strides  # type: ignore[arg-type]
-                and list(map(Tensor.numel, grads)) == self._sizes  # type: ignore[arg-type]
-                and set(map(_DTYPE, grads)) == self._dtypes
-                and set(map(Tensor.get_device, grads)) == self._devices  # type: ignore[arg-type]
-                and not any(map(Tensor.is_neg, grads))  # type: ignore[arg-type]
+                and list(map(Tensor.stride, grads)) == self._strides
+                and list(map(Tensor.numel, grads)) == self._sizes
+                and list(map(_DTYPE, grads)) == self._dtypes
+                and list(map(Tensor.get_device, grads)) == self._devices
+                and not any(map(Tensor.is_neg, grads))
             )
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:
             # Gradients of another layout, such as sparse ones, have no strides.
             return False
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layca_fast import FusedLayca
 from layca_fast.backends import load
+from layca_fast.watch import Layouts
 
 from .support import clones, copy_of, native_backends, parameter, params_of, random_gradients, same_bits, train
 
@@ -313,3 +314,23 @@ def test_the_kernels_follow_torchs_number_of_threads(seed: int, monkeypatch: pyt
     finally:
         torch.set_num_threads(before)
     assert asked == [1, 2, 3]
+
+
+def test_memory_that_is_read_as_another_type_is_noticed(seed: int) -> None:
+    """An allocator may give the address of a tensor to its successor, so the address alone tells nothing."""
+    tensors = [torch.randn(4, 4), torch.randn(6)]
+    layouts = Layouts(tensors)
+    assert layouts.hold()
+    changes = (
+        lambda tensor: tensor.view(torch.int32),
+        lambda tensor: tensor[:2],
+        lambda tensor: tensor.t(),
+    )
+    for change in changes:
+        before = tensors[0].data
+        address = before.data_ptr()
+        tensors[0].data = change(before)
+        assert tensors[0].data_ptr() == address
+        assert not layouts.hold()
+        tensors[0].data = before
+        assert layouts.hold()
