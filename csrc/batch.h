@@ -1,4 +1,4 @@
-// The flattened multi-tensor batch: the tables that layca_fast/batch.py fills, with the same columns in the same order.
+// The flattened multi-tensor batch: the tables that layca_fast/batch.py fills, with the columns of layca_fast/tables.py.
 #pragma once
 
 #include <cstdint>

@@ -44,7 +44,7 @@ std::unique_ptr<cpu::Runner> make_view(Address tensors, Address hypers, Address 
   return std::make_unique<cpu::Runner>(batch, formula, dtype);
 }
 
-// The columns of every table under the names that layca_fast/batch.py gives them, for a test that compares the two.
+// The columns of every table under the names that layca_fast/tables.py gives them, for a test that compares the two.
 Columns columns() {
 #define LAYCA_COLUMN(table, name) \
   {                               \

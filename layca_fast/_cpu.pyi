@@ -3,7 +3,7 @@
 #: Names of the formulas that it has kernels for, each for float32 and float64.
 formulas: list[str]
 
-#: The columns of each table in ``csrc/batch.h``, by the names in ``batch.py``.
+#: The columns of each table in ``csrc/batch.h``, by the names in ``tables.py``.
 columns: dict[str, dict[str, int]]
 
 class BatchView:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .batch import Batch, Coefficient, Count, Slot
+from .batch import Batch, Slot
 from .formulas import KEEP, orthogonal_square, rotation
+from .tables import Coefficient, Count
 
 
 @dataclass(frozen=True)

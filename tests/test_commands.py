@@ -9,7 +9,8 @@ import torch
 
 from layca_fast import __main__, backends, console, info, verify
 from layca_fast.backends.torch_ import TorchBackend
-from layca_fast.batch import Batch, Coefficient
+from layca_fast.batch import Batch
+from layca_fast.tables import Coefficient
 
 from .support import BACKENDS
 

@@ -26,7 +26,8 @@ from layca_fast.backends.triton_ import (
     rotate_launch,
 )
 from layca_fast.bases import BASES, FORMULAS, Formula
-from layca_fast.batch import MAX_OPTIONS, Batch, Slot
+from layca_fast.batch import Batch, Slot
+from layca_fast.tables import MAX_OPTIONS
 from layca_fast.verify import BASE_OPTIONS
 
 TARGETS = {

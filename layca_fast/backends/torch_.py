@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..batch import Batch, Coefficient, Column, Count, Flag, Hyper, Slot, scalar_device
+from ..batch import Batch, Slot, scalar_device
 from ..formulas import (
     KEEP,
     LINEAR,
@@ -17,6 +17,7 @@ from ..formulas import (
     orthogonal_square,
 )
 from ..layout import memory_order
+from ..tables import Coefficient, Column, Count, Flag, Hyper
 from .base import Backend
 
 #: Sums run over rows of this length first: torch's own full reductions split by the number of threads, so their bits

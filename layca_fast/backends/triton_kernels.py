@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .. import formulas
-from ..batch import MAX_OPTIONS, Coefficient, Column, Count, Flag, Hyper, Layer, Tile
+from ..tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Hyper, Layer, Tile
 from .triton_formulas import constant, device_function, finite_or_zero, lower
 
 ELEMENTS = {torch.float32: tl.float32, torch.float64: tl.float64}
