@@ -1,4 +1,4 @@
-// The flattened multi-tensor batch: the tables that layca_fast/batch.py fills, with the columns of layca_fast/tables.py.
+// The flattened multi-tensor batch, as layca_fast/batch.py fills it: the columns are those of layca_fast/tables.py.
 #pragma once
 
 #include <cstdint>

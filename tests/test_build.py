@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from layca_fast import _cpu, batch
+from layca_fast import _cpu, tables
 from layca_fast.bases import FORMULAS
 
 ROOT = Path(__file__).parents[1]
-TABLES = (batch.Column, batch.Flag, batch.Hyper, batch.Layer, batch.Tile, batch.Count, batch.Coefficient)
+TABLES = (tables.Column, tables.Flag, tables.Hyper, tables.Layer, tables.Tile, tables.Count, tables.Coefficient)
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.__name__)
-def test_tables_have_the_same_columns_in_both_languages(table: type[batch.IntEnum]) -> None:
+def test_tables_have_the_same_columns_in_both_languages(table: type[tables.IntEnum]) -> None:
     assert _cpu.columns[table.__name__] == {column.name: column.value for column in table}
 
 
