@@ -123,6 +123,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     check_choice(group, "radius", RADII)
     check_choice(group, "backend", ("auto", *MODULES))
     check_choice(group, "maximize", (False, True))
+    check_choice(group, "capturable", (False, True))
     if group["rotate"] not in (None, True, False):
         raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (tensors of 2 or more dimensions)")
     check_chunks(group["chunks"])

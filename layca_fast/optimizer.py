@@ -6,16 +6,21 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from .bases import BASES, Base, recommended_rate, scaled_rate
-from .checks import check_group, check_options, check_parameter, find_base, labelled
+from .capture import is_capturing
+from .checks import check_choice, check_group, check_options, check_parameter, find_base, labelled
 from .loading import adopt, check_shapes, is_foreign, restore_types
 from .plan import Plan, rotates
 from .stats import RotationStats, rotation_stats
+from .unscaling import LossScale
 
 #: What every group holds whatever its base is.
-COMMON_OPTIONS = ("lr", "base", "rule", "rotate", "chunks", "radius", "weight_decay", "maximize", "backend")
+COMMON_OPTIONS = (
+    *("lr", "base", "rule", "rotate", "chunks", "radius", "weight_decay", "maximize", "capturable", "backend"),
+)
 
 
 def _check_new(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -53,12 +58,16 @@ class FusedLayca(Optimizer):
             moved it, or "current", its norm before the step.
         weight_decay: decoupled decay of the tensors that do not rotate. Ignored, with a warning, where they do.
         maximize: ascend instead of descend.
+        capturable: let :meth:`step` be captured into a CUDA graph, after a first step outside of it. Replays take lr
+            from the tensor that it is, on the parameters' device, and the rest as :meth:`sync_hyperparameters` left it.
         backend: "auto", "cpu", "triton", "cuda" or "torch": see :func:`layca_fast.backends`.
         base_options: what the base has beside these, named as in torch.optim and with its defaults. sgd: momentum,
             dampening, nesterov; sgd_amom: momentum (0.9); rmsprop: alpha, eps, momentum, centered; adagrad: eps,
             initial_accumulator_value; adam: betas, eps, amsgrad; lion (arXiv 2302.06675): betas (0.9, 0.99).
+        unscale_in_step: for the whole optimizer: ``torch.amp.GradScaler`` leaves unscaling, and skipping steps whose
+            gradients are not finite, to the kernels, so that the host need not wait. Lightning then clips no gradients.
 
-    Every argument may be set per param group. State per tensor: what torch's optimizer of that name keeps
+    Every other argument may be set per param group. State per tensor: what torch's optimizer of that name keeps
     (``momentum_buffer``, ``exp_avg``, ``step``, ...), with ``step`` where the tensor is; and ``radius``, float64 of
     shape (layers,), 0 until a step moves the layer, where the tensor rotates. Under rotate=False each base takes the
     step of torch's optimizer, with decoupled weight decay (so adam is AdamW).
@@ -78,6 +87,8 @@ class FusedLayca(Optimizer):
         radius: str = "initial",
         weight_decay: float = 0.0,
         maximize: bool = False,
+        capturable: bool = False,
+        unscale_in_step: bool = False,
         backend: str = "auto",
         **base_options: Any,
     ) -> None:
@@ -93,10 +104,13 @@ class FusedLayca(Optimizer):
             "radius": radius,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "capturable": capturable,
             "backend": backend,
             **options,
         }
         row.check(defaults)
+        check_choice({"unscale_in_step": unscale_in_step}, "unscale_in_step", (False, True))
+        self._unscales = bool(unscale_in_step)
         self._lr_is_recommended = lr is None
         self._plan: Plan | None = None
         self._stale = True
@@ -112,6 +126,8 @@ class FusedLayca(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict with the key 'params', not a {type(param_group).__name__}")
         given = dict(param_group)
+        if "unscale_in_step" in given:
+            raise ValueError("unscale_in_step is no option of a group: GradScaler asks the optimizer; set it there")
         if not isinstance(given["params"], (Tensor, set)):
             given["params"] = list(given["params"])
         base = find_base(given.get("base", self.defaults["base"]))
@@ -147,12 +163,14 @@ class FusedLayca(Optimizer):
         return {**common, **inherited}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_lr_is_recommended": self._lr_is_recommended}
+        ours = {name: getattr(self, name) for name in ("_lr_is_recommended", "_unscales")}
+        return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by torch's load_state_dict, on an optimizer that has made its plan.
         super().__setstate__(state)
-        for name, value in {"_plan": None, "_lr_is_recommended": False, "_warned": False}.items():
+        ours = {"_plan": None, "_lr_is_recommended": False, "_unscales": False, "_warned": False}
+        for name, value in ours.items():
             self.__dict__.setdefault(name, value)
         self._stale = True
         # A group from an older version may lack options; torch's own additions to the defaults are none of ours.
@@ -166,6 +184,9 @@ class FusedLayca(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # To compile what it does on the host would gain nothing, and be done again for every new lr. torch.compiler.disable
+    # would import the compiler, which takes seconds, together with this package.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Turn every rotating layer that has a gradient by atan(lr); take the base step on the other tensors.
@@ -178,6 +199,7 @@ class FusedLayca(Optimizer):
         loss = None
         for group in self.param_groups:
             check_group(group)
+        loss_scale = LossScale.of(self) if self._unscales else None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -187,8 +209,30 @@ class FusedLayca(Optimizer):
             self._plan = Plan(self.param_groups, self.state, previous=self._plan)
             self._stale = False
             self._warn_of_ignored_decay()
-        self._plan.step()
+        self._plan.step(loss_scale)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks for before it leaves unscaling, and skipping, to the step."""
+        return self._unscales
+
+    def sync_hyperparameters(self) -> None:
+        """Hand the groups' hyperparameters to the device, for the next replays of a captured step.
+
+        Schedulers reassign momentum, betas and an lr that is a float, which a CUDA graph does not see; an lr that is a
+        tensor on the parameters' device it reads by itself. Elsewhere nothing is lost or gained: :meth:`step` does
+        the same. Raises, before anything is modified: TypeError or ValueError for values out of range, RuntimeError
+        for changes that a captured graph cannot follow, and during a capture.
+        """
+        for group in self.param_groups:
+            check_group(group)
+        if is_capturing():
+            raise RuntimeError(
+                "sync_hyperparameters() is for before and after a capture: a CUDA graph cannot repeat it"
+            )
+        if self._plan is not None:
+            self._plan.sync_hyperparameters(self.param_groups, self.state, stale=self._stale)
 
     def _warn_of_ignored_decay(self) -> None:
         if self._warned:

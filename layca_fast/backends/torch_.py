@@ -63,13 +63,19 @@ class Blocks:
         self.slot: Slot = batch.slots[index]
         self.formula = batch.formula
         count = 0.0 if self.slot.step is None else self.slot.step.to(scalar_device(batch.device)).double()
-        self.options = self.formula.prepare(count, batch.options(self.slot))
+        options: tuple[float | Tensor, ...] = batch.options(self.slot)
+        #: What the gradient is multiplied by: a float, or a 0-d tensor on the device.
+        self.scale: float | Tensor = -1.0 if self.slot.group["maximize"] else 1.0
+        row = batch.hyper_row(index)
+        if row is not None:
+            self.scale, options = row[Hyper.GRAD_SCALE], row[Hyper.OPTION :][: len(options)].unbind()
+        self.options = self.formula.prepare(count, options)
+        self._taken = None if batch.taken is None else batch.taken != 0
         grad = batch.grads[index]
         assert grad is not None
         self.grad = layer_matrix(grad, self.slot)
         self.weight = layer_matrix(self.slot.param, self.slot)
         self.states = [layer_matrix(state, self.slot) for state in self.slot.states]
-        self.scale = -1.0 if self.slot.group["maximize"] else 1.0
         self._tile = tile
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
@@ -80,7 +86,8 @@ class Blocks:
                 yield slice(row, row + height), slice(column, column + self._tile)
 
     def _raw_gradient(self, block: tuple[slice, slice]) -> Tensor:
-        return self.grad[block] if self.scale == 1 else self.scale * self.grad[block]
+        as_it_is = isinstance(self.scale, float) and self.scale == 1
+        return self.grad[block] if as_it_is else self.scale * self.grad[block]
 
     def _admitted(self, grad: Tensor) -> Tensor:
         return cleaned(grad, self.formula.admit)
@@ -95,14 +102,18 @@ class Blocks:
             states = tuple(cleaned(state) for state in advanced)
             step = self.formula.step(grad, states, self.options)
             for state, value in zip(self.states, states, strict=True):
-                state[block] = value
+                state[block] = value if self._taken is None else torch.where(self._taken, value, state[block])
             clean = cleaned(step)
             suspects = zip((raw, *advanced, step), (grad, *states, clean), strict=True)
             changed = [before != after for before, after in suspects if before is not after]
             if changed:
-                bad[block[0]] += torch.stack(changed).any(0).sum(1)
+                found = torch.stack(changed).any(0).sum(1)
+                bad[block[0]] += found if self._taken is None else self._taken * found
             w, u = self.weight[block].double(), clean.double()
             dots[block[0]] += torch.stack([row_sums(w * w), row_sums(w * u), row_sums(u * u)], 1)
+        if self._taken is not None:
+            # As for a tensor without a gradient.
+            dots.copy_(torch.where(self._taken, dots, 0.0))
         for state, matrix in zip(self.slot.states, self.states, strict=True):
             store(state, matrix)
 
@@ -164,7 +175,7 @@ class TorchBackend(Backend):
         batch.dots.zero_()
         for slot, grad in zip(batch.slots, batch.grads, strict=True):
             if slot.step is not None and grad is not None and grad.numel() > 0:
-                slot.step += 1
+                slot.step += 1 if batch.taken is None else batch.taken
         for rows, blocks in self._blocks(batch):
             blocks.measure(batch.dots[rows], batch.counts[rows, Count.NON_FINITE])
 
