@@ -228,9 +228,7 @@ class FusedLayca(Optimizer):
         for group in self.param_groups:
             check_group(group)
         if is_capturing():
-            raise RuntimeError(
-                "sync_hyperparameters() is for before and after a capture: a CUDA graph cannot repeat it"
-            )
+            raise RuntimeError("sync_hyperparameters() cannot be part of a CUDA graph: call it outside of the capture")
         if self._plan is not None:
             self._plan.sync_hyperparameters(self.param_groups, self.state, stale=self._stale)
 
