@@ -19,7 +19,7 @@ from .hypers import Hyperparameters
 from .tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Layer, Tile
 from .unscaling import LossScale, ScaledTables
 from .upload import Mirror
-from .watch import Entries, Layouts, addresses, all_there, gradients
+from .watch import Entries, Layouts, addresses, all_there, column, gradients
 
 
 @dataclass
@@ -88,6 +88,7 @@ class Batch:
         self.params = [slot.param for slot in self.slots]
         self.states = [[slot.states[i] for slot in self.slots] for i in range(len(formula.states))]
         self.grads: list[Tensor | None] = [None] * len(self.slots)
+        self._grad_addresses = addresses(self.grads)
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
         self._home = scalar_device(self.device)
@@ -101,11 +102,11 @@ class Batch:
         self._tensor_mirror = Mirror(len(self.slots), Column.WIDTH, torch.int64, self._home, recorded)
         self.first_layers = list(accumulate((slot.layers for slot in self.slots[:-1]), initial=0))
         table = self._tensor_mirror
-        table.set_column(Column.NUMEL, [slot.param.numel() for slot in self.slots])
-        table.set_column(Column.LAYERS, [slot.layers for slot in self.slots])
-        table.set_column(Column.FIRST_LAYER, self.first_layers)
-        table.set_column(Column.FLAGS, [slot.flags for slot in self.slots])
-        table.set_column(Column.RULE, [slot.rule for slot in self.slots])
+        table.set_column(Column.NUMEL, column([slot.param.numel() for slot in self.slots]))
+        table.set_column(Column.LAYERS, column([slot.layers for slot in self.slots]))
+        table.set_column(Column.FIRST_LAYER, column(self.first_layers))
+        table.set_column(Column.FLAGS, column([slot.flags for slot in self.slots]))
+        table.set_column(Column.RULE, column([slot.rule for slot in self.slots]))
         table.set_column(Column.RADIUS, addresses([slot.radius for slot in self.slots]))
         table.set_column(Column.STEP, addresses([slot.step for slot in self.slots]))
         table.set_column(Column.PARAM, addresses(self.params))
@@ -133,9 +134,12 @@ class Batch:
     def take_gradients(self) -> None:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
         self.grads = gradients(self.params)
-        # All else goes the slow way: gradients that are missing, lie otherwise, or are wrong.
-        if not self._layouts.fit(self.grads):
+        found = self._layouts.fit(self.grads)
+        if found is None:
+            # All else goes the slow way: gradients that are missing, lie otherwise, or are wrong.
             self.grads = [slot.gradient() for slot in self.slots]
+            found = addresses(self.grads)
+        self._grad_addresses = found
 
     def check_capture(self) -> None:
         """Raise RuntimeError if the host would have to do something for the step that is being captured."""
@@ -159,7 +163,7 @@ class Batch:
             table.forget(Column.GRAD)
             table.forget(Column.HYPER)
             self._set_hyper_rows()
-        table.set_column(Column.GRAD, addresses(self.grads))
+        table.set_column(Column.GRAD, self._grad_addresses)
         if capturing:
             table.record()
             self.hyperparameters.record()
@@ -181,7 +185,7 @@ class Batch:
         rows = self.hyperparameters.first_rows
         if self._scaled is None:
             rows = [row + slot.fresh for row, slot in zip(rows, self.slots, strict=True)]
-        self._tensor_mirror.set_column(Column.HYPER, rows)
+        self._tensor_mirror.set_column(Column.HYPER, column(rows))
 
     def release(self) -> None:
         """After a step: drop the gradients, so that zero_grad frees them, and settle the slots that had one."""
