@@ -101,7 +101,7 @@ def check_lr(lr: Any, name: str = "lr") -> None:
 
 def check_choice(group: Mapping[str, Any], name: str, choices: tuple[Any, ...]) -> None:
     """Raise ValueError if the option ``name`` of ``group`` is none of ``choices``."""
-    if not any(group[name] is each or group[name] == each for each in choices):
+    if group[name] not in choices:
         raise ValueError(f"{name}={group[name]!r} is unknown: choose one of {list(choices)}")
 
 

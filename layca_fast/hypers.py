@@ -40,19 +40,21 @@ class Hyperparameters:
         """The copy on the device."""
         return self._mirror.device_tensor
 
-    def _reads_on_device(self, group: Mapping[str, Any]) -> bool:
-        """Whether the rate is to be copied from device to device: reading it here could make the host wait."""
-        lr = group["lr"]
-        if not isinstance(lr, Tensor):
-            return False
+    def _is_for_the_device(self, lr: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether a rate is to be copied from device to device: reading it here could make the host wait."""
         return lr.device.type != "cpu" or bool(group.get("capturable") and self.table.device.type == "cpu")
 
-    def _values(self) -> list[float]:
-        """What the host knows of the table, row by row."""
+    def _values(self) -> tuple[list[float], list[tuple[int, Tensor]]]:
+        """What the host knows of the table, row by row, and the rates that it does not: (first row, rate)."""
         rows: list[float] = []
-        for group, base in self._groups:
+        rates: list[tuple[int, Tensor]] = []
+        for i, (group, base) in enumerate(self._groups):
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and self._is_for_the_device(lr, group):
+                rates.append((2 * i, lr))
+                lr = 0.0
             head = (
-                0.0 if self._reads_on_device(group) else float(group["lr"]),
+                float(lr),
                 float(group["weight_decay"]),
                 -1.0 if group["maximize"] else 1.0,
                 self._noise if group.get("difference") else 0.0,
@@ -60,14 +62,12 @@ class Hyperparameters:
             for fresh in (False, True):
                 scalars = base.scalars(group, fresh)
                 rows += (*head, *scalars, *(0.0,) * (MAX_OPTIONS - len(scalars)))
-        return rows
+        return rows, rates
 
     def push(self) -> None:
         """Bring the table up to date with what the host knows."""
-        self._rates = [
-            (2 * i, group["lr"]) for i, (group, _) in enumerate(self._groups) if self._reads_on_device(group)
-        ]
-        self._mirror.set_all(self._values())
+        rows, self._rates = self._values()
+        self._mirror.set_all(rows)
         self._mirror.push()
 
     def fetch(self) -> None:
@@ -77,7 +77,7 @@ class Hyperparameters:
 
     def are_pushed(self) -> bool:
         """Whether there would be nothing to push."""
-        return self._mirror.holds(self._values())
+        return self._mirror.holds(self._values()[0])
 
     def record(self) -> None:
         """Remember which tensors a CUDA graph takes rates from, for :meth:`are_recorded`."""
