@@ -19,6 +19,7 @@ struct TypedRun {
   T* param;
   const T* grad;
   T* states[max_states];
+  T* steps;
   T options[max_options];
   T grad_scale;
   std::int64_t length;
@@ -26,6 +27,7 @@ struct TypedRun {
   explicit TypedRun(const Run& run)
       : param(static_cast<T*>(run.param)),
         grad(static_cast<const T*>(run.grad)),
+        steps(static_cast<T*>(run.steps)),
         grad_scale(static_cast<T>(run.grad_scale)),
         length(run.length) {
     for (int k = 0; k < max_states; ++k) states[k] = static_cast<T*>(run.states[k]);
@@ -39,12 +41,13 @@ std::int64_t counter_like(double);
 template <class T>
 using Counter = decltype(counter_like(T()));
 
-// Elements that are advanced together, between two looks for trouble. Their old states stay in the first-level cache.
+// Elements that are advanced together, between two looks for trouble. What they were stays in the first-level cache.
 constexpr std::int64_t block_length = 1024;
 
 template <class Formula, class T>
-struct OldStates {
-  alignas(64) T of[Formula::n_states > 0 ? Formula::n_states : 1][block_length];
+struct Old {
+  alignas(64) T weights[block_length];
+  alignas(64) T states[Formula::n_states > 0 ? Formula::n_states : 1][block_length];
 };
 
 // What is done about numbers that are not finite, element by element. `Watch` only notices: what the squares of the
@@ -137,61 +140,142 @@ struct Sums {
   }
 };
 
-// New states of element `start + i` in place, the old ones into place i of `old`, and its part of the sums.
-template <class Check, class Formula, class T>
-LAYCA_INLINE auto advance_element(const TypedRun<T>& run, std::int64_t start, std::int64_t i, int lane,
-                                  OldStates<Formula, T>& old, Sums& sums) {
+// How weights move by coefficients: in their own type, or in float64.
+template <class T>
+struct Linear {
+  T a, b;
+  LAYCA_INLINE T operator()(T w, T u) const { return a * w + b * u; }
+};
+
+// One by one, as an optimizer that takes the base step alone does: a weight without a step keeps its bits, which a
+// denormal number would lose in any arithmetic.
+template <class T>
+struct LinearWhereStepped {
+  Linear<T> move;
+  LAYCA_INLINE T operator()(T w, T u) const { return u == T(0) ? w : move(w, u); }
+};
+
+template <class T>
+struct Precise {
+  double a, b, c;
+  LAYCA_INLINE T operator()(T weight, T step) const {
+    const double w = weight, u = step;
+    return static_cast<T>(a * w + b * (u - c * w));
+  }
+};
+
+// What is done with an element's step u, once it is measured: nothing, or it is stored for rotate, or, where the
+// coefficients do not depend on the dots, the weight w moves at once.
+struct Forget {
+  static constexpr bool moves = false;
+  template <class T>
+  LAYCA_INLINE void operator()(const TypedRun<T>&, std::int64_t, T, T) const {}
+};
+
+struct Store {
+  static constexpr bool moves = false;
+  template <class T>
+  LAYCA_INLINE void operator()(const TypedRun<T>& run, std::int64_t i, T, T u) const {
+    run.steps[i] = u;
+  }
+};
+
+template <class Move>
+struct MoveAtOnce {
+  static constexpr bool moves = true;
+  Move move;
+  template <class T>
+  LAYCA_INLINE void operator()(const TypedRun<T>& run, std::int64_t i, T w, T u) const {
+    run.param[i] = move(w, u);
+  }
+};
+
+// New states of element `start + i` in place, what it was into place i of `old`, and its part of the sums.
+template <class Check, class Formula, class T, class Use>
+LAYCA_INLINE auto advance_element(const TypedRun<T>& run, std::int64_t start, std::int64_t i, int lane, const Use& use,
+                                  Old<Formula, T>& old, Sums& sums) {
   Check check;
   T state[max_states] = {};
-  for (int k = 0; k < Formula::n_states; ++k) old.of[k][i] = state[k] = run.states[k][start + i];
+  for (int k = 0; k < Formula::n_states; ++k) old.states[k][i] = state[k] = run.states[k][start + i];
+  const T w = run.param[start + i];
+  if (Use::moves) old.weights[i] = w;
   const T grad = check.template gradient<Formula>(run.grad_scale * run.grad[start + i]);
   Formula::advance(grad, state, run.options);
   for (int k = 0; k < Formula::n_states; ++k) run.states[k][start + i] = state[k] = check(state[k]);
-  sums.add_product(lane, run.param[start + i], check(Formula::step(grad, state, run.options)));
+  const T u = check(Formula::step(grad, state, run.options));
+  sums.add_product(lane, w, u);
+  use(run, start + i, w, u);
   return check.template trouble<Formula>(grad, state);
 }
 
-// New states and sums of `length` elements from `start`; the sum of the elements' troubles.
-template <class Check, class Formula, class T>
-LAYCA_INLINE auto advance_block(const TypedRun<T>& run, std::int64_t start, std::int64_t length,
-                                OldStates<Formula, T>& old, Sums& sums) {
+// All that for `length` elements from `start`; the sum of the elements' troubles.
+template <class Check, class Formula, class T, class Use>
+LAYCA_INLINE auto advance_block(const TypedRun<T>& run, std::int64_t start, std::int64_t length, const Use& use,
+                                Old<Formula, T>& old, Sums& sums) {
   typename Check::Trouble trouble[lanes] = {}, total = 0;
   std::int64_t first = 0;
   for (; first + lanes <= length; first += lanes) {
 #pragma omp simd
     for (int lane = 0; lane < lanes; ++lane) {
-      trouble[lane] += advance_element<Check>(run, start, first + lane, lane, old, sums);
+      trouble[lane] += advance_element<Check>(run, start, first + lane, lane, use, old, sums);
     }
   }
   for (int lane = 0; first + lane < length; ++lane) {
-    trouble[lane] += advance_element<Check>(run, start, first + lane, lane, old, sums);
+    trouble[lane] += advance_element<Check>(run, start, first + lane, lane, use, old, sums);
   }
   for (int lane = 0; lane < lanes; ++lane) total += trouble[lane];
   return total;
 }
 
-template <class Formula, class T>
-Partial measure(const Run& untyped) {
+// Puts back what advance_block has changed.
+template <class Formula, class T, class Use>
+void undo_block(const TypedRun<T>& run, std::int64_t start, std::int64_t length, const Use&,
+                const Old<Formula, T>& old) {
+  const auto bytes = static_cast<std::size_t>(length) * sizeof(T);
+  for (int k = 0; k < Formula::n_states; ++k) std::memcpy(run.states[k] + start, old.states[k], bytes);
+  if (Use::moves) std::memcpy(run.param + start, old.weights, bytes);
+}
+
+template <class Formula, class T, class Use>
+LAYCA_INLINE Partial advance(const Run& untyped, const Use& use) {
   const TypedRun<T> run(untyped);
-  OldStates<Formula, T> old;
+  Old<Formula, T> old;
   Sums sums;
   std::int64_t non_finite = 0;
   for (std::int64_t start = 0; start < run.length; start += block_length) {
     const std::int64_t length = run.length - start < block_length ? run.length - start : block_length;
     // Summing block by block keeps the rounding error near that of a single addition.
     Sums block_sums;
-    const T watched = advance_block<Watch<T>>(run, start, length, old, block_sums);
+    const T watched = advance_block<Watch<T>>(run, start, length, use, old, block_sums);
     // Cleaning takes longer than watching, and is hardly ever needed.
     if (!is_finite(watched) || !block_sums.squares_are_finite()) {
-      for (int k = 0; k < Formula::n_states; ++k) {
-        std::memcpy(run.states[k] + start, old.of[k], static_cast<std::size_t>(length) * sizeof(T));
-      }
+      undo_block(run, start, length, use, old);
       block_sums = Sums();
-      non_finite += advance_block<Clean<T>>(run, start, length, old, block_sums);
+      non_finite += advance_block<Clean<T>>(run, start, length, use, old, block_sums);
     }
     sums.add(block_sums);
   }
   return {sums.total(), non_finite};
+}
+
+template <class Formula, class T>
+Partial measure(const Run& run) {
+  return advance<Formula, T>(run, Forget());
+}
+
+template <class Formula, class T>
+Partial measure_and_store(const Run& run) {
+  return advance<Formula, T>(run, Store());
+}
+
+template <class Formula, class T>
+Partial step_linearly(const Run& run, double a, double b) {
+  return advance<Formula, T>(run, MoveAtOnce<LinearWhereStepped<T>>{{{static_cast<T>(a), static_cast<T>(b)}}});
+}
+
+template <class Formula, class T>
+Partial step_precisely(const Run& run, double a, double b, double c) {
+  return advance<Formula, T>(run, MoveAtOnce<Precise<T>>{{a, b, c}});
 }
 
 // The base step of element i once more, from the states that measure left.
@@ -227,24 +311,37 @@ double orthogonal_square(const Run& untyped, double c) {
   return total;
 }
 
-template <class Formula, class T>
-void rotate(const Run& untyped, double wide_a, double wide_b) {
-  const TypedRun<T> run(untyped);
-  const T a = static_cast<T>(wide_a), b = static_cast<T>(wide_b);
-#pragma omp simd
-  for (std::int64_t i = 0; i < run.length; ++i) {
-    run.param[i] = a * run.param[i] + b * step_again<Formula>(run, i);
+// The steps that measure left.
+template <class Formula>
+struct Again {
+  template <class T>
+  LAYCA_INLINE T operator()(const TypedRun<T>& run, std::int64_t i) const {
+    return step_again<Formula>(run, i);
   }
+};
+
+struct Stored {
+  template <class T>
+  LAYCA_INLINE T operator()(const TypedRun<T>& run, std::int64_t i) const {
+    return run.steps[i];
+  }
+};
+
+template <class T, class Steps, class Move>
+LAYCA_INLINE void move_weights(const Run& untyped, const Steps& step_of, const Move& move) {
+  const TypedRun<T> run(untyped);
+#pragma omp simd
+  for (std::int64_t i = 0; i < run.length; ++i) run.param[i] = move(run.param[i], step_of(run, i));
 }
 
-template <class Formula, class T>
-void rotate_precisely(const Run& untyped, double a, double b, double c) {
-  const TypedRun<T> run(untyped);
-#pragma omp simd
-  for (std::int64_t i = 0; i < run.length; ++i) {
-    const double w = run.param[i], u = step_again<Formula>(run, i);
-    run.param[i] = static_cast<T>(a * w + b * (u - c * w));
-  }
+template <class Steps, class T>
+void rotate(const Run& run, double a, double b) {
+  move_weights<T>(run, Steps(), Linear<T>{static_cast<T>(a), static_cast<T>(b)});
+}
+
+template <class Steps, class T>
+void rotate_precisely(const Run& run, double a, double b, double c) {
+  move_weights<T>(run, Steps(), Precise<T>{a, b, c});
 }
 
 }  // namespace layca::cpu::LAYCA_INSTRUCTIONS
