@@ -241,7 +241,7 @@ class FusedLayca(Optimizer):
                 warnings.warn(
                     f"weight_decay={group['weight_decay']} is ignored for {label} and every other tensor that rotates: "
                     "Layca keeps their norms fixed. Set weight_decay=0 there to silence this",
-                    stacklevel=5,
+                    stacklevel=7,
                 )
                 return
 
