@@ -42,6 +42,8 @@ class CpuBackend(Backend):
 
     name = "cpu"
     tile = 4096
+    #: Of those in ``_cpu.instruction_sets``; None: the best. Batches that were stepped before keep to theirs.
+    instructions: str | None = None
 
     def __init__(self) -> None:
         self._native, self._reason = _import_native()
@@ -66,6 +68,7 @@ class CpuBackend(Backend):
                 tile=batch.tile,
                 formula=batch.formula.name,
                 dtype=str(batch.dtype).removeprefix("torch."),
+                instructions=self.instructions,
             )
             self._views[batch] = view
         return view
