@@ -80,7 +80,8 @@ class Hyperparameters:
         return self._mirror.holds(self._values()[0])
 
     def record(self) -> None:
-        """Remember which tensors a CUDA graph takes rates from, for :meth:`are_recorded`."""
+        """While a CUDA graph is captured: take the rates from the tensors that hold them now, and remember these."""
+        _, self._rates = self._values()
         self._recorded += [(self._groups[row // 2][0], value) for row, value in self._rates]
 
     def are_recorded(self) -> bool:

@@ -14,7 +14,7 @@ class Mirror:
     event: a copy that is still in flight is never overwritten, and the host does not wait for the current step.
 
     A CUDA graph that has recorded a copy repeats it from the same buffer, so each has one of its own, which is kept as
-    long as the table; ``recorded`` makes one ready, because pinned memory is not to be had during a capture.
+    long as the table; ``recorded`` keeps one ready, as not every version of torch has pinned memory during a capture.
     """
 
     def __init__(

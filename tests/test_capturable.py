@@ -158,6 +158,26 @@ def test_what_a_scheduler_reassigns_acts_after_sync_hyperparameters(
 
 
 @every_backend
+def test_a_rate_in_a_new_tensor_before_the_capture_is_the_one_that_replays_read(
+    backend: str, capturing: Callable[[bool], None], seed: int
+) -> None:
+    captured, eager = pair(backend, {"momentum": 0.9})
+    (row,) = random_gradients(params_of(eager), 1)
+    for group in captured.param_groups:
+        group["lr"] = group["lr"].clone()
+    for param, grad in zip(params_of(captured), row, strict=True):
+        param.grad.copy_(grad)
+    replay = record(captured, capturing)
+    train(eager, [row])
+    for group, plain in zip(captured.param_groups, eager.param_groups, strict=True):
+        group["lr"].fill_(0.25)
+        plain["lr"] = 0.25
+    replay()
+    train(eager, [row])
+    assert same_bits(contents(captured), contents(eager))
+
+
+@every_backend
 def test_the_loss_scale_is_read_anew_by_every_replay(
     backend: str, capturing: Callable[[bool], None], seed: int
 ) -> None:
