@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Graphs that may be captured in a row, without a step between them, for which buffers are kept ready.
+SPARES = 4
+
 
 class Mirror:
     """A (rows, columns) table on the host and its copy on ``device``, refreshed only where something changed.
@@ -14,7 +17,7 @@ class Mirror:
     event: a copy that is still in flight is never overwritten, and the host does not wait for the current step.
 
     A CUDA graph that has recorded a copy repeats it from the same buffer, so each has one of its own, which is kept as
-    long as the table; ``recorded`` keeps one ready, as not every version of torch has pinned memory during a capture.
+    long as the table; ``recorded`` keeps some ready, as not every version of torch has pinned memory during a capture.
     """
 
     def __init__(
@@ -28,13 +31,18 @@ class Mirror:
         self.device_tensor = self._host if self._on_host else torch.zeros(rows, columns, dtype=dtype, device=device)
         self._pinned: list[tuple[Tensor, torch.cuda.Event]] = []
         self._graphs: list[Tensor] = []
-        self._spare: Tensor | None = None
+        self._spares: list[Tensor] = []
+        self._recorded = recorded
         if device.type == "cuda":
             self._pinned = [(self._pinned_buffer(), torch.cuda.Event()) for _ in range(2)]
-            self._spare = self._pinned_buffer() if recorded else None
+            self._make_spares()
 
     def _pinned_buffer(self) -> Tensor:
         return torch.zeros_like(self._host).pin_memory()
+
+    def _make_spares(self) -> None:
+        while self._recorded and len(self._spares) < SPARES:
+            self._spares.append(self._pinned_buffer())
 
     def set_column(self, column: int, values: bytes) -> None:
         """Write one column, int64 numbers, if they differ from what was written there last."""
@@ -66,11 +74,10 @@ class Mirror:
         self._changed = False
         if self._on_host:
             return
-        if self._graphs and self._spare is None:
-            self._spare = self._pinned_buffer()
         if not self._pinned:
             self.device_tensor.copy_(self._host)
             return
+        self._make_spares()
         buffer, copied = self._pinned[0]
         self._pinned.reverse()
         copied.synchronize()
@@ -82,8 +89,7 @@ class Mirror:
         """While a CUDA graph is captured: let every replay of it put the present table on the device."""
         if self._on_host:
             return
-        buffer = self._pinned_buffer() if self._spare is None else self._spare
-        self._spare = None
+        buffer = self._spares.pop() if self._spares else self._pinned_buffer()
         buffer.copy_(self._host)
         self._graphs.append(buffer)
         self.device_tensor.copy_(buffer, non_blocking=True)

@@ -12,6 +12,8 @@ import torch
 from torch.optim import lr_scheduler
 
 from layca_fast import FusedLayca
+from layca_fast.upload import Mirror
+from layca_fast.watch import column
 
 from .capture_support import record
 from .support import (
@@ -182,3 +184,27 @@ def test_capturable_goes_with_the_groups(seed: int) -> None:
     assert [group["capturable"] for group in loaded.param_groups] == [True, False]
     loaded.load_state_dict(saved)
     assert [group["capturable"] for group in loaded.param_groups] == [True, True]
+
+
+def test_a_graph_keeps_the_table_of_addresses_that_it_recorded(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Whatever eager steps upload and other graphs record in between; pageable memory stands in for pinned."""
+    monkeypatch.setattr(Mirror, "_pinned_buffer", lambda mirror: torch.zeros_like(mirror._host))
+    mirror = Mirror(3, 2, torch.int64, torch.device("cpu"), recorded=True)
+    monkeypatch.setattr(mirror, "_on_host", False)
+    mirror.device_tensor = torch.zeros(3, 2, dtype=torch.int64)
+    columns = [torch.randint(1, 2**40, (3,)).tolist() for _ in range(4)]
+
+    def uploaded(numbers: list[int], *, recording: bool) -> list[int]:
+        mirror.set_column(1, column(numbers))
+        mirror.record() if recording else mirror.push()
+        return mirror.device_tensor[:, 1].tolist()
+
+    assert uploaded(columns[0], recording=False) == columns[0]
+    for numbers in columns[1:3]:
+        uploaded(numbers, recording=True)
+    assert uploaded(columns[3], recording=False) == columns[3]
+    for buffer, numbers in zip(mirror._graphs, columns[1:3], strict=True):
+        # What the replay of that graph does.
+        mirror.device_tensor.copy_(buffer)
+        assert mirror.device_tensor[:, 1].tolist() == numbers
+        assert uploaded(columns[3], recording=False) == columns[3], "an eager step after a replay needs its own again"

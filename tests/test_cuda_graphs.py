@@ -76,9 +76,9 @@ def test_100_replays_under_a_schedule_equal_eager_steps(backend: str, options: d
     params = gpu_params()
     twins = [nn.Parameter(param.detach().clone()) for param in params]
     lr, other = tensor_lr(0.1), tensor_lr(0.02)
-    groups = [{"params": params[:2], "lr": lr}, {"params": params[2:], "lr": other, "weight_decay": 0.01}]
+    groups = [{"params": params[:2], "lr": lr}, {"params": params[2:], "lr": other}]
     captured = FusedLayca(groups, backend=backend, capturable=True, **options)
-    groups = [{"params": twins[:2], "lr": 0.1}, {"params": twins[2:], "lr": 0.02, "weight_decay": 0.01}]
+    groups = [{"params": twins[:2], "lr": 0.1}, {"params": twins[2:], "lr": 0.02}]
     eager = FusedLayca(groups, backend=backend, **options)
     rows = random_gradients(params, 104)
     for optimizer in (captured, eager):
@@ -103,6 +103,7 @@ def test_100_replays_under_a_schedule_equal_eager_steps(backend: str, options: d
     assert same_bits(contents(captured), contents(eager))
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 @gpu_backends
 def test_a_whole_training_step_in_a_graph(backend: str, seed: int) -> None:
     """Backward in the graph, so that gradients lie in its own memory; two graphs of one optimizer take turns."""
