@@ -157,7 +157,7 @@ class Batch:
         """
         table = self._tensor_mirror
         if self._scaled is None and loss_scale is not None:
-            self._scaled = ScaledTables(self.tensors, self.hypers, [slot.fresh for slot in self.slots])
+            self._scaled = ScaledTables(self.tensors, self.hypers, self._await_first_gradients())
         if self._scaled is not None:
             # The device has modified these.
             table.forget(Column.GRAD)
@@ -180,6 +180,19 @@ class Batch:
         for index, step in self._empty:
             if step is not None and self.grads[index] is not None:
                 step += 1 if self.taken is None else self.taken
+
+    def _await_first_gradients(self) -> Tensor:
+        """Which tensors have yet to take their first gradient, (tensors,) int64 on the device.
+
+        Steps since their state was made may all have been skipped, also in a run that this one resumes. Only the state
+        itself, still of zeros, can tell; it is asked where it matters.
+        """
+        flags = torch.tensor([slot.fresh for slot in self.slots], dtype=torch.int64, device=self._home)
+        for index, slot in enumerate(self.slots):
+            rows = (slot.base.scalars(slot.group, fresh) for fresh in (False, True))
+            if not slot.fresh and len(set(rows)) > 1:
+                flags[index : index + 1] = ~slot.states[0].any()
+        return flags
 
     def _set_hyper_rows(self) -> None:
         rows = self.hyperparameters.first_rows

@@ -4,7 +4,6 @@ It is written into the tables of a batch by operations on the device. So no step
 anew at every replay, and the kernels need not know of it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +42,12 @@ class LossScale:
 class ScaledTables:
     """The parts of a batch's tables that the loss scale decides: modified in place, on the device.
 
-    ``tensors`` and ``hypers`` are the batch's; ``fresh`` says of each tensor whether its state has yet to take its
+    ``tensors`` and ``hypers`` are the batch's; ``fresh`` (tensors,), int64, is 1 where the state has yet to take its
     first gradient. A step that is skipped takes none, which the host does not learn, so that is kept track of here.
     """
 
-    def __init__(self, tensors: Tensor, hypers: Tensor, fresh: Sequence[bool]) -> None:
-        self._tensors, self._hypers = tensors, hypers
-        self._fresh = torch.tensor(fresh, dtype=torch.int64, device=tensors.device)
+    def __init__(self, tensors: Tensor, hypers: Tensor, fresh: Tensor) -> None:
+        self._tensors, self._hypers, self._fresh = tensors, hypers, fresh
 
     def apply(self, loss_scale: LossScale) -> Tensor:
         """Scale and mask the gradients of the coming step. Returns whether it is taken, 0-d int64 on the device.

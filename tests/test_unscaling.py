@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -103,6 +103,40 @@ def test_the_standard_paths_bits(backend: str, options: dict[str, Any], unscaled
     for param, twin in zip(params, twins, strict=True):
         assert same_bits(vars(stats[param]), vars(expected[twin]))
         assert not stats[param].non_finite.any()
+
+
+def in_other_memory(optimizer: FusedLayca) -> FusedLayca:
+    for param in params_of(optimizer):
+        param.data = param.data.clone()
+    return optimizer
+
+
+def resumed(optimizer: FusedLayca) -> FusedLayca:
+    options = {"momentum": 0.8, "dampening": 0.3, "unscale_in_step": True}
+    other = FusedLayca(clones(params_of(optimizer)), 0.05, **options)
+    other.load_state_dict(optimizer.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("interrupt", [in_other_memory, resumed])
+@every_backend
+def test_a_first_gradient_is_the_first_that_is_taken(
+    backend: str, interrupt: Callable[[FusedLayca], FusedLayca], seed: int
+) -> None:
+    """SGD takes it undampened, also where the run is interrupted while its scale still comes down."""
+    params = odd_params(backend)
+    ours = FusedLayca(params, 0.05, momentum=0.8, dampening=0.3, backend=backend, unscale_in_step=True)
+    plain = FusedLayca(clones(params), 0.05, momentum=0.8, dampening=0.3, backend=backend)
+    scaler = scaler_for(params, init_scale=1024.0)
+    for step, row in enumerate(with_overflow(random_gradients(params, 5), (0, 1))):
+        set_scaled(ours, scaler, row)
+        scaler.step(ours)
+        scaler.update()
+        if step >= 2:
+            train(plain, [row])
+            assert same_bits(states(ours), states(plain))
+        if step in (0, 1, 2):
+            ours = interrupt(ours)
 
 
 @every_backend
