@@ -65,7 +65,7 @@ class FusedLayca(Optimizer):
             dampening, nesterov; sgd_amom: momentum (0.9); rmsprop: alpha, eps, momentum, centered; adagrad: eps,
             initial_accumulator_value; adam: betas, eps, amsgrad; lion (arXiv 2302.06675): betas (0.9, 0.99).
         unscale_in_step: for the whole optimizer: ``torch.amp.GradScaler`` leaves unscaling, and skipping steps whose
-            gradients are not finite, to the kernels, so that the host need not wait. Lightning then clips no gradients.
+            gradients are not finite, to the kernels: the host need not wait. Lightning then refuses to clip gradients.
 
     Every other argument may be set per param group. State per tensor: what torch's optimizer of that name keeps
     (``momentum_buffer``, ``exp_avg``, ``step``, ...), with ``step`` where the tensor is; and ``radius``, float64 of
