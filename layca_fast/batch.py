@@ -88,7 +88,7 @@ class Batch:
         self.params = [slot.param for slot in self.slots]
         self.states = [[slot.states[i] for slot in self.slots] for i in range(len(formula.states))]
         self.grads: list[Tensor | None] = [None] * len(self.slots)
-        self._grad_addresses = addresses(self.grads)
+        self._grad_addresses: bytes | None = None
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
         self._home = scalar_device(self.device)
@@ -134,12 +134,10 @@ class Batch:
     def take_gradients(self) -> None:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
         self.grads = gradients(self.params)
-        found = self._layouts.fit(self.grads)
-        if found is None:
+        self._grad_addresses = self._layouts.fit(self.grads)
+        if self._grad_addresses is None:
             # All else goes the slow way: gradients that are missing, lie otherwise, or are wrong.
             self.grads = [slot.gradient() for slot in self.slots]
-            found = addresses(self.grads)
-        self._grad_addresses = found
 
     def check_capture(self) -> None:
         """Raise RuntimeError if the host would have to do something for the step that is being captured."""
@@ -163,7 +161,7 @@ class Batch:
             table.forget(Column.GRAD)
             table.forget(Column.HYPER)
             self._set_hyper_rows()
-        table.set_column(Column.GRAD, self._grad_addresses)
+        table.set_column(Column.GRAD, self._grad_addresses or addresses(self.grads))
         if capturing:
             table.record()
             self.hyperparameters.record()
@@ -207,7 +205,7 @@ class Batch:
                 slot.fresh &= grad is None
             self._settled = not any(slot.fresh for slot in self.slots)
             self._set_hyper_rows()
-        self.grads = [None] * len(self.slots)
+        self.grads, self._grad_addresses = [None] * len(self.slots), None
 
     @property
     def stepped(self) -> list[Tensor]:
