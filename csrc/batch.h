@@ -24,6 +24,7 @@ struct Column {
     HYPER,        // row in the hyperparameter table
     FLAGS,
     RULE,
+    REMAINDER,  // of a 16-bit parameter, int16; 0 where it has none
     WIDTH
   };
 };
