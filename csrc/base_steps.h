@@ -22,6 +22,12 @@ struct Uncounted {
   static LAYCA_INLINE T witness(T grad) {
     return grad;
   }
+
+  // Not finite wherever the gradient's witness or a new state is not, unless the step is not finite there either.
+  template <class T>
+  static LAYCA_INLINE T watched(T, const T*) {
+    return 0;
+  }
 };
 
 // Formulas that count steps also square gradients: one whose square overflows would leave a mean square of infinity.
@@ -31,6 +37,11 @@ struct Counted {
   template <class T>
   static LAYCA_INLINE T witness(T grad) {
     return grad * grad;
+  }
+
+  template <class T>
+  static LAYCA_INLINE T watched(T, const T* state) {
+    return state[0];
   }
 
   static LAYCA_INLINE void prepare(double, const double* group, double* options) {
@@ -122,6 +133,11 @@ struct RmsProp : Counted {
   }
 
   template <class T>
+  static LAYCA_INLINE T watched(T, const T* state) {
+    return centered ? state[0] + state[1] : state[0];
+  }
+
+  template <class T>
   static LAYCA_INLINE T step(T grad, const T* state, const T* options) {
     return momentum ? state[n_states - 1] : scaled(grad, state, options);
   }
@@ -143,6 +159,11 @@ struct Adagrad : Counted {
   static LAYCA_INLINE void advance(T grad, T* state, const T*) {
     const T sum = state[0] + grad * grad;
     state[0] = is_finite(sum) ? sum : state[0];
+  }
+
+  template <class T>
+  static LAYCA_INLINE T watched(T grad, const T* state) {
+    return witness(grad) + state[0];
   }
 
   template <class T>
@@ -174,6 +195,11 @@ struct Adam : Counted {
   }
 
   template <class T>
+  static LAYCA_INLINE T watched(T, const T* state) {
+    return amsgrad ? state[1] + state[2] : state[1];
+  }
+
+  template <class T>
   static LAYCA_INLINE T step(T, const T* state, const T* options) {
     return state[0] * options[4] / (square_root(state[n_states - 1]) * options[5] + options[3]);
   }
@@ -187,6 +213,11 @@ struct Lion : Uncounted {
   template <class T>
   static LAYCA_INLINE void advance(T grad, T* state, const T* options) {
     state[0] = running_mean(state[0], grad, options[0]);
+  }
+
+  template <class T>
+  static LAYCA_INLINE T watched(T, const T* state) {
+    return state[0];
   }
 
   // The sign of beta1*m + (1 - beta1)*g, where m, the average before this step, is taken from the one after it.

@@ -4,9 +4,21 @@
 #include <algorithm>
 
 #include "../batch.h"
-#include "registry.h"
+#include "kernels.h"
 
 namespace layca::cpu {
+
+inline Run run_of(const Kernels& kernels, const TensorRow& tensor, std::int64_t offset, std::int64_t length) {
+  const auto element = [&](int column) { return tensor.pointer<char>(column) + offset * kernels.item_size; };
+  Run run{};
+  run.param = element(Column::PARAM);
+  run.grad = element(Column::GRAD);
+  for (int k = 0; k < kernels.n_states; ++k) run.states[k] = element(Column::STATE + k);
+  run.options = tensor.options;
+  run.grad_scale = tensor.hyper[Hyper::GRAD_SCALE];
+  run.length = length;
+  return run;
+}
 
 // Count the step of every tensor that has a gradient (in place) and write its options.
 inline void prepare_options(const Batch& batch, const Kernels& kernels) {
@@ -35,7 +47,7 @@ inline void measure_tiles(const Batch& batch, const Kernels& kernels, std::int64
   if (!span.tensor.has_grad()) return;
   for (std::int64_t tile = first; tile < last; ++tile) {
     const std::int64_t start = tile * batch.tile, length = std::min(batch.tile, span.length - start);
-    const Partial partial = kernels.measure(span.tensor, span.offset + start, length);
+    const Partial partial = kernels.measure(run_of(kernels, span.tensor, span.offset + start, length));
     double* const dots = batch.partials + 3 * (span.first_tile + tile);
     dots[0] = partial.dots.n2;
     dots[1] = partial.dots.d;
@@ -67,7 +79,7 @@ inline double measure_orthogonal_square(const Kernels& kernels, const LayerSpan&
   double sum = 0;
   for (std::int64_t start = 0; start < span.length; start += tile) {
     const std::int64_t length = std::min(tile, span.length - start);
-    sum += kernels.orthogonal_square(span.tensor, dots.d / dots.n2, span.offset + start, length);
+    sum += kernels.orthogonal_square(run_of(kernels, span.tensor, span.offset + start, length), dots.d / dots.n2);
   }
   return sum;
 }
@@ -106,9 +118,13 @@ inline void rotate_tiles(const Batch& batch, const Kernels& kernels, std::int64_
   const double* const row = batch.coefficients + layer * Coefficient::WIDTH;
   const LayerSpan span = layer_span(batch, layer);
   if (row[Coefficient::MODE] == Mode::KEEP || !span.tensor.has_grad()) return;
-  const Rotation turn{row[Coefficient::A], row[Coefficient::B], row[Coefficient::C], row[Coefficient::MODE], 0};
   const std::int64_t start = first * batch.tile, end = std::min(last * batch.tile, span.length);
-  kernels.rotate(span.tensor, turn, span.offset + start, end - start);
+  const Run run = run_of(kernels, span.tensor, span.offset + start, end - start);
+  if (row[Coefficient::MODE] == Mode::PRECISE) {
+    kernels.rotate_precisely(run, row[Coefficient::A], row[Coefficient::B], row[Coefficient::C]);
+  } else {
+    kernels.rotate(run, row[Coefficient::A], row[Coefficient::B]);
+  }
 }
 
 }  // namespace layca::cpu

@@ -15,9 +15,10 @@ constexpr int spins_before_yielding = 1000;
 
 }  // namespace
 
-Runner::Runner(const Batch& batch, const std::string& formula, const std::string& dtype)
+Runner::Runner(const Batch& batch, const std::string& formula, const std::string& dtype,
+               const std::string& instructions)
     : batch_(batch),
-      kernels_(find_kernels(formula, dtype)),
+      kernels_(find_kernels(formula, dtype, instructions)),
       plan_(make_plan(batch, kernels_.arrays_read_again * kernels_.item_size)),
       progress_(std::make_unique<Progress[]>(plan_.large.size())),
       owners_(plan_.pieces.size()) {

@@ -17,8 +17,8 @@ namespace layca::cpu {
 // `threads`.
 class Runner {
  public:
-  // Throws std::invalid_argument if there are no kernels for `formula` and `dtype`.
-  Runner(const Batch& batch, const std::string& formula, const std::string& dtype);
+  // Throws std::invalid_argument if there are no kernels for `formula` and `dtype` with `instructions`.
+  Runner(const Batch& batch, const std::string& formula, const std::string& dtype, const std::string& instructions);
 
   // Advances the states (in place); writes dots and non-finite counts.
   void measure(int threads);

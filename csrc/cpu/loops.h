@@ -1,0 +1,250 @@
+// The two loops over elements, once for every formula and type: measure one tile, rotate one run of elements.
+//
+// The compiler vectorises them for the instruction set that this file is compiled for. Everything here lies in a
+// namespace of that instruction set: of functions of one name the linker keeps any one, and that may be one which the
+// processor cannot run. For the same reason nothing here uses the standard library's templates.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../base_steps.h"
+#include "kernels.h"
+
+namespace layca::cpu::LAYCA_INSTRUCTIONS {
+
+// A run with its types.
+template <class T>
+struct TypedRun {
+  T* param;
+  const T* grad;
+  T* states[max_states];
+  T options[max_options];
+  T grad_scale;
+  std::int64_t length;
+
+  explicit TypedRun(const Run& run)
+      : param(static_cast<T*>(run.param)),
+        grad(static_cast<const T*>(run.grad)),
+        grad_scale(static_cast<T>(run.grad_scale)),
+        length(run.length) {
+    for (int k = 0; k < max_states; ++k) states[k] = static_cast<T*>(run.states[k]);
+    for (int k = 0; k < max_options; ++k) options[k] = static_cast<T>(run.options[k]);
+  }
+};
+
+// An integer as wide as T: vector loops count in lanes of one width.
+std::int32_t counter_like(float);
+std::int64_t counter_like(double);
+template <class T>
+using Counter = decltype(counter_like(T()));
+
+// Elements that are advanced together, between two looks for trouble. Their old states stay in the first-level cache.
+constexpr std::int64_t block_length = 1024;
+
+template <class Formula, class T>
+struct OldStates {
+  alignas(64) T of[Formula::n_states > 0 ? Formula::n_states : 1][block_length];
+};
+
+// What is done about numbers that are not finite, element by element. `Watch` only notices: what the squares of the
+// steps do not show, the sum of an element's watched numbers does. (Huge numbers do the same; looking again does no
+// harm.)
+template <class T>
+struct Watch {
+  using Trouble = T;
+  LAYCA_INLINE T operator()(T x) { return x; }
+  template <class Formula>
+  LAYCA_INLINE T gradient(T grad) {
+    return grad;
+  }
+  template <class Formula>
+  LAYCA_INLINE Trouble trouble(T grad, const T* state) const {
+    return Formula::watched(grad, state);
+  }
+};
+
+// `Clean` takes 0 in their place, and in that of a gradient whose witness is not finite, and counts the element.
+template <class T>
+struct Clean {
+  using Trouble = Counter<T>;
+  Counter<T> broken = 0;
+  LAYCA_INLINE T operator()(T x) { return keep_if(is_finite(x), x); }
+  template <class Formula>
+  LAYCA_INLINE T gradient(T grad) {
+    return keep_if(is_finite(Formula::witness(grad)), grad);
+  }
+  template <class Formula>
+  LAYCA_INLINE Trouble trouble(T, const T*) const {
+    return broken;
+  }
+
+ private:
+  LAYCA_INLINE T keep_if(bool is_good, T x) {
+    const Counter<T> is_broken = is_good ? 0 : 1;
+    broken |= is_broken;
+    return is_broken == 0 ? x : T(0);
+  }
+};
+
+// The product of two float32 numbers is exact in float64, so fused or not gives the same bits for these.
+LAYCA_INLINE double multiply_add(double x, double y, double z) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fma(x, y, z);
+#else
+  return x * y + z;
+#endif
+}
+
+// A lane for each residue of the elements' index, so that every instruction set adds in the same order.
+constexpr int lanes = 16;
+
+// The three dots, products and sums in float64.
+struct Sums {
+  double n2[lanes] = {}, d[lanes] = {}, q[lanes] = {};
+
+  LAYCA_INLINE void add_product(int lane, double w, double u) {
+    n2[lane] = multiply_add(w, w, n2[lane]);
+    d[lane] = multiply_add(w, u, d[lane]);
+    q[lane] = multiply_add(u, u, q[lane]);
+  }
+
+  LAYCA_INLINE void add(const Sums& other) {
+#pragma omp simd
+    for (int lane = 0; lane < lanes; ++lane) {
+      n2[lane] += other.n2[lane];
+      d[lane] += other.d[lane];
+      q[lane] += other.q[lane];
+    }
+  }
+
+  LAYCA_INLINE bool squares_are_finite() const {
+    double sum = 0;
+    for (const double square : q) sum += square;
+    return is_finite(sum);
+  }
+
+  LAYCA_INLINE Dots total() {
+    for (int half = lanes / 2; half > 0; half /= 2) {
+#pragma omp simd
+      for (int lane = 0; lane < half; ++lane) {
+        n2[lane] += n2[lane + half];
+        d[lane] += d[lane + half];
+        q[lane] += q[lane + half];
+      }
+    }
+    return {n2[0], d[0], q[0]};
+  }
+};
+
+// New states of element `start + i` in place, the old ones into place i of `old`, and its part of the sums.
+template <class Check, class Formula, class T>
+LAYCA_INLINE auto advance_element(const TypedRun<T>& run, std::int64_t start, std::int64_t i, int lane,
+                                  OldStates<Formula, T>& old, Sums& sums) {
+  Check check;
+  T state[max_states] = {};
+  for (int k = 0; k < Formula::n_states; ++k) old.of[k][i] = state[k] = run.states[k][start + i];
+  const T grad = check.template gradient<Formula>(run.grad_scale * run.grad[start + i]);
+  Formula::advance(grad, state, run.options);
+  for (int k = 0; k < Formula::n_states; ++k) run.states[k][start + i] = state[k] = check(state[k]);
+  sums.add_product(lane, run.param[start + i], check(Formula::step(grad, state, run.options)));
+  return check.template trouble<Formula>(grad, state);
+}
+
+// New states and sums of `length` elements from `start`; the sum of the elements' troubles.
+template <class Check, class Formula, class T>
+LAYCA_INLINE auto advance_block(const TypedRun<T>& run, std::int64_t start, std::int64_t length,
+                                OldStates<Formula, T>& old, Sums& sums) {
+  typename Check::Trouble trouble[lanes] = {}, total = 0;
+  std::int64_t first = 0;
+  for (; first + lanes <= length; first += lanes) {
+#pragma omp simd
+    for (int lane = 0; lane < lanes; ++lane) {
+      trouble[lane] += advance_element<Check>(run, start, first + lane, lane, old, sums);
+    }
+  }
+  for (int lane = 0; first + lane < length; ++lane) {
+    trouble[lane] += advance_element<Check>(run, start, first + lane, lane, old, sums);
+  }
+  for (int lane = 0; lane < lanes; ++lane) total += trouble[lane];
+  return total;
+}
+
+template <class Formula, class T>
+Partial measure(const Run& untyped) {
+  const TypedRun<T> run(untyped);
+  OldStates<Formula, T> old;
+  Sums sums;
+  std::int64_t non_finite = 0;
+  for (std::int64_t start = 0; start < run.length; start += block_length) {
+    const std::int64_t length = run.length - start < block_length ? run.length - start : block_length;
+    // Summing block by block keeps the rounding error near that of a single addition.
+    Sums block_sums;
+    const T watched = advance_block<Watch<T>>(run, start, length, old, block_sums);
+    // Cleaning takes longer than watching, and is hardly ever needed.
+    if (!is_finite(watched) || !block_sums.squares_are_finite()) {
+      for (int k = 0; k < Formula::n_states; ++k) {
+        std::memcpy(run.states[k] + start, old.of[k], static_cast<std::size_t>(length) * sizeof(T));
+      }
+      block_sums = Sums();
+      non_finite += advance_block<Clean<T>>(run, start, length, old, block_sums);
+    }
+    sums.add(block_sums);
+  }
+  return {sums.total(), non_finite};
+}
+
+// The base step of element i once more, from the states that measure left.
+template <class Formula, class T>
+LAYCA_INLINE T step_again(const TypedRun<T>& run, std::int64_t i) {
+  Clean<T> clean;
+  T grad = 0, state[max_states] = {};
+  if (Formula::reads_grad) grad = clean.template gradient<Formula>(run.grad_scale * run.grad[i]);
+  for (int k = 0; k < Formula::n_states; ++k) state[k] = run.states[k][i];
+  return clean(Formula::step(grad, state, run.options));
+}
+
+// (u - c*w)^2 of element i, in float64.
+template <class Formula, class T>
+LAYCA_INLINE double orthogonal_square_of(const TypedRun<T>& run, std::int64_t i, double c) {
+  const double w = run.param[i], u = step_again<Formula>(run, i);
+  return (u - c * w) * (u - c * w);
+}
+
+template <class Formula, class T>
+double orthogonal_square(const Run& untyped, double c) {
+  const TypedRun<T> run(untyped);
+  double sums[lanes] = {}, total = 0;
+  std::int64_t first = 0;
+  for (; first + lanes <= run.length; first += lanes) {
+#pragma omp simd
+    for (int lane = 0; lane < lanes; ++lane) sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
+  }
+  for (int lane = 0; first + lane < run.length; ++lane) {
+    sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
+  }
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+template <class Formula, class T>
+void rotate(const Run& untyped, double wide_a, double wide_b) {
+  const TypedRun<T> run(untyped);
+  const T a = static_cast<T>(wide_a), b = static_cast<T>(wide_b);
+#pragma omp simd
+  for (std::int64_t i = 0; i < run.length; ++i) {
+    run.param[i] = a * run.param[i] + b * step_again<Formula>(run, i);
+  }
+}
+
+template <class Formula, class T>
+void rotate_precisely(const Run& untyped, double a, double b, double c) {
+  const TypedRun<T> run(untyped);
+#pragma omp simd
+  for (std::int64_t i = 0; i < run.length; ++i) {
+    const double w = run.param[i], u = step_again<Formula>(run, i);
+    run.param[i] = static_cast<T>(a * w + b * (u - c * w));
+  }
+}
+
+}  // namespace layca::cpu::LAYCA_INSTRUCTIONS
