@@ -12,6 +12,8 @@ struct Run {
   void* param;
   const void* grad;
   void* states[max_states];
+  std::int16_t* remainder;  // null where the parameter has none
+  Types types;
   const double* options;
   double grad_scale;
   std::int64_t length;
@@ -24,7 +26,7 @@ struct Partial {
 
 struct Kernels {
   const char* formula;
-  const char* dtype;
+  const char* dtype;  // of the parameters
   // Advance the states of one tile (modified in place) and sum up its dots.
   Partial (*measure)(const Run& run);
   // w = a*w + b*u in the type of the elements (modified in place).
@@ -35,8 +37,7 @@ struct Kernels {
   double (*orthogonal_square)(const Run& run, double c);
   void (*prepare)(double count, const double* group, double* options);  // null where steps are not counted
   int n_states;
-  int item_size;
-  int arrays_read_again;  // by rotate after measure: the parameter, the states, and perhaps the gradient
+  bool reads_grad;  // rotate after measure, beside the parameter and the states
 };
 
 struct KernelTable {

@@ -9,23 +9,27 @@ void prepare(double count, const double* group, double* options) {
   if constexpr (Formula::counts_steps) Formula::prepare(count, group, options);
 }
 
-template <class Formula, class T>
+template <class Formula, class Window>
 constexpr Kernels row(const char* dtype) {
   return {Formula::name,
           dtype,
-          measure<Formula, T>,
-          rotate<Formula, T>,
-          rotate_precisely<Formula, T>,
-          orthogonal_square<Formula, T>,
+          measure<Formula, Window>,
+          rotate<Formula, Window>,
+          rotate_precisely<Formula, Window>,
+          orthogonal_square<Formula, Window>,
           Formula::counts_steps ? prepare<Formula> : nullptr,
           Formula::n_states,
-          sizeof(T),
-          1 + Formula::n_states + (Formula::reads_grad ? 1 : 0)};
+          Formula::reads_grad};
 }
 
 template <class... Formula>
 KernelTable table(FormulaList<Formula...>) {
-  static constexpr Kernels rows[] = {row<Formula, float>("float32")..., row<Formula, double>("float64")...};
+  static constexpr Kernels rows[] = {
+      row<Formula, InPlace<float, Formula>>("float32")...,
+      row<Formula, InPlace<double, Formula>>("float64")...,
+      row<Formula, Buffered<Formula>>("bfloat16")...,
+      row<Formula, Buffered<Formula>>("float16")...,
+  };
   return {rows, sizeof(rows) / sizeof(rows[0])};
 }
 

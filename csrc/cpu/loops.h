@@ -10,28 +10,9 @@
 
 #include "../base_steps.h"
 #include "kernels.h"
+#include "windows.h"
 
 namespace layca::cpu::LAYCA_INSTRUCTIONS {
-
-// A run with its types.
-template <class T>
-struct TypedRun {
-  T* param;
-  const T* grad;
-  T* states[max_states];
-  T options[max_options];
-  T grad_scale;
-  std::int64_t length;
-
-  explicit TypedRun(const Run& run)
-      : param(static_cast<T*>(run.param)),
-        grad(static_cast<const T*>(run.grad)),
-        grad_scale(static_cast<T>(run.grad_scale)),
-        length(run.length) {
-    for (int k = 0; k < max_states; ++k) states[k] = static_cast<T*>(run.states[k]);
-    for (int k = 0; k < max_options; ++k) options[k] = static_cast<T>(run.options[k]);
-  }
-};
 
 // An integer as wide as T: vector loops count in lanes of one width.
 std::int32_t counter_like(float);
@@ -39,9 +20,7 @@ std::int64_t counter_like(double);
 template <class T>
 using Counter = decltype(counter_like(T()));
 
-// Elements that are advanced together, between two looks for trouble. Their old states stay in the first-level cache.
-constexpr std::int64_t block_length = 1024;
-
+// Those of one block stay in the first-level cache.
 template <class Formula, class T>
 struct OldStates {
   alignas(64) T of[Formula::n_states > 0 ? Formula::n_states : 1][block_length];
@@ -138,22 +117,22 @@ struct Sums {
 };
 
 // New states of element `start + i` in place, the old ones into place i of `old`, and its part of the sums.
-template <class Check, class Formula, class T>
-LAYCA_INLINE auto advance_element(const TypedRun<T>& run, std::int64_t start, std::int64_t i, int lane,
+template <class Check, class Formula, class AnyRun, class T>
+LAYCA_INLINE auto advance_element(const AnyRun& run, std::int64_t start, std::int64_t i, int lane,
                                   OldStates<Formula, T>& old, Sums& sums) {
   Check check;
   T state[max_states] = {};
   for (int k = 0; k < Formula::n_states; ++k) old.of[k][i] = state[k] = run.states[k][start + i];
   const T grad = check.template gradient<Formula>(run.grad_scale * run.grad[start + i]);
   Formula::advance(grad, state, run.options);
-  for (int k = 0; k < Formula::n_states; ++k) run.states[k][start + i] = state[k] = check(state[k]);
+  for (int k = 0; k < Formula::n_states; ++k) run.states[k][start + i] = state[k] = check(run.stored(state[k]));
   sums.add_product(lane, run.param[start + i], check(Formula::step(grad, state, run.options)));
   return check.template trouble<Formula>(grad, state);
 }
 
 // New states and sums of `length` elements from `start`; the sum of the elements' troubles.
-template <class Check, class Formula, class T>
-LAYCA_INLINE auto advance_block(const TypedRun<T>& run, std::int64_t start, std::int64_t length,
+template <class Check, class Formula, class AnyRun, class T>
+LAYCA_INLINE auto advance_block(const AnyRun& run, std::int64_t start, std::int64_t length,
                                 OldStates<Formula, T>& old, Sums& sums) {
   typename Check::Trouble trouble[lanes] = {}, total = 0;
   std::int64_t first = 0;
@@ -170,25 +149,29 @@ LAYCA_INLINE auto advance_block(const TypedRun<T>& run, std::int64_t start, std:
   return total;
 }
 
-template <class Formula, class T>
-Partial measure(const Run& untyped) {
-  const TypedRun<T> run(untyped);
+template <class Formula, class Window>
+Partial measure(const Run& memory) {
+  using T = typename Window::Element;
+  Window window(memory);
   OldStates<Formula, T> old;
   Sums sums;
   std::int64_t non_finite = 0;
-  for (std::int64_t start = 0; start < run.length; start += block_length) {
-    const std::int64_t length = run.length - start < block_length ? run.length - start : block_length;
+  for (std::int64_t start = 0; start < memory.length; start += block_length) {
+    const std::int64_t length = memory.length - start < block_length ? memory.length - start : block_length;
+    const auto run = window.open(start, length, true);
+    const std::int64_t first = window.first(start);
     // Summing block by block keeps the rounding error near that of a single addition.
     Sums block_sums;
-    const T watched = advance_block<Watch<T>>(run, start, length, old, block_sums);
+    const T watched = advance_block<Watch<T>>(run, first, length, old, block_sums);
     // Cleaning takes longer than watching, and is hardly ever needed.
     if (!is_finite(watched) || !block_sums.squares_are_finite()) {
       for (int k = 0; k < Formula::n_states; ++k) {
-        std::memcpy(run.states[k] + start, old.of[k], static_cast<std::size_t>(length) * sizeof(T));
+        std::memcpy(run.states[k] + first, old.of[k], static_cast<std::size_t>(length) * sizeof(T));
       }
       block_sums = Sums();
-      non_finite += advance_block<Clean<T>>(run, start, length, old, block_sums);
+      non_finite += advance_block<Clean<T>>(run, first, length, old, block_sums);
     }
+    window.close_states(start, length);
     sums.add(block_sums);
   }
   return {sums.total(), non_finite};
@@ -211,40 +194,57 @@ LAYCA_INLINE double orthogonal_square_of(const TypedRun<T>& run, std::int64_t i,
   return (u - c * w) * (u - c * w);
 }
 
-template <class Formula, class T>
-double orthogonal_square(const Run& untyped, double c) {
-  const TypedRun<T> run(untyped);
+// Open one window after the other, of which body(run, start, length) sees a run that begins with it.
+template <class Formula, class Window, class Body>
+LAYCA_INLINE void in_windows(Window& window, std::int64_t whole, const Body& body) {
+  for (std::int64_t start = 0; start < whole; start += Window::width) {
+    const std::int64_t length = whole - start < Window::width ? whole - start : Window::width;
+    body(window.open(start, length, Formula::reads_grad), start, length);
+  }
+}
+
+template <class Formula, class Window>
+double orthogonal_square(const Run& memory, double c) {
+  Window window(memory);
   double sums[lanes] = {}, total = 0;
-  std::int64_t first = 0;
-  for (; first + lanes <= run.length; first += lanes) {
+  in_windows<Formula>(window, memory.length, [&](const auto run, std::int64_t, std::int64_t length) {
+    std::int64_t first = 0;
+    for (; first + lanes <= length; first += lanes) {
 #pragma omp simd
-    for (int lane = 0; lane < lanes; ++lane) sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
-  }
-  for (int lane = 0; first + lane < run.length; ++lane) {
-    sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
-  }
+      for (int lane = 0; lane < lanes; ++lane) sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
+    }
+    for (int lane = 0; first + lane < length; ++lane) {
+      sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
+    }
+  });
   for (const double sum : sums) total += sum;
   return total;
 }
 
-template <class Formula, class T>
-void rotate(const Run& untyped, double wide_a, double wide_b) {
-  const TypedRun<T> run(untyped);
+template <class Formula, class Window>
+void rotate(const Run& memory, double wide_a, double wide_b) {
+  using T = typename Window::Element;
+  Window window(memory);
   const T a = static_cast<T>(wide_a), b = static_cast<T>(wide_b);
+  in_windows<Formula>(window, memory.length, [&](const auto run, std::int64_t start, std::int64_t length) {
 #pragma omp simd
-  for (std::int64_t i = 0; i < run.length; ++i) {
-    run.param[i] = a * run.param[i] + b * step_again<Formula>(run, i);
-  }
+    for (std::int64_t i = 0; i < length; ++i) run.param[i] = a * run.param[i] + b * step_again<Formula>(run, i);
+    window.close_weights(start, length);
+  });
 }
 
-template <class Formula, class T>
-void rotate_precisely(const Run& untyped, double a, double b, double c) {
-  const TypedRun<T> run(untyped);
+template <class Formula, class Window>
+void rotate_precisely(const Run& memory, double a, double b, double c) {
+  using T = typename Window::Element;
+  Window window(memory);
+  in_windows<Formula>(window, memory.length, [&](const auto run, std::int64_t start, std::int64_t length) {
 #pragma omp simd
-  for (std::int64_t i = 0; i < run.length; ++i) {
-    const double w = run.param[i], u = step_again<Formula>(run, i);
-    run.param[i] = static_cast<T>(a * w + b * (u - c * w));
-  }
+    for (std::int64_t i = 0; i < length; ++i) {
+      const double w = run.param[i], u = step_again<Formula>(run, i);
+      run.param[i] = static_cast<T>(a * w + b * (u - c * w));
+    }
+    window.close_weights(start, length);
+  });
 }
 
 }  // namespace layca::cpu::LAYCA_INSTRUCTIONS

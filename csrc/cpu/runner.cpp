@@ -13,13 +13,20 @@ constexpr std::int64_t smallest_parallel = 1 << 15;
 
 constexpr int spins_before_yielding = 1000;
 
+// What rotate reads once more per element, after measure.
+int bytes_read_again(const Batch& batch, const Kernels& kernels) {
+  const bool compensated = batch.n_tensors > 0 && batch.tensors[Column::REMAINDER] != 0;
+  return size_of(batch.types.param) + (compensated ? static_cast<int>(sizeof(std::int16_t)) : 0) +
+         kernels.n_states * size_of(batch.types.state) + (kernels.reads_grad ? size_of(batch.types.grad) : 0);
+}
+
 }  // namespace
 
 Runner::Runner(const Batch& batch, const std::string& formula, const std::string& dtype,
                const std::string& instructions)
     : batch_(batch),
       kernels_(find_kernels(formula, dtype, instructions)),
-      plan_(make_plan(batch, kernels_.arrays_read_again * kernels_.item_size)),
+      plan_(make_plan(batch, bytes_read_again(batch, kernels_))),
       progress_(std::make_unique<Progress[]>(plan_.large.size())),
       owners_(plan_.pieces.size()) {
   if (!kernels_.prepare) batch_.step_options = nullptr;
