@@ -2,8 +2,8 @@
 //
 // Functions of one element, host and device, equal to those of the same names in layca_fast/formulas.py. `state` is
 // advanced in place; `step` does not depend on the old state, so that the rotate pass can recompute it and no
-// backend stores u. `options` are the scalars that layca_fast/bases.py makes of a param group, as `prepare` makes them
-// fit this step, where the formula counts its steps.
+// backend keeps u for a whole model. `options` are the scalars that layca_fast/bases.py makes of a param group, as
+// `prepare` makes them fit this step, where the formula counts its steps.
 #pragma once
 
 #include <cmath>
@@ -16,6 +16,7 @@ namespace layca {
 
 struct Uncounted {
   static constexpr bool counts_steps = false;
+  static constexpr bool takes_roots = false;
 
   // Where this is not finite, the gradient counts as 0.
   template <class T>
@@ -33,6 +34,7 @@ struct Uncounted {
 // Formulas that count steps also square gradients: one whose square overflows would leave a mean square of infinity.
 struct Counted {
   static constexpr bool counts_steps = true;
+  static constexpr bool takes_roots = true;  // in `step`: it takes longer than to read it from a cache
 
   template <class T>
   static LAYCA_INLINE T witness(T grad) {

@@ -14,6 +14,7 @@ struct Run {
   void* states[max_states];
   std::int16_t* remainder;  // null where the parameter has none
   Types types;
+  void* steps;  // scratch, where the kernel says so
   const double* options;
   double grad_scale;
   std::int64_t length;
@@ -24,20 +25,30 @@ struct Partial {
   std::int64_t non_finite;
 };
 
+// Where two ways to move the weights stand side by side, the first is w = a*w + b*u in the type of the elements, the
+// second w = a*w + b*(u - c*w) in float64, rounded to that type. The elements of 16-bit parameters are float32.
 struct Kernels {
   const char* formula;
   const char* dtype;  // of the parameters
   // Advance the states of one tile (modified in place) and sum up its dots.
   Partial (*measure)(const Run& run);
-  // w = a*w + b*u in the type of the elements (modified in place).
+  // The same, and leave the steps in `run.steps`: for formulas whose steps take long to make again; otherwise null.
+  Partial (*measure_and_store)(const Run& run);
+  // Measure and move the weights at once.
+  Partial (*step_linearly)(const Run& run, double a, double b);
+  Partial (*step_precisely)(const Run& run, double a, double b, double c);
+  // Move the weights by the steps that the states make once more.
   void (*rotate)(const Run& run, double a, double b);
-  // w = a*w + b*(u - c*w) in float64, rounded to the type (modified in place).
   void (*rotate_precisely)(const Run& run, double a, double b, double c);
+  // Move the weights by the steps in `run.steps`.
+  void (*rotate_stored)(const Run& run, double a, double b);
+  void (*rotate_stored_precisely)(const Run& run, double a, double b, double c);
   // The sum of (u - c*w)^2.
   double (*orthogonal_square)(const Run& run, double c);
   void (*prepare)(double count, const double* group, double* options);  // null where steps are not counted
   int n_states;
-  bool reads_grad;  // rotate after measure, beside the parameter and the states
+  int step_size;    // bytes of an element of `steps`
+  bool reads_grad;  // rotate does, where it makes the steps once more
 };
 
 struct KernelTable {

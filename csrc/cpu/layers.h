@@ -15,7 +15,7 @@ inline Run run_of(const Batch& batch, const Kernels& kernels, const TensorRow& t
   run.param = element(Column::PARAM, batch.types.param);
   run.grad = element(Column::GRAD, batch.types.grad);
   for (int k = 0; k < kernels.n_states; ++k) run.states[k] = element(Column::STATE + k, batch.types.state);
-  if (tensor.columns[Column::REMAINDER]) run.remainder = tensor.pointer<std::int16_t>(Column::REMAINDER) + offset;
+  if (tensor.columns[Column::REMAINDER] != 0) run.remainder = tensor.pointer<std::int16_t>(Column::REMAINDER) + offset;
   run.types = batch.types;
   run.options = tensor.options;
   run.grad_scale = tensor.hyper[Hyper::GRAD_SCALE];
@@ -43,20 +43,48 @@ inline void prepare_options(const Batch& batch, const Kernels& kernels) {
   }
 }
 
-// Advance the states of tiles [first, last) of a layer and write their partial sums.
-inline void measure_tiles(const Batch& batch, const Kernels& kernels, std::int64_t layer, std::int64_t first,
-                          std::int64_t last) {
-  const LayerSpan span = layer_span(batch, layer);
-  if (!span.tensor.has_grad()) return;
+// Go through tiles [first, last) of a layer with `measure_run`, which advances their states, and write their sums.
+template <class MeasureRun>
+void measure_tiles_by(const Batch& batch, const Kernels& kernels, const LayerSpan& span, std::int64_t first,
+                      std::int64_t last, const MeasureRun& measure_run) {
   for (std::int64_t tile = first; tile < last; ++tile) {
     const std::int64_t start = tile * batch.tile, length = std::min(batch.tile, span.length - start);
-    const Partial partial = kernels.measure(run_of(batch, kernels, span.tensor, span.offset + start, length));
+    const Partial partial = measure_run(run_of(batch, kernels, span.tensor, span.offset + start, length));
     double* const dots = batch.partials + 3 * (span.first_tile + tile);
     dots[0] = partial.dots.n2;
     dots[1] = partial.dots.d;
     dots[2] = partial.dots.q;
     batch.partial_counts[span.first_tile + tile] = partial.non_finite;
   }
+}
+
+// Advance the states of tiles [first, last) of a layer and write their sums. `steps`, scratch for as many elements, or
+// null, keeps the steps.
+inline void measure_tiles(const Batch& batch, const Kernels& kernels, std::int64_t layer, std::int64_t first,
+                          std::int64_t last, char* steps = nullptr) {
+  const LayerSpan span = layer_span(batch, layer);
+  if (!span.tensor.has_grad()) return;
+  measure_tiles_by(batch, kernels, span, first, last, [&](Run run) {
+    if (steps == nullptr) return kernels.measure(run);
+    run.steps = steps;
+    steps += run.length * kernels.step_size;
+    return kernels.measure_and_store(run);
+  });
+}
+
+// How a layer moves whatever its dots are; KEEP where it takes these to say.
+inline Rotation foreseen_move(const LayerSpan& span) {
+  if (!span.tensor.has_grad() || span.tensor.flag(Flag::ROTATES)) return keep_rotation(0);
+  return plain_step(1, span.tensor.hyper[Hyper::LR], span.tensor.hyper[Hyper::WEIGHT_DECAY]);
+}
+
+// Measure and rotate in one pass tiles [first, last) of a layer that has a foreseen move.
+inline void step_tiles(const Batch& batch, const Kernels& kernels, const LayerSpan& span, const Rotation& move,
+                       std::int64_t first, std::int64_t last) {
+  measure_tiles_by(batch, kernels, span, first, last, [&](const Run& run) {
+    return move.mode == Mode::PRECISE ? kernels.step_precisely(run, move.a, move.b, move.c)
+                                      : kernels.step_linearly(run, move.a, move.b);
+  });
 }
 
 // Sum up a layer's partial sums, in the order of its tiles, whoever computed them.
@@ -115,18 +143,21 @@ inline void compute_coefficients(const Batch& batch, const Kernels& kernels, std
   row[Coefficient::MODE] = turn.mode;
 }
 
-// Apply a layer's coefficients to its tiles [first, last).
+// Apply a layer's coefficients to its tiles [first, last). `steps`: theirs, as measure_tiles left them, or null.
 inline void rotate_tiles(const Batch& batch, const Kernels& kernels, std::int64_t layer, std::int64_t first,
-                         std::int64_t last) {
+                         std::int64_t last, char* steps = nullptr) {
   const double* const row = batch.coefficients + layer * Coefficient::WIDTH;
   const LayerSpan span = layer_span(batch, layer);
   if (row[Coefficient::MODE] == Mode::KEEP || !span.tensor.has_grad()) return;
   const std::int64_t start = first * batch.tile, end = std::min(last * batch.tile, span.length);
-  const Run run = run_of(batch, kernels, span.tensor, span.offset + start, end - start);
+  Run run = run_of(batch, kernels, span.tensor, span.offset + start, end - start);
+  run.steps = steps;
   if (row[Coefficient::MODE] == Mode::PRECISE) {
-    kernels.rotate_precisely(run, row[Coefficient::A], row[Coefficient::B], row[Coefficient::C]);
+    const auto rotate = steps ? kernels.rotate_stored_precisely : kernels.rotate_precisely;
+    rotate(run, row[Coefficient::A], row[Coefficient::B], row[Coefficient::C]);
   } else {
-    kernels.rotate(run, row[Coefficient::A], row[Coefficient::B]);
+    const auto rotate = steps ? kernels.rotate_stored : kernels.rotate;
+    rotate(run, row[Coefficient::A], row[Coefficient::B]);
   }
 }
 

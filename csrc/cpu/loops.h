@@ -20,10 +20,11 @@ std::int64_t counter_like(double);
 template <class T>
 using Counter = decltype(counter_like(T()));
 
-// Those of one block stay in the first-level cache.
+// What the elements of one block were: it stays in the first-level cache.
 template <class Formula, class T>
-struct OldStates {
-  alignas(64) T of[Formula::n_states > 0 ? Formula::n_states : 1][block_length];
+struct Old {
+  alignas(64) T weights[block_length];
+  alignas(64) T states[Formula::n_states > 0 ? Formula::n_states : 1][block_length];
 };
 
 // What is done about numbers that are not finite, element by element. `Watch` only notices: what the squares of the
@@ -116,44 +117,107 @@ struct Sums {
   }
 };
 
-// New states of element `start + i` in place, the old ones into place i of `old`, and its part of the sums.
-template <class Check, class Formula, class AnyRun, class T>
-LAYCA_INLINE auto advance_element(const AnyRun& run, std::int64_t start, std::int64_t i, int lane,
-                                  OldStates<Formula, T>& old, Sums& sums) {
+// How weights move by coefficients: in their own type, or in float64.
+template <class T>
+struct Linear {
+  T a, b;
+  LAYCA_INLINE T operator()(T w, T u) const { return a * w + b * u; }
+};
+
+// One by one, as an optimizer that takes the base step alone does: a weight without a step keeps its bits, which a
+// denormal number would lose in any arithmetic.
+template <class T>
+struct LinearWhereStepped {
+  Linear<T> move;
+  LAYCA_INLINE T operator()(T w, T u) const { return u == T(0) ? w : move(w, u); }
+};
+
+template <class T>
+struct Precise {
+  double a, b, c;
+  LAYCA_INLINE T operator()(T weight, T step) const {
+    const double w = weight, u = step;
+    return static_cast<T>(a * w + b * (u - c * w));
+  }
+};
+
+// What is done with an element's step u, once it is measured: nothing, or it is stored for rotate, or, where the
+// coefficients do not depend on the dots, the weight w moves at once.
+struct Forget {
+  static constexpr bool moves = false;
+  template <class T>
+  LAYCA_INLINE void operator()(const TypedRun<T>&, std::int64_t, T, T) const {}
+};
+
+struct Store {
+  static constexpr bool moves = false;
+  template <class T>
+  LAYCA_INLINE void operator()(const TypedRun<T>& run, std::int64_t i, T, T u) const {
+    run.steps[i] = u;
+  }
+};
+
+template <class Move>
+struct MoveAtOnce {
+  static constexpr bool moves = true;
+  Move move;
+  template <class T>
+  LAYCA_INLINE void operator()(const TypedRun<T>& run, std::int64_t i, T w, T u) const {
+    run.param[i] = move(w, u);
+  }
+};
+
+// New states of element `start + i` in place, what it was into place i of `old`, and its part of the sums.
+template <class Check, class Formula, class AnyRun, class T, class Use>
+LAYCA_INLINE auto advance_element(const AnyRun& run, std::int64_t start, std::int64_t i, int lane, const Use& use,
+                                  Old<Formula, T>& old, Sums& sums) {
   Check check;
   T state[max_states] = {};
-  for (int k = 0; k < Formula::n_states; ++k) old.of[k][i] = state[k] = run.states[k][start + i];
+  for (int k = 0; k < Formula::n_states; ++k) old.states[k][i] = state[k] = run.states[k][start + i];
+  const T w = run.param[start + i];
+  if (Use::moves) old.weights[i] = w;
   const T grad = check.template gradient<Formula>(run.grad_scale * run.grad[start + i]);
   Formula::advance(grad, state, run.options);
   for (int k = 0; k < Formula::n_states; ++k) run.states[k][start + i] = state[k] = check(run.stored(state[k]));
-  sums.add_product(lane, run.param[start + i], check(Formula::step(grad, state, run.options)));
+  const T u = check(Formula::step(grad, state, run.options));
+  sums.add_product(lane, w, u);
+  use(run, start + i, w, u);
   return check.template trouble<Formula>(grad, state);
 }
 
-// New states and sums of `length` elements from `start`; the sum of the elements' troubles.
-template <class Check, class Formula, class AnyRun, class T>
-LAYCA_INLINE auto advance_block(const AnyRun& run, std::int64_t start, std::int64_t length,
-                                OldStates<Formula, T>& old, Sums& sums) {
+// All that for `length` elements from `start`; the sum of the elements' troubles.
+template <class Check, class Formula, class AnyRun, class T, class Use>
+LAYCA_INLINE auto advance_block(const AnyRun& run, std::int64_t start, std::int64_t length, const Use& use,
+                                Old<Formula, T>& old, Sums& sums) {
   typename Check::Trouble trouble[lanes] = {}, total = 0;
   std::int64_t first = 0;
   for (; first + lanes <= length; first += lanes) {
 #pragma omp simd
     for (int lane = 0; lane < lanes; ++lane) {
-      trouble[lane] += advance_element<Check>(run, start, first + lane, lane, old, sums);
+      trouble[lane] += advance_element<Check>(run, start, first + lane, lane, use, old, sums);
     }
   }
   for (int lane = 0; first + lane < length; ++lane) {
-    trouble[lane] += advance_element<Check>(run, start, first + lane, lane, old, sums);
+    trouble[lane] += advance_element<Check>(run, start, first + lane, lane, use, old, sums);
   }
   for (int lane = 0; lane < lanes; ++lane) total += trouble[lane];
   return total;
 }
 
-template <class Formula, class Window>
-Partial measure(const Run& memory) {
+// Puts back what advance_block has changed.
+template <class Formula, class T, class Use>
+void undo_block(const TypedRun<T>& run, std::int64_t start, std::int64_t length, const Use&,
+                const Old<Formula, T>& old) {
+  const auto bytes = static_cast<std::size_t>(length) * sizeof(T);
+  for (int k = 0; k < Formula::n_states; ++k) std::memcpy(run.states[k] + start, old.states[k], bytes);
+  if (Use::moves) std::memcpy(run.param + start, old.weights, bytes);
+}
+
+template <class Formula, class Window, class Use>
+LAYCA_INLINE Partial advance(const Run& memory, const Use& use) {
   using T = typename Window::Element;
   Window window(memory);
-  OldStates<Formula, T> old;
+  Old<Formula, T> old;
   Sums sums;
   std::int64_t non_finite = 0;
   for (std::int64_t start = 0; start < memory.length; start += block_length) {
@@ -162,19 +226,39 @@ Partial measure(const Run& memory) {
     const std::int64_t first = window.first(start);
     // Summing block by block keeps the rounding error near that of a single addition.
     Sums block_sums;
-    const T watched = advance_block<Watch<T>>(run, first, length, old, block_sums);
+    const T watched = advance_block<Watch<T>>(run, first, length, use, old, block_sums);
     // Cleaning takes longer than watching, and is hardly ever needed.
     if (!is_finite(watched) || !block_sums.squares_are_finite()) {
-      for (int k = 0; k < Formula::n_states; ++k) {
-        std::memcpy(run.states[k] + first, old.of[k], static_cast<std::size_t>(length) * sizeof(T));
-      }
+      undo_block(run, first, length, use, old);
       block_sums = Sums();
-      non_finite += advance_block<Clean<T>>(run, first, length, old, block_sums);
+      non_finite += advance_block<Clean<T>>(run, first, length, use, old, block_sums);
     }
     window.close_states(start, length);
+    if (Use::moves) window.close_weights(start, length);
     sums.add(block_sums);
   }
   return {sums.total(), non_finite};
+}
+
+template <class Formula, class Window>
+Partial measure(const Run& run) {
+  return advance<Formula, Window>(run, Forget());
+}
+
+template <class Formula, class Window>
+Partial measure_and_store(const Run& run) {
+  return advance<Formula, Window>(run, Store());
+}
+
+template <class Formula, class Window>
+Partial step_linearly(const Run& run, double a, double b) {
+  using T = typename Window::Element;
+  return advance<Formula, Window>(run, MoveAtOnce<LinearWhereStepped<T>>{{{static_cast<T>(a), static_cast<T>(b)}}});
+}
+
+template <class Formula, class Window>
+Partial step_precisely(const Run& run, double a, double b, double c) {
+  return advance<Formula, Window>(run, MoveAtOnce<Precise<typename Window::Element>>{{a, b, c}});
 }
 
 // The base step of element i once more, from the states that measure left.
@@ -195,11 +279,11 @@ LAYCA_INLINE double orthogonal_square_of(const TypedRun<T>& run, std::int64_t i,
 }
 
 // Open one window after the other, of which body(run, start, length) sees a run that begins with it.
-template <class Formula, class Window, class Body>
-LAYCA_INLINE void in_windows(Window& window, std::int64_t whole, const Body& body) {
+template <class Window, class Body>
+LAYCA_INLINE void in_windows(Window& window, std::int64_t whole, bool reads_grad, const Body& body) {
   for (std::int64_t start = 0; start < whole; start += Window::width) {
     const std::int64_t length = whole - start < Window::width ? whole - start : Window::width;
-    body(window.open(start, length, Formula::reads_grad), start, length);
+    body(window.open(start, length, reads_grad), start, length);
   }
 }
 
@@ -207,7 +291,7 @@ template <class Formula, class Window>
 double orthogonal_square(const Run& memory, double c) {
   Window window(memory);
   double sums[lanes] = {}, total = 0;
-  in_windows<Formula>(window, memory.length, [&](const auto run, std::int64_t, std::int64_t length) {
+  in_windows(window, memory.length, Formula::reads_grad, [&](const auto run, std::int64_t, std::int64_t length) {
     std::int64_t first = 0;
     for (; first + lanes <= length; first += lanes) {
 #pragma omp simd
@@ -221,30 +305,43 @@ double orthogonal_square(const Run& memory, double c) {
   return total;
 }
 
-template <class Formula, class Window>
-void rotate(const Run& memory, double wide_a, double wide_b) {
-  using T = typename Window::Element;
+// The steps that measure left.
+template <class Formula>
+struct Again {
+  static constexpr bool reads_grad = Formula::reads_grad;
+  template <class T>
+  LAYCA_INLINE T operator()(const TypedRun<T>& run, std::int64_t i) const {
+    return step_again<Formula>(run, i);
+  }
+};
+
+struct Stored {
+  static constexpr bool reads_grad = false;
+  template <class T>
+  LAYCA_INLINE T operator()(const TypedRun<T>& run, std::int64_t i) const {
+    return run.steps[i];
+  }
+};
+
+template <class Window, class Steps, class Move>
+LAYCA_INLINE void move_weights(const Run& memory, const Steps& step_of, const Move& move) {
   Window window(memory);
-  const T a = static_cast<T>(wide_a), b = static_cast<T>(wide_b);
-  in_windows<Formula>(window, memory.length, [&](const auto run, std::int64_t start, std::int64_t length) {
+  in_windows(window, memory.length, Steps::reads_grad, [&](const auto run, std::int64_t start, std::int64_t length) {
 #pragma omp simd
-    for (std::int64_t i = 0; i < length; ++i) run.param[i] = a * run.param[i] + b * step_again<Formula>(run, i);
+    for (std::int64_t i = 0; i < length; ++i) run.param[i] = move(run.param[i], step_of(run, i));
     window.close_weights(start, length);
   });
 }
 
-template <class Formula, class Window>
-void rotate_precisely(const Run& memory, double a, double b, double c) {
+template <class Steps, class Window>
+void rotate(const Run& run, double a, double b) {
   using T = typename Window::Element;
-  Window window(memory);
-  in_windows<Formula>(window, memory.length, [&](const auto run, std::int64_t start, std::int64_t length) {
-#pragma omp simd
-    for (std::int64_t i = 0; i < length; ++i) {
-      const double w = run.param[i], u = step_again<Formula>(run, i);
-      run.param[i] = static_cast<T>(a * w + b * (u - c * w));
-    }
-    window.close_weights(start, length);
-  });
+  move_weights<Window>(run, Steps(), Linear<T>{static_cast<T>(a), static_cast<T>(b)});
+}
+
+template <class Steps, class Window>
+void rotate_precisely(const Run& run, double a, double b, double c) {
+  move_weights<Window>(run, Steps(), Precise<typename Window::Element>{a, b, c});
 }
 
 }  // namespace layca::cpu::LAYCA_INSTRUCTIONS

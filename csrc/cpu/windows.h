@@ -21,12 +21,14 @@ struct TypedRun {
   T* param;
   const T* grad;
   T* states[max_states];
+  T* steps;
   T options[max_options];
   T grad_scale;
 
   explicit TypedRun(const Run& run)
       : param(static_cast<T*>(run.param)),
         grad(static_cast<const T*>(run.grad)),
+        steps(static_cast<T*>(run.steps)),
         grad_scale(static_cast<T>(run.grad_scale)) {
     for (int k = 0; k < max_states; ++k) states[k] = static_cast<T*>(run.states[k]);
     for (int k = 0; k < max_options; ++k) options[k] = static_cast<T>(run.options[k]);
@@ -36,8 +38,9 @@ struct TypedRun {
   LAYCA_INLINE T stored(T state) const { return state; }
 };
 
-template <class T, class Formula>
-struct InPlace {
+template <class T>
+class InPlace {
+ public:
   using Element = T;
   // One window is as wide as the run.
   static constexpr std::int64_t width = INT64_MAX / 2;
@@ -100,7 +103,7 @@ struct BufferedRun : TypedRun<float> {
   }
 };
 
-template <class Formula>
+template <int n_states>
 class Buffered {
  public:
   using Element = float;
@@ -117,8 +120,9 @@ class Buffered {
     } else {
       is_bfloat16 ? widen<Bfloat16>(param, param_, length) : widen<Float16>(param, param_, length);
     }
+    run_.steps = static_cast<float*>(memory_.steps) + (memory_.steps ? start : 0);
     if (reads_grad) run_.grad = readable(memory_.types.grad, memory_.grad, start, length, grad_);
-    for (int k = 0; k < Formula::n_states; ++k) {
+    for (int k = 0; k < n_states; ++k) {
       // Its own buffer, or memory, which may be written to.
       run_.states[k] =
           const_cast<float*>(readable(memory_.types.state, memory_.states[k], start, length, states_[k]));
@@ -130,7 +134,7 @@ class Buffered {
 
   LAYCA_INLINE void close_states(std::int64_t start, std::int64_t length) const {
     if (memory_.types.state == Type::FLOAT32) return;
-    for (int k = 0; k < Formula::n_states; ++k) {
+    for (int k = 0; k < n_states; ++k) {
       narrow<Bfloat16>(states_[k], halves(memory_.states[k]) + start, length);
     }
   }
@@ -163,7 +167,7 @@ class Buffered {
   BufferedRun run_;
   alignas(64) float param_[block_length];
   alignas(64) float grad_[block_length];
-  alignas(64) float states_[Formula::n_states > 0 ? Formula::n_states : 1][block_length];
+  alignas(64) float states_[n_states > 0 ? n_states : 1][block_length];
 };
 
 }  // namespace layca::cpu::LAYCA_INSTRUCTIONS
