@@ -46,6 +46,8 @@ class CpuBackend(Backend):
 
     name = "cpu"
     tile = 4096
+    #: Of those in ``_cpu.instruction_sets``; None: the best. Batches that were stepped before keep to theirs.
+    instructions: str | None = None
 
     def __init__(self) -> None:
         self._native, self._reason = _import_native()
@@ -72,6 +74,7 @@ class CpuBackend(Backend):
                 tile=batch.tile,
                 formula=batch.formula.name,
                 **{name: str(getattr(batch, name)).removeprefix("torch.") for name in DTYPES},
+                instructions=self.instructions,
             )
             views[batch.grad_dtype] = view
         return view
