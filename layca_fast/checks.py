@@ -60,8 +60,8 @@ def check_parameter(tensor: Tensor, label: str) -> None:
         raise TypeError(f"{name} is complex: pass torch.view_as_real(parameter) as the parameter instead")
     if tensor.dtype not in DTYPES:
         raise TypeError(
-            f"{name}: only float64, float32, bfloat16 and float16 parameters can be trained; keep the parameters in one "
-            f"of these, and convert them to {tensor.dtype} in the forward pass"
+            f"{name}: only float64, float32, bfloat16 and float16 parameters can be trained; keep the parameters in "
+            f"one of these, and convert them to {tensor.dtype} in the forward pass"
         )
     if tensor.is_meta:
         raise ValueError(f"{name} is on the meta device: materialize it first, with module.to_empty(device=...)")

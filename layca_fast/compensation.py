@@ -84,7 +84,7 @@ def join(param: Tensor, remainder: Tensor) -> Tensor:
         half = param.float()
         return half + rest * _unit(half)
     bits = param.view(torch.int16).int()
-    # Whoever writes a zero to a parameter leaves the old remainder, which would make a NaN of it: -1 in all bits is one.
+    # Whoever writes a zero to a parameter leaves the old remainder. A negative one would make a NaN of it.
     rest = torch.where(bits & 0x7FFF == 0, rest.clamp(min=0), rest)
     return ((bits << 16) + rest).view(torch.float32)
 

@@ -66,8 +66,8 @@ def check_shapes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                 _check_count(value, describe(label, param))
             elif name == "remainder" and value.dtype != torch.bfloat16:
                 raise ValueError(
-                    f"state_dict: {name!r} has dtype {value.dtype} for {describe(label, param)}: it holds raw bits in a "
-                    "bfloat16 tensor, which no conversion keeps. Load it as it was saved, or leave it out"
+                    f"state_dict: {name!r} has dtype {value.dtype} for {describe(label, param)}: it holds raw bits in "
+                    "a bfloat16 tensor, which no conversion keeps. Load it as it was saved, or leave it out"
                 )
             if tuple(value.shape) != expected:
                 raise ValueError(

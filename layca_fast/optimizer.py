@@ -70,7 +70,7 @@ class FusedLayca(Optimizer):
     Every argument may be set per param group. State per tensor: what torch's optimizer of that name keeps
     (``momentum_buffer``, ``exp_avg``, ``step``, ...), with ``step`` where the tensor is; and ``radius``, float64 of
     shape (layers,), 0 until a step moves the layer, where the tensor rotates; and ``remainder``, raw 16-bit integers in
-    a bfloat16 tensor, where it is compensated: what :meth:`effective_weight` makes of both is the weight. Under rotate=False each base takes the
+    a bfloat16 tensor, where it is compensated: see :meth:`effective_weight`. Under rotate=False each base takes the
     step of torch's optimizer, with decoupled weight decay (so adam is AdamW).
 
     Raises TypeError or ValueError for options and tensors that it cannot take, before anything is modified.
@@ -167,7 +167,8 @@ class FusedLayca(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by torch's load_state_dict, on an optimizer that has made its plan.
         super().__setstate__(state)
-        for name, value in {"_plan": None, "_lr_is_recommended": False, "_warned": False, "_warned_of_types": False}.items():
+        flags = dict.fromkeys(("_lr_is_recommended", "_warned", "_warned_of_types"), False)
+        for name, value in {"_plan": None, **flags}.items():
             self.__dict__.setdefault(name, value)
         self._stale = True
         # A group from an older version may lack options; torch's own additions to the defaults are none of ours.
@@ -276,9 +277,11 @@ class FusedLayca(Optimizer):
         self._stale = True
 
     def effective_weight(self, param: Tensor) -> Tensor:
-        """The weight that a 16-bit ``param`` and its remainder stand for, float32; a copy of ``param`` where it has none.
+        """The float32 weight that a 16-bit ``param`` and its remainder stand for; without one, a copy of ``param``.
 
-        What evaluation at full precision, and export to float32, should take. A new tensor of the parameter's shape.
+        A new tensor of the parameter's shape: what export to float32 should take. Where somebody else has written to
+        the parameter, its old remainder counts until ``del optimizer.state[param]["remainder"]``: the weight is within
+        half an ulp of what was written.
         """
         remainder = self.state.get(param, {}).get("remainder")
         if remainder is None or param.dtype not in HALVES:

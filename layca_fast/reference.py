@@ -145,10 +145,10 @@ RULES: dict[str, Callable[..., Tensor]] = {"layca": layca, "hyperball": hyperbal
 def weight_of(param: Tensor, remainder: Tensor) -> Tensor:
     """The float32 weights that a 16-bit parameter and its ``remainder`` state stand for.
 
-    Such a parameter trains as a float32 one that starts from the same numbers, so its specification is the step below on
-    these weights. The remainder is a signed 16-bit integer, as raw bits in a bfloat16 tensor of the parameter's shape. Of
-    bfloat16 it counts steps between neighbouring float32 numbers, away from zero where it is positive; of float16 it
-    counts parts of the distance between neighbouring float16 numbers, 2**15 of them.
+    Such a parameter trains as a float32 one that starts from the same numbers, so its specification is the step below
+    on these weights. The remainder is a signed 16-bit integer, as raw bits in a bfloat16 tensor of the parameter's
+    shape. Of bfloat16 it counts steps between neighbouring float32 numbers, away from zero where it is positive; of
+    float16 it counts parts of the distance between neighbouring float16 numbers, 2**15 of them.
     """
     count = remainder.view(torch.int16).long()
     if param.dtype == torch.bfloat16:

@@ -35,7 +35,11 @@ every_base = pytest.mark.parametrize("base", BASE_OPTIONS, ids=str)
 
 def half_optimizer(backend: str, dtype: torch.dtype, **options: Any) -> FusedLayca:
     params = [parameter(*shape, backend=backend, dtype=dtype) for shape in ((6, 5), (7,), (4, 3, 2))]
-    groups = [{"params": params[:1]}, {"params": params[1:2], "weight_decay": 0.05}, {"params": params[2:], "chunks": 2}]
+    groups = [
+        {"params": params[:1]},
+        {"params": params[1:2], "weight_decay": 0.05},
+        {"params": params[2:], "chunks": 2},
+    ]
     return FusedLayca(groups, 0.02, backend=backend, **options)
 
 
@@ -115,9 +119,7 @@ def test_a_run_resumes_bit_for_bit_in_triton(dtype: torch.dtype, seed: int) -> N
     check_resuming("triton", {"base": "adam"}, dtype, BF16)
 
 
-def check_resuming(
-    backend: str, base: Mapping[str, Any], dtype: torch.dtype, state_dtype: torch.dtype | None
-) -> None:
+def check_resuming(backend: str, base: Mapping[str, Any], dtype: torch.dtype, state_dtype: torch.dtype | None) -> None:
     """Nothing of the state is cast, though torch would make everything the parameter's type."""
     ours = half_optimizer(backend, dtype, **base, state_dtype=state_dtype)
     grads = random_gradients(params_of(ours), 4)
@@ -289,5 +291,3 @@ def test_a_network_of_16_bits_with_layer_groups(backend: str, seed: int) -> None
         state = optimizer.state[layer.weight]
         weight: Tensor = join(layer.weight.detach(), state["remainder"])
         assert float(weight.double().norm()) == pytest.approx(float(state["radius"]), rel=2e-7)
-
-

@@ -33,9 +33,7 @@ from .support import (
 SENTINEL = -12288.0
 
 
-every_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
-)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,9 @@ def check_layout(layout: Layout, backend: str, dtype: torch.dtype, home: torch.d
     options: dict[str, Any] = {"chunks": layout.chunks, "rotate": layout.rotate, "momentum": 0.9, "nesterov": True}
     values = torch.randn(layout.shape, dtype=dtype).to(home)
     half = dtype in HALVES
-    arenas = [Arena(layout, each) for each in (values, torch.zeros_like(values, dtype=torch.float32 if half else dtype))]
+    arenas = [
+        Arena(layout, each) for each in (values, torch.zeros_like(values, dtype=torch.float32 if half else dtype))
+    ]
     param = Parameter(arenas[0].view)
     optimizer = FusedLayca([param], 0.1, backend=backend, **options)
     plain = FusedLayca([Parameter(values.float() if half else values.clone())], 0.1, backend="torch", **options)
@@ -122,7 +122,9 @@ def check_layout(layout: Layout, backend: str, dtype: torch.dtype, home: torch.d
     if half:
         (twin,) = params_of(plain)
         assert relative_distance(optimizer.effective_weight(param), twin) <= tolerance
-        assert relative_distance(optimizer.state[param]["momentum_buffer"], plain.state[twin]["momentum_buffer"]) <= 1e-6
+        assert (
+            relative_distance(optimizer.state[param]["momentum_buffer"], plain.state[twin]["momentum_buffer"]) <= 1e-6
+        )
     else:
         assert_close(optimizer, plain, tolerance)
     assert all(optimizer.state[param][name] is view for name, view in given.items()), "moved without need"

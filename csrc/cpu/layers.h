@@ -110,7 +110,8 @@ inline double measure_orthogonal_square(const Batch& batch, const Kernels& kerne
   double sum = 0;
   for (std::int64_t start = 0; start < span.length; start += batch.tile) {
     const std::int64_t length = std::min(batch.tile, span.length - start);
-    sum += kernels.orthogonal_square(run_of(batch, kernels, span.tensor, span.offset + start, length), dots.d / dots.n2);
+    sum +=
+        kernels.orthogonal_square(run_of(batch, kernels, span.tensor, span.offset + start, length), dots.d / dots.n2);
   }
   return sum;
 }

@@ -12,10 +12,8 @@ struct InstructionSet {
   KernelTable table;
 };
 
-constexpr std::array<std::pair<const char*, Type>, 4> types = {{{"float32", Type::FLOAT32},
-                                                                {"float64", Type::FLOAT64},
-                                                                {"bfloat16", Type::BFLOAT16},
-                                                                {"float16", Type::FLOAT16}}};
+constexpr std::array<std::pair<const char*, Type>, 4> types = {
+    {{"float32", Type::FLOAT32}, {"float64", Type::FLOAT64}, {"bfloat16", Type::BFLOAT16}, {"float16", Type::FLOAT16}}};
 
 std::vector<InstructionSet> available() {
   std::vector<InstructionSet> sets;

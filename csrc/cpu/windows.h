@@ -124,8 +124,7 @@ class Buffered {
     if (reads_grad) run_.grad = readable(memory_.types.grad, memory_.grad, start, length, grad_);
     for (int k = 0; k < n_states; ++k) {
       // Its own buffer, or memory, which may be written to.
-      run_.states[k] =
-          const_cast<float*>(readable(memory_.types.state, memory_.states[k], start, length, states_[k]));
+      run_.states[k] = const_cast<float*>(readable(memory_.types.state, memory_.states[k], start, length, states_[k]));
     }
     return run_;
   }

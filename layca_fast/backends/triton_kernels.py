@@ -25,6 +25,7 @@ from ..tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Hyper, Layer
 from .triton_formulas import constant, device_function, finite_or_zero, lower
 from .triton_types import VECTOR, decode, encode, load, load_weight, pointers, store_weight
 
+
 def _constants(*members: IntEnum) -> tuple[Any, ...]:
     return tuple(constant(int(member)) for member in members)
 

@@ -1,14 +1,13 @@
 """How numbers lie in memory and what formulas compute with: loads, stores and conversions of the Triton kernels.
 
-``STORED`` is the type of an array in memory, ``ELEMENT`` the one to compute in. bfloat16 is stored as tl.int16: it is the
-upper half of a float32, and the interpreter would not round to it. A 16-bit parameter and its remainder make one float32
-as ``layca_fast/compensation.py`` says.
+``STORED`` is the type of an array in memory, ``ELEMENT`` the one to compute in. bfloat16 is stored as tl.int16: it is
+the upper half of a float32, and the interpreter would not round to it. A 16-bit parameter and its remainder make one
+float32 as ``layca_fast/compensation.py`` says.
 """
 
 # Triton's values have no static types.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # The compiler demands one type of all returns, but of a branch that it leaves out.
-# ruff: noqa: RET505
 
 import torch
 import triton.language as tl
@@ -45,7 +44,7 @@ def _load_stored(address, lanes, inside, STORED: tl.constexpr, ALIGNED: tl.const
 @device_function
 def decode(stored, STORED: tl.constexpr, ELEMENT: tl.constexpr):
     """What the stored bits stand for."""
-    if STORED == tl.int16:
+    if tl.int16 == STORED:
         return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         return stored.to(ELEMENT)
@@ -54,7 +53,7 @@ def decode(stored, STORED: tl.constexpr, ELEMENT: tl.constexpr):
 @device_function
 def encode(x, STORED: tl.constexpr):
     """``x`` rounded to what can be stored, halves to even."""
-    if STORED == tl.int16:
+    if tl.int16 == STORED:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
@@ -78,7 +77,7 @@ def _unit_exponent(half):
 
 @device_function
 def _join(stored, remainder, STORED: tl.constexpr):
-    if STORED == tl.int16:
+    if tl.int16 == STORED:
         bits, rest = stored.to(tl.int32), remainder.to(tl.int32)
         # A zero that somebody else wrote, with a remainder that was not meant for it.
         rest = tl.where((bits & 0x7FFF) == 0, tl.maximum(rest, 0), rest)
@@ -90,7 +89,7 @@ def _join(stored, remainder, STORED: tl.constexpr):
 
 @device_function
 def _split(x, STORED: tl.constexpr):
-    if STORED == tl.int16:
+    if tl.int16 == STORED:
         bits = x.to(tl.int32, bitcast=True)
         # Rounding some of the bits that stand for NaN would make a zero of them.
         stored = tl.where(x == x, (bits + 0x8000) >> 16, 0x7FC0)
