@@ -24,6 +24,7 @@ struct Column {
     HYPER,        // row in the hyperparameter table
     FLAGS,
     RULE,
+    REMAINDER,  // of a 16-bit parameter, int16; 0 where it has none
     WIDTH
   };
 };
@@ -58,6 +59,16 @@ struct Coefficient {
   enum : int { A = 0, B, C, MODE, WIDTH };
 };
 
+// Types of elements in memory.
+enum class Type : int { FLOAT32 = 0, FLOAT64, BFLOAT16, FLOAT16 };
+
+// Of parameters, gradients and states. Formulas run in float64 where parameters have it, otherwise in float32.
+struct Types {
+  Type param, grad, state;
+};
+
+LAYCA_HOST_DEVICE constexpr int size_of(Type type) { return type == Type::FLOAT64 ? 8 : type == Type::FLOAT32 ? 4 : 2; }
+
 // The tables of one batch. `partials` (tiles, 3) and `partial_counts` (tiles) are scratch. `step_options` (tensors,
 // max_options) are this step's options of every tensor, or null where the formula does not count its steps.
 struct Batch {
@@ -73,6 +84,7 @@ struct Batch {
   std::int64_t n_tensors;
   std::int64_t n_layers;
   std::int64_t tile;
+  Types types;
 };
 
 // One row of the tensor table with its row of hyperparameters and its options in this step.

@@ -30,6 +30,7 @@ std::unique_ptr<cpu::Runner> make_view(Address tensors, Address hypers, Address 
                                        Address dots, Address coefficients, Address counts, Address partials,
                                        Address partial_counts, std::int64_t n_tensors, std::int64_t n_layers,
                                        std::int64_t tile, const std::string& formula, const std::string& dtype,
+                                       const std::string& grad_dtype, const std::string& state_dtype,
                                        const std::optional<std::string>& instructions) {
   Batch batch{};
   batch.tensors = pointer<const std::int64_t>(tensors);
@@ -44,6 +45,7 @@ std::unique_ptr<cpu::Runner> make_view(Address tensors, Address hypers, Address 
   batch.n_tensors = n_tensors;
   batch.n_layers = n_layers;
   batch.tile = tile;
+  batch.types = {cpu::find_type(dtype), cpu::find_type(grad_dtype), cpu::find_type(state_dtype)};
   return std::make_unique<cpu::Runner>(batch, formula, dtype, instructions.value_or(cpu::instruction_sets().front()));
 }
 
@@ -58,7 +60,8 @@ Columns columns() {
        {LAYCA_COLUMN(Column, PARAM), LAYCA_COLUMN(Column, GRAD), LAYCA_COLUMN(Column, STATE),
         LAYCA_COLUMN(Column, STEP), LAYCA_COLUMN(Column, RADIUS), LAYCA_COLUMN(Column, NUMEL),
         LAYCA_COLUMN(Column, LAYERS), LAYCA_COLUMN(Column, FIRST_LAYER), LAYCA_COLUMN(Column, HYPER),
-        LAYCA_COLUMN(Column, FLAGS), LAYCA_COLUMN(Column, RULE), LAYCA_COLUMN(Column, WIDTH)}},
+        LAYCA_COLUMN(Column, FLAGS), LAYCA_COLUMN(Column, RULE), LAYCA_COLUMN(Column, REMAINDER),
+        LAYCA_COLUMN(Column, WIDTH)}},
       {"Flag", {LAYCA_COLUMN(Flag, ROTATES), LAYCA_COLUMN(Flag, CURRENT)}},
       {"Hyper",
        {LAYCA_COLUMN(Hyper, LR), LAYCA_COLUMN(Hyper, WEIGHT_DECAY), LAYCA_COLUMN(Hyper, GRAD_SCALE),
@@ -121,7 +124,7 @@ PYBIND11_MODULE(_cpu, module) {
       .def(py::init(&layca::make_view), py::kw_only(), py::arg("tensors"), py::arg("hypers"), py::arg("step_options"),
            py::arg("layers"), py::arg("dots"), py::arg("coefficients"), py::arg("counts"), py::arg("partials"),
            py::arg("partial_counts"), py::arg("n_tensors"), py::arg("n_layers"), py::arg("tile"), py::arg("formula"),
-           py::arg("dtype"), py::arg("instructions") = py::none())
+           py::arg("dtype"), py::arg("grad_dtype"), py::arg("state_dtype"), py::arg("instructions") = py::none())
       .def("measure", &Runner::measure, py::arg("threads"), without_gil)
       .def("coefficients", &Runner::coefficients, without_gil)
       .def("rotate", &Runner::rotate, py::arg("threads"), without_gil)

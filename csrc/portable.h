@@ -7,6 +7,14 @@
 #define LAYCA_HOST_DEVICE
 #endif
 
+#if defined(__GNUC__) || defined(__clang__)
+#define LAYCA_NOINLINE __attribute__((noinline))
+#elif defined(_MSC_VER)
+#define LAYCA_NOINLINE __declspec(noinline)
+#else
+#define LAYCA_NOINLINE
+#endif
+
 // The formulas must be inlined into the kernel that calls them: that is where they are vectorised, and each clone of a
 // kernel compiles them for its own instruction set.
 #if defined(__GNUC__) || defined(__clang__)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-#: Names of the formulas that it has kernels for, each for float32 and float64.
+#: Names of the formulas that it has kernels for, each for all types of parameters.
 formulas: list[str]
 
 #: The instruction sets that this processor has of those that the kernels were compiled for, the best (default) first.
@@ -33,6 +33,8 @@ class BatchView:
         tile: int,
         formula: str,
         dtype: str,
+        grad_dtype: str,
+        state_dtype: str,
         instructions: str | None = None,
     ) -> None: ...
     def measure(self, threads: int) -> None: ...

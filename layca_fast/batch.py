@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .bases import Base, Formula
 from .checks import check_gradient
+from .compensation import compute_dtype
 from .formulas import RULES
 from .hypers import Hyperparameters
 from .tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Layer, Tile
@@ -30,6 +31,7 @@ class Slot:
     the formula does not count them), ``radius`` the float64 state (None where the tensor does not rotate), ``layers``
     the number of equal slices, ``dense`` whether these lie in memory one after the other, ``fresh`` whether the state
     was created for the coming step. ``entry`` is what the optimizer keeps for the parameter: the states by their names.
+    ``remainder`` completes a 16-bit parameter (compensation.py); None where it has none.
     """
 
     param: Tensor
@@ -43,17 +45,18 @@ class Slot:
     dense: bool
     fresh: bool
     entry: Mapping[str, Any] = field(default_factory=dict)
+    remainder: Tensor | None = None
 
-    def gradient(self) -> Tensor | None:
+    def gradient(self, dtype: torch.dtype) -> Tensor | None:
         """This step's gradient, checked, with the parameter's strides where kernels walk both as one run of memory."""
         grad = self.param.grad
         if grad is None:
             return None
         check_gradient(grad, self.param, self.label)
-        grad = grad.resolve_neg()
+        grad = grad.resolve_neg().to(dtype)
         if not self.dense or grad.stride() == self.param.stride():
             return grad
-        return torch.empty_like(self.param).copy_(grad)
+        return torch.empty_like(self.param, dtype=dtype).copy_(grad)
 
     @property
     def flags(self) -> int:
@@ -74,6 +77,10 @@ def scalar_device(device: torch.device) -> torch.device:
 class Batch:
     """The tables for ``slots``: tensors of one device, dtype and formula, cut into tiles of ``tile`` elements.
 
+    All of them have a remainder or none has. Formulas run in ``compute_dtype``, on states of ``state_dtype`` and on
+    gradients of ``grad_dtype``, which may differ from step to step: the parameters' own type, or ``compute_dtype``
+    where one of them has a gradient of another.
+
     The structure (which tensors, how many layers) is fixed at construction; :meth:`refresh` brings pointers and
     hyperparameters up to date before each step and :meth:`release` lets the gradients go after it. A backend reads
     ``tensors`` (tensors, Column.WIDTH), ``hypers`` (rows, Hyper.WIDTH), ``layers`` (layers, Layer.WIDTH) and ``tiles``
@@ -91,6 +98,10 @@ class Batch:
         self._grad_addresses: bytes | None = None
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
+        self.compute_dtype = compute_dtype(self.dtype)
+        self.state_dtype = self.slots[0].states[0].dtype if formula.states else self.compute_dtype
+        self.grad_dtype = self.dtype
+        self.compensated = self.slots[0].remainder is not None
         self._home = scalar_device(self.device)
         self.n_layers = sum(slot.layers for slot in self.slots)
         self.dots = torch.zeros(self.n_layers, 3, dtype=torch.float64, device=self._home)
@@ -110,6 +121,7 @@ class Batch:
         table.set_column(Column.RADIUS, addresses([slot.radius for slot in self.slots]))
         table.set_column(Column.STEP, addresses([slot.step for slot in self.slots]))
         table.set_column(Column.PARAM, addresses(self.params))
+        table.set_column(Column.REMAINDER, addresses([slot.remainder for slot in self.slots]))
         for i, states in enumerate(self.states):
             table.set_column(Column.STATE + i, addresses(states))
 
@@ -120,6 +132,7 @@ class Batch:
         self._set_hyper_rows()
         columns = {name: [(slot.entry, slot.states[i]) for slot in self.slots] for i, name in enumerate(formula.states)}
         columns["step"] = [(slot.entry, slot.step) for slot in self.slots if slot.step is not None]
+        columns["remainder"] = [(slot.entry, slot.remainder) for slot in self.slots if slot.remainder is not None]
         columns["radius"] = [(slot.entry, slot.radius) for slot in self.slots if slot.radius is not None]
         self._entries = Entries(columns)
         self._layouts = Layouts(self.params)
@@ -134,10 +147,13 @@ class Batch:
     def take_gradients(self) -> None:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
         self.grads = gradients(self.params)
+        self.grad_dtype = self.dtype
         self._grad_addresses = self._layouts.fit(self.grads)
         if self._grad_addresses is None:
-            # All else goes the slow way: gradients that are missing, lie otherwise, or are wrong.
-            self.grads = [slot.gradient() for slot in self.slots]
+            # All else goes the slow way: gradients that are missing, lie otherwise, are of another type, or are wrong.
+            if any(grad is not None and grad.dtype != self.dtype for grad in self.grads):
+                self.grad_dtype = self.compute_dtype
+            self.grads = [slot.gradient(self.grad_dtype) for slot in self.slots]
 
     def check_capture(self) -> None:
         """Raise RuntimeError if the host would have to do something for the step that is being captured."""

@@ -14,7 +14,8 @@ from .formulas import RULES
 from .layout import overlaps
 
 RADII = ("initial", "current")
-DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+STATE_DTYPES = (None, torch.bfloat16, torch.float32)
 
 
 def labelled(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], str, Tensor]]:
@@ -59,8 +60,8 @@ def check_parameter(tensor: Tensor, label: str) -> None:
         raise TypeError(f"{name} is complex: pass torch.view_as_real(parameter) as the parameter instead")
     if tensor.dtype not in DTYPES:
         raise TypeError(
-            f"{name}: this version trains float32 and float64 parameters; keep the parameters in float32 and let "
-            f"torch.autocast run the model in {tensor.dtype}"
+            f"{name}: only float64, float32, bfloat16 and float16 parameters can be trained; keep the parameters in "
+            f"one of these, and convert them to {tensor.dtype} in the forward pass"
         )
     if tensor.is_meta:
         raise ValueError(f"{name} is on the meta device: materialize it first, with module.to_empty(device=...)")
@@ -80,7 +81,9 @@ def check_gradient(grad: Tensor, param: Tensor, label: str) -> None:
         raise TypeError(f"{name} has layout {grad.layout}: FusedLayca needs dense gradients (sparse=False)")
     if _is_wrapper(grad):
         raise TypeError(f"{name} is a {type(grad).__name__}: FusedLayca reads plain tensors only")
-    for what in ("shape", "dtype", "device"):
+    if not grad.is_floating_point():
+        raise TypeError(f"{name} is no floating-point tensor: its parameter is {param.dtype}")
+    for what in ("shape", "device"):
         theirs, ours = getattr(grad, what), getattr(param, what)
         if theirs != ours:
             raise ValueError(f"{name} has {what} {theirs}, its parameter {ours}: they must be the same")
@@ -124,6 +127,12 @@ def check_group(group: Mapping[str, Any]) -> None:
     check_choice(group, "backend", ("auto", *MODULES))
     check_choice(group, "maximize", (False, True))
     check_choice(group, "capturable", (False, True))
+    check_choice(group, "state_dtype", STATE_DTYPES)
+    if not any(group["compensate"] is each for each in (None, True, False)):
+        raise ValueError(
+            f"compensate={group['compensate']!r}: must be True or False (whether 16-bit parameters keep the rest of "
+            "their bits), or None (they do)"
+        )
     if group["rotate"] not in (None, True, False):
         raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (tensors of 2 or more dimensions)")
     check_chunks(group["chunks"])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,7 +22,7 @@ from .checks import count_layers, describe, labelled
 OUR_OPTIONS = {"base", "rule", "rotate"}
 
 #: State that the kernels read; whatever else a checkpoint holds is kept as it is.
-OUR_STATES = {"radius", "step", *(name for formula in FORMULAS.values() for name in formula.states)}
+OUR_STATES = {"radius", "remainder", "step", *(name for formula in FORMULAS.values() for name in formula.states)}
 
 
 def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, Tensor, Any]]:
@@ -63,6 +64,11 @@ def check_shapes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             elif name == "step":
                 expected = ()
                 _check_count(value, describe(label, param))
+            elif name == "remainder" and value.dtype != torch.bfloat16:
+                raise ValueError(
+                    f"state_dict: {name!r} has dtype {value.dtype} for {describe(label, param)}: it holds raw bits in "
+                    "a bfloat16 tensor, which no conversion keeps. Load it as it was saved, or leave it out"
+                )
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"state_dict: {name!r} has shape {tuple(value.shape)}, but {describe(label, param)} needs "

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from .bases import BASES, Base, recommended_rate, scaled_rate
 from .capture import is_capturing
 from .checks import check_choice, check_group, check_options, check_parameter, find_base, labelled
+from .compensation import HALVES, join, lost_rotation
 from .loading import adopt, check_shapes, is_foreign, restore_types
 from .plan import Plan, rotates
 from .stats import RotationStats, rotation_stats
@@ -19,7 +20,8 @@ from .unscaling import LossScale
 
 #: What every group holds whatever its base is.
 COMMON_OPTIONS = (
-    *("lr", "base", "rule", "rotate", "chunks", "radius", "weight_decay", "maximize", "capturable", "backend"),
+    *("lr", "base", "rule", "rotate", "chunks", "radius", "weight_decay", "maximize"),
+    *("compensate", "state_dtype", "capturable", "backend"),
 )
 
 
@@ -42,8 +44,8 @@ class FusedLayca(Optimizer):
     """Layca (arXiv 1806.01603): every layer keeps its norm and turns by exactly atan(lr) per step.
 
     Args:
-        params: tensors, named tensors or param groups, as for any torch optimizer; float32 or float64, dense. Updated
-            in place by :meth:`step`; their ``.grad`` is never modified.
+        params: tensors, named tensors or param groups, as for any torch optimizer; float32, float64, bfloat16 or
+            float16, dense. Updated in place by :meth:`step`; their ``.grad``, of any floating type, is never modified.
         lr: rotation rate, float or tensor of one element: a rotating layer turns by atan(lr) radians per step; other
             tensors take the plain base step scaled by lr. None: 3**-3 where the direction is one step's gradient,
             3**-5 where it is averaged over steps: momentum, sgd_amom, adam, lion (paper, section 4).
@@ -58,6 +60,11 @@ class FusedLayca(Optimizer):
             moved it, or "current", its norm before the step.
         weight_decay: decoupled decay of the tensors that do not rotate. Ignored, with a warning, where they do.
         maximize: ascend instead of descend.
+        compensate: whether bfloat16 and float16 parameters keep the rest of their bits in the state ``remainder``, 2
+            bytes a weight, so that they turn as float32 ones do: True, False, or None for True. Without it a warning
+            says so once where lr is less than the type can carry.
+        state_dtype: of the base's buffers for bfloat16 and float16 parameters: torch.float32, torch.bfloat16, or None
+            for float32. Buffers of other parameters have their parameter's type.
         capturable: let :meth:`step` be captured into a CUDA graph, after a first step outside of it. Replays take lr
             from the tensor that it is, on the parameters' device, and the rest as :meth:`sync_hyperparameters` left it.
         backend: "auto", "cpu", "triton", "cuda" or "torch": see :func:`layca_fast.backends`.
@@ -69,7 +76,8 @@ class FusedLayca(Optimizer):
 
     Every other argument may be set per param group. State per tensor: what torch's optimizer of that name keeps
     (``momentum_buffer``, ``exp_avg``, ``step``, ...), with ``step`` where the tensor is; and ``radius``, float64 of
-    shape (layers,), 0 until a step moves the layer, where the tensor rotates. Under rotate=False each base takes the
+    shape (layers,), 0 until a step moves the layer, where the tensor rotates; and ``remainder``, raw 16-bit integers in
+    a bfloat16 tensor, where it is compensated: see :meth:`effective_weight`. Under rotate=False each base takes the
     step of torch's optimizer, with decoupled weight decay (so adam is AdamW).
 
     Raises TypeError or ValueError for options and tensors that it cannot take, before anything is modified.
@@ -87,6 +95,8 @@ class FusedLayca(Optimizer):
         radius: str = "initial",
         weight_decay: float = 0.0,
         maximize: bool = False,
+        compensate: bool | None = None,
+        state_dtype: torch.dtype | None = None,
         capturable: bool = False,
         unscale_in_step: bool = False,
         backend: str = "auto",
@@ -104,6 +114,8 @@ class FusedLayca(Optimizer):
             "radius": radius,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "compensate": compensate,
+            "state_dtype": state_dtype,
             "capturable": capturable,
             "backend": backend,
             **options,
@@ -115,6 +127,7 @@ class FusedLayca(Optimizer):
         self._plan: Plan | None = None
         self._stale = True
         self._warned = False
+        self._warned_of_types = False
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -169,8 +182,8 @@ class FusedLayca(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by torch's load_state_dict, on an optimizer that has made its plan.
         super().__setstate__(state)
-        ours = {"_plan": None, "_lr_is_recommended": False, "_unscales": False, "_warned": False}
-        for name, value in ours.items():
+        flags = dict.fromkeys(("_lr_is_recommended", "_unscales", "_warned", "_warned_of_types"), False)
+        for name, value in {"_plan": None, **flags}.items():
             self.__dict__.setdefault(name, value)
         self._stale = True
         # A group from an older version may lack options; torch's own additions to the defaults are none of ours.
@@ -209,6 +222,7 @@ class FusedLayca(Optimizer):
             self._plan = Plan(self.param_groups, self.state, previous=self._plan)
             self._stale = False
             self._warn_of_ignored_decay()
+        self._warn_of_lost_rotations()
         self._plan.step(loss_scale)
         return loss
 
@@ -244,6 +258,16 @@ class FusedLayca(Optimizer):
                     stacklevel=7,
                 )
                 return
+
+    def _warn_of_lost_rotations(self) -> None:
+        # Schedulers change the rates: asked at every step, but only of groups that asked for it.
+        if self._warned_of_types or all(group["compensate"] is not False for group in self.param_groups):
+            return
+        members = [member for member in labelled(self.param_groups) if rotates(member[2], member[0])]
+        message = lost_rotation(members)
+        if message is not None:
+            self._warned_of_types = True
+            warnings.warn(message, stacklevel=5)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; every state tensor keeps its dtype and is copied.
@@ -290,6 +314,18 @@ class FusedLayca(Optimizer):
         for state in self.state.values():
             state.pop("radius", None)
         self._stale = True
+
+    def effective_weight(self, param: Tensor) -> Tensor:
+        """The float32 weight that a 16-bit ``param`` and its remainder stand for; without one, a copy of ``param``.
+
+        A new tensor of the parameter's shape: what export to float32 should take. Where somebody else has written to
+        the parameter, its old remainder counts until ``del optimizer.state[param]["remainder"]``: the weight is within
+        half an ulp of what was written.
+        """
+        remainder = self.state.get(param, {}).get("remainder")
+        if remainder is None or param.dtype not in HALVES:
+            return param.detach().clone()
+        return join(param.detach(), remainder)
 
     def rotation_stats(self) -> dict[Tensor, RotationStats]:
         """What the last step did to each tensor, by parameter; empty before the first. Does not wait for a device."""

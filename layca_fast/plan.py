@@ -14,6 +14,7 @@ from .bases import Formula
 from .batch import Batch, Slot, scalar_device
 from .capture import check_capture, is_capturing
 from .checks import check_gradient, check_parameter, count_layers, describe, find_base, have_zero_layers, labelled
+from .compensation import is_compensated, state_dtype
 from .layout import layers_are_dense
 from .unscaling import LossScale
 from .watch import gradients, same_objects
@@ -45,9 +46,12 @@ class _Member:
 
         Raises ValueError where one has another shape than the parameter.
         """
+        dtype = state_dtype(self.param.dtype, self.group)
         tensors = {}
         for name in self.formula.states:
-            tensors[name] = self._buffer(name, state.get(name))
+            tensors[name] = self._buffer(name, state.get(name), dtype)
+        if is_compensated(self.param.dtype, self.group):
+            tensors["remainder"] = self._remainder(state.get("remainder"))
         if self.formula.counts_steps:
             # Another base may have counted steps before these buffers were made.
             has = [name for name in self.formula.states if state.get(name) is not None]
@@ -56,23 +60,32 @@ class _Member:
             tensors["radius"] = self._radius(state.get("radius"))
         return tensors
 
-    def _buffer(self, name: str, old: Tensor | None) -> Tensor:
+    def _buffer(self, name: str, old: Tensor | None, dtype: torch.dtype) -> Tensor:
         # Kernels walk parameter and state as one run of addresses, so their strides must agree.
         form = torch.preserve_format if self.dense else torch.contiguous_format
         if old is None:
             option = find_base(self.group["base"]).starts.get(name)
             start = 0.0 if option is None else float(self.group[option])
-            return torch.full_like(self.param, start, memory_format=form)
+            return torch.full_like(self.param, start, dtype=dtype, memory_format=form)
         if old.shape != self.param.shape:
             raise ValueError(
                 f"the state {name!r} of {describe(self.label, self.param)} has shape {tuple(old.shape)}: "
                 "clear the optimizer's state for it after changing its shape, del optimizer.state[parameter]"
             )
-        if (old.device, old.dtype) == (self.param.device, self.param.dtype) and (
+        if (old.device, old.dtype) == (self.param.device, dtype) and (
             old.stride() == self.param.stride() or not self.dense
         ):
             return old
-        return torch.empty_like(self.param, memory_format=form).copy_(old)
+        return torch.empty_like(self.param, dtype=dtype, memory_format=form).copy_(old)
+
+    def _remainder(self, old: Tensor | None) -> Tensor:
+        if old is not None and old.dtype != torch.bfloat16:
+            raise ValueError(
+                f"the state 'remainder' of {describe(self.label, self.param)} has dtype {old.dtype}: it holds raw bits "
+                "in a bfloat16 tensor, which no conversion keeps. Restore it as it was saved, or drop it: "
+                "del optimizer.state[parameter]['remainder']"
+            )
+        return self._buffer("remainder", old, torch.bfloat16)
 
     def _step_count(self, old: Any, buffers: Sequence[str]) -> Tensor:
         if not buffers:
@@ -154,6 +167,8 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
             group["radius"],
             group["backend"],
             bool(group["weight_decay"]),
+            group["compensate"],
+            group["state_dtype"],
         )
         for group in groups
     ]
@@ -188,6 +203,9 @@ class Plan:
             fresh = any(old.get(name) is None for name in member.formula.states)
             if tensors:
                 state[member.param].update(tensors)
+            if "remainder" not in tensors:
+                # Of a time when the parameter had 16 bits: later it would complete other weights.
+                old.pop("remainder", None)
             slot = Slot(
                 param=member.param,
                 group=member.group,
@@ -200,8 +218,10 @@ class Plan:
                 dense=member.dense,
                 fresh=fresh,
                 entry=state[member.param] if tensors else {},
+                remainder=tensors.get("remainder"),
             )
-            key = (member.backend.name, member.param.device, member.param.dtype, member.formula.name)
+            types = (member.param.dtype, state_dtype(member.param.dtype, member.group), "remainder" in tensors)
+            key = (member.backend.name, member.param.device, *types, member.formula.name)
             self._formulas[key] = member.backend, member.formula
             slots.setdefault(key, []).append(slot)
         self.batches = [

@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .bases import BASES
-from .checks import check_group, check_parameter, count_layers, labelled
+from .checks import check_group, check_parameter, count_layers, describe, labelled
+from .compensation import HALVES
 from .layout import is_dense, memory_order
 from .plan import Plan, rotates
 
@@ -31,6 +32,8 @@ _AS_IT_IS: Mapping[str, Any] = {
     "maximize": False,
     "capturable": False,
     "difference": True,
+    "compensate": None,
+    "state_dtype": None,
     **BASES["sgd"].options,
 }
 
@@ -74,6 +77,12 @@ def check_turning(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise TypeError or ValueError, naming it, for a parameter that is to rotate and cannot."""
     for group, label, param in turning(groups):
         check_parameter(param, label)
+        if param.dtype in HALVES:
+            raise TypeError(
+                f"{describe(label, param)}: attach() reads the other optimizer's step from the weights, and most of it "
+                "is lost where they are stored in 16 bits; use FusedLayca, which keeps the rest of their bits, or keep "
+                "the parameters in float32 and let torch.autocast run the model in 16 bits"
+            )
         count_layers(param, group["chunks"], label)
 
 

@@ -23,7 +23,8 @@ class Column(IntEnum):
     HYPER = 10  # row in the hyperparameter table
     FLAGS = 11
     RULE = 12  # its number in formulas.py
-    WIDTH = 13
+    REMAINDER = 13  # of a 16-bit parameter, int16; 0 where it has none: see compensation.py
+    WIDTH = 14
 
 
 class Flag(IntEnum):

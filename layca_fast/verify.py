@@ -13,6 +13,7 @@ from torch import Tensor
 from .backends import backends, load
 from .bases import Formula
 from .checks import find_base
+from .compensation import HALVES
 from .console import print_table
 from .optimizer import FusedLayca
 from .plan import rotates
@@ -26,6 +27,8 @@ ODD_SHAPES: tuple[Shape, ...] = ((17, 31), (64, 129), (8, 3, 3, 3), (1, 1), (2, 
 @dataclass(frozen=True)
 class Case:
     """What one row of the table runs: tensors of ``shapes`` under ``options`` of FusedLayca, for ``steps`` steps.
+
+    Of 16-bit types what is compared is the weight that the parameter and its remainder stand for.
 
     ``sine``: of the angle between weights and gradient of the layers that rotate; None for random directions.
     """
@@ -93,7 +96,7 @@ def _gradient(param: Tensor, case: Case, turns: bool, generator: torch.Generator
     noise = torch.randn(param.shape, dtype=torch.float64, generator=generator)
     if case.sine is None or not turns:
         return noise.to(case.dtype)
-    weight = param.detach().cpu().double()
+    weight = param.cpu().double()
     orthogonal = noise - (noise * weight).sum() / weight.square().sum() * weight
     tilted: Tensor = case.sine * orthogonal / orthogonal.norm() + math.sqrt(1 - case.sine**2) * weight / weight.norm()
     return tilted.to(case.dtype)
@@ -122,16 +125,17 @@ def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Er
     chunks = [group["chunks"] if turn else 1 for turn in turns]
     largest = [[0.0] * len(layers_of(weight, each)) for weight, each in zip(expected, chunks, strict=True)]
     for _ in range(case.steps):
-        before = [layers_of(param, group["chunks"]) if turn else [] for param, turn in zip(params, turns, strict=True)]
+        ours = [optimizer.effective_weight(param) for param in params]
+        before = [layers_of(weight, group["chunks"]) if turn else [] for weight, turn in zip(ours, turns, strict=True)]
         asked: list[list[float]] = []
-        for param, weight, state, turn in zip(params, expected, states, turns, strict=True):
-            grad = _away_from_ties(_gradient(param, case, turn, generator), state, group)
+        for param, start, weight, state, turn in zip(params, ours, expected, states, turns, strict=True):
+            grad = _away_from_ties(_gradient(start, case, turn, generator), state, group)
             if case.sine is not None:
                 # A hair's difference between the weights turns such a step elsewhere: compare single steps.
-                weight.copy_(param.detach())
+                weight.copy_(start)
             param.grad = grad.to(device)
             step = reference_step(weight, grad.double(), state, lr=case.lr, **case.options)
-            asked.append(_asked_angles(group, param, step) if turn else [])
+            asked.append(_asked_angles(group, start, step) if turn else [])
         optimizer.step()
         for param, layers, angles in zip(params, before, asked, strict=True):
             if layers:
@@ -141,16 +145,17 @@ def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Er
             norms[:] = map(max, norms, (float(layer.norm()) for layer in layers_of(weight, each)))
     allowed = 1e-12 if case.dtype == torch.float64 else 1e-6
     for param, weight, norms, each in zip(params, expected, largest, chunks, strict=True):
-        for ours, theirs, norm in zip(layers_of(param, each), layers_of(weight, each), norms, strict=True):
-            if ours.numel() > 0:
-                errors.add("weight", float((ours - theirs).norm()) / norm, allowed)
+        layers = layers_of(optimizer.effective_weight(param), each)
+        for layer, theirs, norm in zip(layers, layers_of(weight, each), norms, strict=True):
+            if layer.numel() > 0:
+                errors.add("weight", float((layer - theirs).norm()) / norm, allowed)
     return errors
 
 
-def _asked_angles(group: Mapping[str, Any], param: Tensor, step: Tensor) -> list[float]:
-    """The rotation that each layer of ``param`` is to make on this base step, in radians."""
+def _asked_angles(group: Mapping[str, Any], weights: Tensor, step: Tensor) -> list[float]:
+    """The rotation that each layer of a tensor is to make from ``weights`` on this base step, in radians."""
     lr, angles = group["lr"], []
-    for weight, direction in zip(layers_of(param, group["chunks"]), layers_of(step, group["chunks"]), strict=True):
+    for weight, direction in zip(layers_of(weights, group["chunks"]), layers_of(step, group["chunks"]), strict=True):
         phi = angle_between(weight, direction)
         hyperball = math.atan2(lr * math.sin(phi), 1 - lr * math.cos(phi))
         angles.append(hyperball if group["rule"] == "hyperball" else math.atan(lr))
@@ -162,7 +167,8 @@ def _add_rotation(
 ) -> None:
     group = optimizer.param_groups[0]
     radii = optimizer.state[param]["radius"].tolist()
-    for old, new, radius, angle in zip(before, layers_of(param, group["chunks"]), radii, asked, strict=True):
+    after = layers_of(optimizer.effective_weight(param), group["chunks"])
+    for old, new, radius, angle in zip(before, after, radii, asked, strict=True):
         error = abs(angle_between(old, new) / angle - 1)
         errors.add("angle", error, angle_tolerance(case.dtype, angle, old.numel()))
         target = float(old.norm()) if group["radius"] == "current" else radius
@@ -196,11 +202,13 @@ def describe_base(options: Mapping[str, Any]) -> tuple[str, Formula]:
 def cases(interpreted: bool) -> Iterator[Case]:
     """The rows of the table. Interpreted kernels take milliseconds per tile, so they get fewer and shorter ones."""
     steps = 10 if interpreted else 50
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for options in BASE_OPTIONS:
             name, _ = describe_base(options)
             yield Case(name, ODD_SHAPES, options, dtype, steps)
-            yield Case(f"{name}, hyperball", ODD_SHAPES, {**options, "rule": "hyperball"}, dtype, steps)
+            # The rule is made of float64 numbers, which know nothing of 16 bits.
+            if dtype not in HALVES:
+                yield Case(f"{name}, hyperball", ODD_SHAPES, {**options, "rule": "hyperball"}, dtype, steps)
         momentum = {"base": "sgd", "momentum": 0.9}
         slices = {**momentum, "chunks": "all", "radius": "current", "maximize": True}
         yield Case("chunks=all, radius=current", ((12, 30), (5, 4, 7)), slices, dtype, steps)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
+from layca_fast.compensation import HALVES
 
 from .support import (
     assert_close,
@@ -23,11 +24,16 @@ from .support import (
     parameter,
     params_of,
     random_gradients,
+    relative_distance,
     same_bits,
     train,
 )
 
-SENTINEL = -12345.5
+#: Every type can hold it.
+SENTINEL = -12288.0
+
+
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 
 
 @dataclass(frozen=True)
@@ -92,33 +98,48 @@ def check_layout(layout: Layout, backend: str, dtype: torch.dtype, home: torch.d
     """Train a view of ``layout``, gradient and momentum in arenas of their own, beside a contiguous copy."""
     options: dict[str, Any] = {"chunks": layout.chunks, "rotate": layout.rotate, "momentum": 0.9, "nesterov": True}
     values = torch.randn(layout.shape, dtype=dtype).to(home)
-    arenas = [Arena(layout, each) for each in (values, torch.zeros_like(values))]
+    half = dtype in HALVES
+    arenas = [
+        Arena(layout, each) for each in (values, torch.zeros_like(values, dtype=torch.float32 if half else dtype))
+    ]
     param = Parameter(arenas[0].view)
     optimizer = FusedLayca([param], 0.1, backend=backend, **options)
-    plain = FusedLayca([Parameter(values.clone())], 0.1, backend="torch", **options)
-    optimizer.state[param]["momentum_buffer"] = arenas[1].view
+    plain = FusedLayca([Parameter(values.float() if half else values.clone())], 0.1, backend="torch", **options)
+    given = {"momentum_buffer": arenas[1].view}
+    if half:
+        arenas.append(Arena(layout, torch.zeros_like(values, dtype=torch.bfloat16)))
+        given["remainder"] = arenas[2].view
+    optimizer.state[param].update(given)
     for _ in range(3):
         grad = torch.randn(layout.shape, dtype=dtype).to(home)
-        train(plain, [[grad]])
+        train(plain, [[grad.float() if half else grad]])
         arenas.append(Arena(layout, grad))
         param.grad = arenas[-1].view
         optimizer.step()
         assert torch.equal(arenas[-1].view, grad)
     # What was set by hand is no fresh buffer, but dampening is 0, so it starts alike.
-    assert_close(optimizer, plain, tolerance=1e-6 if dtype == torch.float32 else 1e-13)
-    assert optimizer.state[param]["momentum_buffer"] is arenas[1].view, "the state was moved without need"
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+    if half:
+        (twin,) = params_of(plain)
+        assert relative_distance(optimizer.effective_weight(param), twin) <= tolerance
+        assert (
+            relative_distance(optimizer.state[param]["momentum_buffer"], plain.state[twin]["momentum_buffer"]) <= 1e-6
+        )
+    else:
+        assert_close(optimizer, plain, tolerance)
+    assert all(optimizer.state[param][name] is view for name, view in given.items()), "moved without need"
     assert param.data_ptr() == arenas[0].view.data_ptr()
     assert all(arena.is_intact() for arena in arenas)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_dtype
 @pytest.mark.parametrize("layout", DENSE, ids=lambda layout: layout.name)
 @every_backend
 def test_dense_memory_in_any_order_at_any_address(backend: str, layout: Layout, dtype: torch.dtype, seed: int) -> None:
     check_layout(layout, backend, dtype, device_of(backend))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_dtype
 @pytest.mark.parametrize("layout", GAPPED, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_memory_with_gaps_is_trained_by_torch(backend: str, layout: Layout, dtype: torch.dtype, seed: int) -> None:
@@ -143,7 +164,7 @@ def test_memory_with_gaps_is_refused_by_kernels_asked_for_by_name(backend: str, 
     assert arena.is_intact()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_dtype
 @native_backends
 def test_every_offset(backend: str, dtype: torch.dtype, seed: int) -> None:
     """Vector loads, their heads and their tails: 41 offsets, with parameter, state and gradient misaligned alike."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,23 +36,60 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = (torch.float32, torch.float64)
 POINTERS = {torch.int64: "*i64", torch.float64: "*fp64"}
 
 
-def batch_of(name: str, dtype: torch.dtype) -> Batch:
+@dataclass(frozen=True)
+class Types:
+    """Of parameters, their gradients and their states, and whether the parameters have remainders."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    state: torch.dtype
+    compensated: bool = False
+
+    @property
+    def name(self) -> str:
+        types = (str(each).removeprefix("torch.") for each in (self.param, self.grad, self.state))
+        return "/".join(types) + "+remainder" * self.compensated
+
+
+#: Those of every formula, and those that only some formulas are compiled for.
+TYPES = (
+    Types(torch.float32, torch.float32, torch.float32),
+    Types(torch.float64, torch.float64, torch.float64),
+    Types(torch.bfloat16, torch.bfloat16, torch.float32, compensated=True),
+)
+RARE_TYPES = (
+    Types(torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    Types(torch.bfloat16, torch.float32, torch.bfloat16, compensated=True),
+    Types(torch.float16, torch.float16, torch.float32, compensated=True),
+)
+WITH_RARE_TYPES = ("sgd_nesterov", "adam")
+
+
+def types_of(formula: str) -> tuple[Types, ...]:
+    return TYPES + RARE_TYPES * (formula in WITH_RARE_TYPES)
+
+
+def batch_of(name: str, types: Types) -> Batch:
     """A batch that the formula called ``name`` runs on."""
     for options in BASE_OPTIONS:
         base = BASES[options["base"]]
         neutral = {"lr": 0.1, "weight_decay": 0.0, "maximize": False, "radius": "initial", "rule": "layca"}
         group = {**base.options, **options, **neutral}
         if base.formula(group).name == name:
-            param = torch.zeros(8, 8, dtype=dtype)
-            states = tuple(torch.zeros_like(param) for _ in FORMULAS[name].states)
+            param = torch.zeros(8, 8, dtype=types.param)
+            states = tuple(torch.zeros_like(param, dtype=types.state) for _ in FORMULAS[name].states)
+            remainder = torch.zeros_like(param, dtype=torch.bfloat16) if types.compensated else None
             radius = torch.zeros(1, dtype=torch.float64)
             step = torch.zeros(()) if FORMULAS[name].counts_steps else None
-            slot = Slot(param, group, base, "weight", states, step, radius, layers=1, dense=True, fresh=False)
-            return Batch(FORMULAS[name], [slot], TILE)
+            slot = Slot(
+                param, group, base, "weight", states, step, radius, 1, dense=True, fresh=False, remainder=remainder
+            )
+            batch = Batch(FORMULAS[name], [slot], TILE)
+            batch.grad_dtype = types.grad
+            return batch
     raise LookupError(f"none of verify.BASE_OPTIONS makes a base run the formula {name!r}: add the options that do")
 
 
@@ -69,20 +107,29 @@ def states_read(formula: Formula) -> int:
     return len(read)
 
 
-def launches() -> Iterator[tuple[str, Launch, dict[str, int]]]:
-    """Every launch of the backend, with what one program should do in all: tensors' 16-byte loads and stores, and
+def launches() -> Iterator[tuple[str, Launch, dict[str, list[int]]]]:
+    """Every launch of the backend, with what one program should do in all: 16-byte loads and stores of each array, and
     tests for finite values, the latter once in the copy of the code for aligned tiles and once in the other.
     """
     for formula in FORMULAS.values():
-        for dtype in DTYPES:
-            batch = batch_of(formula.name, dtype)
-            vectors, states = TILE * dtype.itemsize // 16, len(formula.states)
-            reads = 1 + formula.reads_grad + states_read(formula)
+        for types in types_of(formula.name):
+            batch = batch_of(formula.name, types)
+            param, grad, state = (TILE * each.itemsize // 16 for each in (types.param, types.grad, types.state))
+            weight = [param] * (1 + types.compensated)
+            states, reads_grad = len(formula.states), formula.reads_grad
             # Gradient, states and step, and what the formula itself tests.
             tests = 2 + states + formula.advance.__code__.co_names.count("finite_or_zero")
-            measured = {"loads": vectors * (2 + states), "stores": vectors * states, "finite": 2 * TILE * tests}
-            rotated = {"loads": vectors * reads, "stores": vectors, "finite": 2 * TILE * (1 + formula.reads_grad)}
-            case = f"{formula.name}, {str(dtype).removeprefix('torch.')}"
+            measured = {
+                "loads": [*weight, grad, *[state] * states],
+                "stores": [state] * states,
+                "finite": [2 * TILE * tests],
+            }
+            rotated = {
+                "loads": [*weight, *[grad] * reads_grad, *[state] * states_read(formula)],
+                "stores": weight,
+                "finite": [2 * TILE * (1 + reads_grad)],
+            }
+            case = f"{formula.name}, {types.name}"
             if formula.counts_steps:
                 yield f"prepare({case})", prepare_launch(batch), {}
             yield f"measure({case})", measure_launch(batch), measured
@@ -142,7 +189,7 @@ def main() -> None:
         report = cuda_report if TARGETS[target].backend == "cuda" else amd_report
         for name, launch, program in launches():
             threads = launch.warps * TARGETS[target].warp_size
-            expected = {what: count // threads for what, count in program.items()}
+            expected = {what: sum(count // threads for count in counts) for what, counts in program.items()}
             reports[f"{name} for {target}"] = {**report(compile_for(TARGETS[target], launch)), "expected": expected}
     print(json.dumps(reports))
 

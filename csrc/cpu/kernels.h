@@ -12,6 +12,8 @@ struct Run {
   void* param;
   const void* grad;
   void* states[max_states];
+  std::int16_t* remainder;  // null where the parameter has none
+  Types types;
   void* steps;  // scratch, where the kernel says so
   const double* options;
   double grad_scale;
@@ -24,10 +26,10 @@ struct Partial {
 };
 
 // Where two ways to move the weights stand side by side, the first is w = a*w + b*u in the type of the elements, the
-// second w = a*w + b*(u - c*w) in float64, rounded to that type.
+// second w = a*w + b*(u - c*w) in float64, rounded to that type. The elements of 16-bit parameters are float32.
 struct Kernels {
   const char* formula;
-  const char* dtype;
+  const char* dtype;  // of the parameters
   // Advance the states of one tile (modified in place) and sum up its dots.
   Partial (*measure)(const Run& run);
   // The same, and leave the steps in `run.steps`: for formulas whose steps take long to make again; otherwise null.
@@ -45,8 +47,8 @@ struct Kernels {
   double (*orthogonal_square)(const Run& run, double c);
   void (*prepare)(double count, const double* group, double* options);  // null where steps are not counted
   int n_states;
-  int item_size;
-  int arrays_read_again;  // by rotate after measure: the parameter and either the steps, or the states and the gradient
+  int step_size;    // bytes of an element of `steps`
+  bool reads_grad;  // rotate does, where it makes the steps once more
 };
 
 struct KernelTable {

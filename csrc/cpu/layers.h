@@ -8,12 +8,15 @@
 
 namespace layca::cpu {
 
-inline Run run_of(const Kernels& kernels, const TensorRow& tensor, std::int64_t offset, std::int64_t length) {
-  const auto element = [&](int column) { return tensor.pointer<char>(column) + offset * kernels.item_size; };
+inline Run run_of(const Batch& batch, const Kernels& kernels, const TensorRow& tensor, std::int64_t offset,
+                  std::int64_t length) {
+  const auto element = [&](int column, Type type) { return tensor.pointer<char>(column) + offset * size_of(type); };
   Run run{};
-  run.param = element(Column::PARAM);
-  run.grad = element(Column::GRAD);
-  for (int k = 0; k < kernels.n_states; ++k) run.states[k] = element(Column::STATE + k);
+  run.param = element(Column::PARAM, batch.types.param);
+  run.grad = element(Column::GRAD, batch.types.grad);
+  for (int k = 0; k < kernels.n_states; ++k) run.states[k] = element(Column::STATE + k, batch.types.state);
+  if (tensor.columns[Column::REMAINDER] != 0) run.remainder = tensor.pointer<std::int16_t>(Column::REMAINDER) + offset;
+  run.types = batch.types;
   run.options = tensor.options;
   run.grad_scale = tensor.hyper[Hyper::GRAD_SCALE];
   run.length = length;
@@ -46,7 +49,7 @@ void measure_tiles_by(const Batch& batch, const Kernels& kernels, const LayerSpa
                       std::int64_t last, const MeasureRun& measure_run) {
   for (std::int64_t tile = first; tile < last; ++tile) {
     const std::int64_t start = tile * batch.tile, length = std::min(batch.tile, span.length - start);
-    const Partial partial = measure_run(run_of(kernels, span.tensor, span.offset + start, length));
+    const Partial partial = measure_run(run_of(batch, kernels, span.tensor, span.offset + start, length));
     double* const dots = batch.partials + 3 * (span.first_tile + tile);
     dots[0] = partial.dots.n2;
     dots[1] = partial.dots.d;
@@ -64,7 +67,7 @@ inline void measure_tiles(const Batch& batch, const Kernels& kernels, std::int64
   measure_tiles_by(batch, kernels, span, first, last, [&](Run run) {
     if (steps == nullptr) return kernels.measure(run);
     run.steps = steps;
-    steps += run.length * kernels.item_size;
+    steps += run.length * kernels.step_size;
     return kernels.measure_and_store(run);
   });
 }
@@ -100,14 +103,15 @@ inline void finish_dots(const Batch& batch, std::int64_t layer) {
 }
 
 // sigma^2 of a layer: from its dots, or, where these have lost too many digits, from its elements.
-inline double measure_orthogonal_square(const Kernels& kernels, const LayerSpan& span, const Dots& dots,
-                                        std::int64_t tile) {
+inline double measure_orthogonal_square(const Batch& batch, const Kernels& kernels, const LayerSpan& span,
+                                        const Dots& dots) {
   const double sigma2 = orthogonal_square(dots);
   if (!is_nearly_parallel(sigma2, dots.q)) return sigma2;
   double sum = 0;
-  for (std::int64_t start = 0; start < span.length; start += tile) {
-    const std::int64_t length = std::min(tile, span.length - start);
-    sum += kernels.orthogonal_square(run_of(kernels, span.tensor, span.offset + start, length), dots.d / dots.n2);
+  for (std::int64_t start = 0; start < span.length; start += batch.tile) {
+    const std::int64_t length = std::min(batch.tile, span.length - start);
+    sum +=
+        kernels.orthogonal_square(run_of(batch, kernels, span.tensor, span.offset + start, length), dots.d / dots.n2);
   }
   return sum;
 }
@@ -124,7 +128,7 @@ inline void compute_coefficients(const Batch& batch, const Kernels& kernels, std
   } else if (span.tensor.has_grad()) {
     double* const radius =
         span.tensor.pointer<double>(Column::RADIUS) + (layer - span.tensor.columns[Column::FIRST_LAYER]);
-    const double sigma2 = measure_orthogonal_square(kernels, span, dots, batch.tile);
+    const double sigma2 = measure_orthogonal_square(batch, kernels, span, dots);
     turn = rotation(dots, sigma2, lr, *radius, span.tensor.flag(Flag::CURRENT),
                     static_cast<int>(span.tensor.columns[Column::RULE]), span.tensor.hyper[Hyper::NOISE]);
     *radius = turn.radius;
@@ -147,7 +151,7 @@ inline void rotate_tiles(const Batch& batch, const Kernels& kernels, std::int64_
   const LayerSpan span = layer_span(batch, layer);
   if (row[Coefficient::MODE] == Mode::KEEP || !span.tensor.has_grad()) return;
   const std::int64_t start = first * batch.tile, end = std::min(last * batch.tile, span.length);
-  Run run = run_of(kernels, span.tensor, span.offset + start, end - start);
+  Run run = run_of(batch, kernels, span.tensor, span.offset + start, end - start);
   run.steps = steps;
   if (row[Coefficient::MODE] == Mode::PRECISE) {
     const auto rotate = steps ? kernels.rotate_stored_precisely : kernels.rotate_precisely;

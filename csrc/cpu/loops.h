@@ -10,30 +10,9 @@
 
 #include "../base_steps.h"
 #include "kernels.h"
+#include "windows.h"
 
 namespace layca::cpu::LAYCA_INSTRUCTIONS {
-
-// A run with its types.
-template <class T>
-struct TypedRun {
-  T* param;
-  const T* grad;
-  T* states[max_states];
-  T* steps;
-  T options[max_options];
-  T grad_scale;
-  std::int64_t length;
-
-  explicit TypedRun(const Run& run)
-      : param(static_cast<T*>(run.param)),
-        grad(static_cast<const T*>(run.grad)),
-        steps(static_cast<T*>(run.steps)),
-        grad_scale(static_cast<T>(run.grad_scale)),
-        length(run.length) {
-    for (int k = 0; k < max_states; ++k) states[k] = static_cast<T*>(run.states[k]);
-    for (int k = 0; k < max_options; ++k) options[k] = static_cast<T>(run.options[k]);
-  }
-};
 
 // An integer as wide as T: vector loops count in lanes of one width.
 std::int32_t counter_like(float);
@@ -41,9 +20,7 @@ std::int64_t counter_like(double);
 template <class T>
 using Counter = decltype(counter_like(T()));
 
-// Elements that are advanced together, between two looks for trouble. What they were stays in the first-level cache.
-constexpr std::int64_t block_length = 1024;
-
+// What the elements of one block were: it stays in the first-level cache.
 template <class Formula, class T>
 struct Old {
   alignas(64) T weights[block_length];
@@ -191,8 +168,8 @@ struct MoveAtOnce {
 };
 
 // New states of element `start + i` in place, what it was into place i of `old`, and its part of the sums.
-template <class Check, class Formula, class T, class Use>
-LAYCA_INLINE auto advance_element(const TypedRun<T>& run, std::int64_t start, std::int64_t i, int lane, const Use& use,
+template <class Check, class Formula, class AnyRun, class T, class Use>
+LAYCA_INLINE auto advance_element(const AnyRun& run, std::int64_t start, std::int64_t i, int lane, const Use& use,
                                   Old<Formula, T>& old, Sums& sums) {
   Check check;
   T state[max_states] = {};
@@ -201,7 +178,7 @@ LAYCA_INLINE auto advance_element(const TypedRun<T>& run, std::int64_t start, st
   if (Use::moves) old.weights[i] = w;
   const T grad = check.template gradient<Formula>(run.grad_scale * run.grad[start + i]);
   Formula::advance(grad, state, run.options);
-  for (int k = 0; k < Formula::n_states; ++k) run.states[k][start + i] = state[k] = check(state[k]);
+  for (int k = 0; k < Formula::n_states; ++k) run.states[k][start + i] = state[k] = check(run.stored(state[k]));
   const T u = check(Formula::step(grad, state, run.options));
   sums.add_product(lane, w, u);
   use(run, start + i, w, u);
@@ -209,8 +186,8 @@ LAYCA_INLINE auto advance_element(const TypedRun<T>& run, std::int64_t start, st
 }
 
 // All that for `length` elements from `start`; the sum of the elements' troubles.
-template <class Check, class Formula, class T, class Use>
-LAYCA_INLINE auto advance_block(const TypedRun<T>& run, std::int64_t start, std::int64_t length, const Use& use,
+template <class Check, class Formula, class AnyRun, class T, class Use>
+LAYCA_INLINE auto advance_block(const AnyRun& run, std::int64_t start, std::int64_t length, const Use& use,
                                 Old<Formula, T>& old, Sums& sums) {
   typename Check::Trouble trouble[lanes] = {}, total = 0;
   std::int64_t first = 0;
@@ -236,46 +213,52 @@ void undo_block(const TypedRun<T>& run, std::int64_t start, std::int64_t length,
   if (Use::moves) std::memcpy(run.param + start, old.weights, bytes);
 }
 
-template <class Formula, class T, class Use>
-LAYCA_INLINE Partial advance(const Run& untyped, const Use& use) {
-  const TypedRun<T> run(untyped);
+template <class Formula, class Window, class Use>
+LAYCA_INLINE Partial advance(const Run& memory, const Use& use) {
+  using T = typename Window::Element;
+  Window window(memory);
   Old<Formula, T> old;
   Sums sums;
   std::int64_t non_finite = 0;
-  for (std::int64_t start = 0; start < run.length; start += block_length) {
-    const std::int64_t length = run.length - start < block_length ? run.length - start : block_length;
+  for (std::int64_t start = 0; start < memory.length; start += block_length) {
+    const std::int64_t length = memory.length - start < block_length ? memory.length - start : block_length;
+    const auto run = window.open(start, length, true);
+    const std::int64_t first = window.first(start);
     // Summing block by block keeps the rounding error near that of a single addition.
     Sums block_sums;
-    const T watched = advance_block<Watch<T>>(run, start, length, use, old, block_sums);
+    const T watched = advance_block<Watch<T>>(run, first, length, use, old, block_sums);
     // Cleaning takes longer than watching, and is hardly ever needed.
     if (!is_finite(watched) || !block_sums.squares_are_finite()) {
-      undo_block(run, start, length, use, old);
+      undo_block(run, first, length, use, old);
       block_sums = Sums();
-      non_finite += advance_block<Clean<T>>(run, start, length, use, old, block_sums);
+      non_finite += advance_block<Clean<T>>(run, first, length, use, old, block_sums);
     }
+    window.close_states(start, length);
+    if (Use::moves) window.close_weights(start, length);
     sums.add(block_sums);
   }
   return {sums.total(), non_finite};
 }
 
-template <class Formula, class T>
+template <class Formula, class Window>
 Partial measure(const Run& run) {
-  return advance<Formula, T>(run, Forget());
+  return advance<Formula, Window>(run, Forget());
 }
 
-template <class Formula, class T>
+template <class Formula, class Window>
 Partial measure_and_store(const Run& run) {
-  return advance<Formula, T>(run, Store());
+  return advance<Formula, Window>(run, Store());
 }
 
-template <class Formula, class T>
+template <class Formula, class Window>
 Partial step_linearly(const Run& run, double a, double b) {
-  return advance<Formula, T>(run, MoveAtOnce<LinearWhereStepped<T>>{{{static_cast<T>(a), static_cast<T>(b)}}});
+  using T = typename Window::Element;
+  return advance<Formula, Window>(run, MoveAtOnce<LinearWhereStepped<T>>{{{static_cast<T>(a), static_cast<T>(b)}}});
 }
 
-template <class Formula, class T>
+template <class Formula, class Window>
 Partial step_precisely(const Run& run, double a, double b, double c) {
-  return advance<Formula, T>(run, MoveAtOnce<Precise<T>>{{a, b, c}});
+  return advance<Formula, Window>(run, MoveAtOnce<Precise<typename Window::Element>>{{a, b, c}});
 }
 
 // The base step of element i once more, from the states that measure left.
@@ -295,18 +278,29 @@ LAYCA_INLINE double orthogonal_square_of(const TypedRun<T>& run, std::int64_t i,
   return (u - c * w) * (u - c * w);
 }
 
-template <class Formula, class T>
-double orthogonal_square(const Run& untyped, double c) {
-  const TypedRun<T> run(untyped);
+// Open one window after the other, of which body(run, start, length) sees a run that begins with it.
+template <class Window, class Body>
+LAYCA_INLINE void in_windows(Window& window, std::int64_t whole, bool reads_grad, const Body& body) {
+  for (std::int64_t start = 0; start < whole; start += Window::width) {
+    const std::int64_t length = whole - start < Window::width ? whole - start : Window::width;
+    body(window.open(start, length, reads_grad), start, length);
+  }
+}
+
+template <class Formula, class Window>
+double orthogonal_square(const Run& memory, double c) {
+  Window window(memory);
   double sums[lanes] = {}, total = 0;
-  std::int64_t first = 0;
-  for (; first + lanes <= run.length; first += lanes) {
+  in_windows(window, memory.length, Formula::reads_grad, [&](const auto run, std::int64_t, std::int64_t length) {
+    std::int64_t first = 0;
+    for (; first + lanes <= length; first += lanes) {
 #pragma omp simd
-    for (int lane = 0; lane < lanes; ++lane) sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
-  }
-  for (int lane = 0; first + lane < run.length; ++lane) {
-    sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
-  }
+      for (int lane = 0; lane < lanes; ++lane) sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
+    }
+    for (int lane = 0; first + lane < length; ++lane) {
+      sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
+    }
+  });
   for (const double sum : sums) total += sum;
   return total;
 }
@@ -314,6 +308,7 @@ double orthogonal_square(const Run& untyped, double c) {
 // The steps that measure left.
 template <class Formula>
 struct Again {
+  static constexpr bool reads_grad = Formula::reads_grad;
   template <class T>
   LAYCA_INLINE T operator()(const TypedRun<T>& run, std::int64_t i) const {
     return step_again<Formula>(run, i);
@@ -321,27 +316,32 @@ struct Again {
 };
 
 struct Stored {
+  static constexpr bool reads_grad = false;
   template <class T>
   LAYCA_INLINE T operator()(const TypedRun<T>& run, std::int64_t i) const {
     return run.steps[i];
   }
 };
 
-template <class T, class Steps, class Move>
-LAYCA_INLINE void move_weights(const Run& untyped, const Steps& step_of, const Move& move) {
-  const TypedRun<T> run(untyped);
+template <class Window, class Steps, class Move>
+LAYCA_INLINE void move_weights(const Run& memory, const Steps& step_of, const Move& move) {
+  Window window(memory);
+  in_windows(window, memory.length, Steps::reads_grad, [&](const auto run, std::int64_t start, std::int64_t length) {
 #pragma omp simd
-  for (std::int64_t i = 0; i < run.length; ++i) run.param[i] = move(run.param[i], step_of(run, i));
+    for (std::int64_t i = 0; i < length; ++i) run.param[i] = move(run.param[i], step_of(run, i));
+    window.close_weights(start, length);
+  });
 }
 
-template <class Steps, class T>
+template <class Steps, class Window>
 void rotate(const Run& run, double a, double b) {
-  move_weights<T>(run, Steps(), Linear<T>{static_cast<T>(a), static_cast<T>(b)});
+  using T = typename Window::Element;
+  move_weights<Window>(run, Steps(), Linear<T>{static_cast<T>(a), static_cast<T>(b)});
 }
 
-template <class Steps, class T>
+template <class Steps, class Window>
 void rotate_precisely(const Run& run, double a, double b, double c) {
-  move_weights<T>(run, Steps(), Precise<T>{a, b, c});
+  move_weights<Window>(run, Steps(), Precise<typename Window::Element>{a, b, c});
 }
 
 }  // namespace layca::cpu::LAYCA_INSTRUCTIONS

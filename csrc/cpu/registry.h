@@ -8,7 +8,10 @@
 
 namespace layca::cpu {
 
-// The kernels of `formula` for `dtype` ("float32" or "float64"), compiled for `instructions`, one of
+// The type that Python calls `dtype`. Throws std::invalid_argument with what there is.
+Type find_type(const std::string& dtype);
+
+// The kernels of `formula` for parameters of `dtype`, compiled for `instructions`, one of
 // instruction_sets(). Throws std::invalid_argument with what there is.
 Kernels find_kernels(const std::string& formula, const std::string& dtype, const std::string& instructions);
 

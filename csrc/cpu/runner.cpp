@@ -20,13 +20,21 @@ constexpr int spins_before_yielding = 1000;
 // stay in the caches. Of larger ones it makes the rest again.
 constexpr std::size_t most_places = 16;
 
+// What rotate reads once more per element after measure: the weight, and the step or what it is made of.
+int bytes_read_again(const Batch& batch, const Kernels& kernels) {
+  const bool compensated = batch.n_tensors > 0 && batch.tensors[Column::REMAINDER] != 0;
+  const int weight = size_of(batch.types.param) + (compensated ? static_cast<int>(sizeof(std::int16_t)) : 0);
+  if (kernels.measure_and_store) return weight + kernels.step_size;
+  return weight + kernels.n_states * size_of(batch.types.state) + (kernels.reads_grad ? size_of(batch.types.grad) : 0);
+}
+
 }  // namespace
 
 Runner::Runner(const Batch& batch, const std::string& formula, const std::string& dtype,
                const std::string& instructions)
     : batch_(batch),
       kernels_(find_kernels(formula, dtype, instructions)),
-      plan_(make_plan(batch, kernels_.arrays_read_again * kernels_.item_size)),
+      plan_(make_plan(batch, bytes_read_again(batch, kernels_))),
       progress_(std::make_unique<Progress[]>(plan_.large.size())),
       owners_(plan_.pieces.size()),
       steps_(plan_.pieces.size()) {
@@ -71,7 +79,7 @@ void Runner::make_room(int threads) {
   if (!kernels_.measure_and_store) return;
   while (scratch_.size() < static_cast<std::size_t>(threads)) {
     const std::size_t places = std::min(most_places, plan_.pieces.size() + 1);
-    scratch_.emplace_back(places, static_cast<std::size_t>(plan_.longest_item * kernels_.item_size));
+    scratch_.emplace_back(places, static_cast<std::size_t>(plan_.longest_item * kernels_.step_size));
   }
 }
 

@@ -22,6 +22,10 @@ TABLES = (
 )
 
 
+#: Types of what the tables point to.
+DTYPES = ("dtype", "grad_dtype", "state_dtype")
+
+
 def _import_native() -> tuple[ModuleType | None, str | None]:
     """The native module, or None and the reason why it is missing: what stopped its build, if that is known."""
     try:
@@ -47,7 +51,8 @@ class CpuBackend(Backend):
 
     def __init__(self) -> None:
         self._native, self._reason = _import_native()
-        self._views: WeakKeyDictionary[Batch, BatchView] = WeakKeyDictionary()
+        # One for each type of gradients that a batch has had.
+        self._views: WeakKeyDictionary[Batch, dict[torch.dtype, BatchView]] = WeakKeyDictionary()
 
     def missing(self) -> str | None:
         return self._reason
@@ -56,7 +61,8 @@ class CpuBackend(Backend):
         return None if device.type == "cpu" else "it runs on CPU tensors only"
 
     def _view(self, batch: Batch) -> "BatchView":
-        view = self._views.get(batch)
+        views = self._views.setdefault(batch, {})
+        view = views.get(batch.grad_dtype)
         if view is None:
             if self._native is None:
                 raise RuntimeError(f"backend='cpu' cannot run: {self._reason}")
@@ -67,10 +73,10 @@ class CpuBackend(Backend):
                 n_layers=batch.n_layers,
                 tile=batch.tile,
                 formula=batch.formula.name,
-                dtype=str(batch.dtype).removeprefix("torch."),
+                **{name: str(getattr(batch, name)).removeprefix("torch.") for name in DTYPES},
                 instructions=self.instructions,
             )
-            self._views[batch] = view
+            views[batch.grad_dtype] = view
         return view
 
     def measure(self, batch: Batch) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, Slot, scalar_device
+from ..compensation import join, split
 from ..formulas import (
     KEEP,
     LINEAR,
@@ -74,20 +75,44 @@ class Blocks:
         grad = batch.grads[index]
         assert grad is not None
         self.grad = layer_matrix(grad, self.slot)
-        self.weight = layer_matrix(self.slot.param, self.slot)
+        self._param = layer_matrix(self.slot.param, self.slot)
+        remainder = self.slot.remainder
+        self._remainder = None if remainder is None else layer_matrix(remainder, self.slot)
+        self._type, self._state_type = batch.compute_dtype, batch.state_dtype
         self.states = [layer_matrix(state, self.slot) for state in self.slot.states]
         self._tile = tile
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        layers, length = self.weight.shape
+        layers, length = self._param.shape
         height = max(1, self._tile // length)
         for row in range(0, layers, height):
             for column in range(0, length, self._tile):
                 yield slice(row, row + height), slice(column, column + self._tile)
 
     def _raw_gradient(self, block: tuple[slice, slice]) -> Tensor:
+        grad = self.grad[block].to(self._type)
         as_it_is = isinstance(self.scale, float) and self.scale == 1
-        return self.grad[block] if as_it_is else self.scale * self.grad[block]
+        return grad if as_it_is else self.scale * grad
+
+    def _state(self, block: tuple[slice, slice]) -> tuple[Tensor, ...]:
+        return tuple(state[block].to(self._type) for state in self.states)
+
+    def _weight(self, block: tuple[slice, slice]) -> Tensor:
+        if self._remainder is None:
+            return self._param[block].to(self._type)
+        return join(self._param[block], self._remainder[block])
+
+    def _store_weight(self, block: tuple[slice, slice], weight: Tensor, keep: Tensor | None) -> None:
+        """Write the weights of a block, except where ``keep``: there, not even the bits of a NaN may change."""
+        if self._remainder is None:
+            pairs = [(self._param[block], weight.to(self._param.dtype))]
+        else:
+            param, remainder = split(weight, self._param.dtype)
+            # As integers, raw bits are sure to arrive as they are.
+            pairs = [(self._param[block], param), (self._remainder[block], remainder)]
+            pairs = [(old.view(torch.int16), new.view(torch.int16)) for old, new in pairs]
+        for old, new in pairs:
+            old.copy_(new if keep is None else torch.where(keep, old, new))
 
     def _admitted(self, grad: Tensor) -> Tensor:
         return cleaned(grad, self.formula.admit)
@@ -98,7 +123,9 @@ class Blocks:
         for block in self:
             raw = self._raw_gradient(block)
             grad = self._admitted(raw)
-            advanced = self.formula.advance(grad, tuple(state[block] for state in self.states), self.options)
+            advanced = self.formula.advance(grad, self._state(block), self.options)
+            # The step is made of the states as they are stored: rotate will have nothing else.
+            advanced = tuple(state.to(self._state_type).to(self._type) for state in advanced)
             states = tuple(cleaned(state) for state in advanced)
             step = self.formula.step(grad, states, self.options)
             for state, value in zip(self.states, states, strict=True):
@@ -109,7 +136,7 @@ class Blocks:
             if changed:
                 found = torch.stack(changed).any(0).sum(1)
                 bad[block[0]] += found if self._taken is None else self._taken * found
-            w, u = self.weight[block].double(), clean.double()
+            w, u = self._weight(block).double(), clean.double()
             dots[block[0]] += torch.stack([row_sums(w * w), row_sums(w * u), row_sums(u * u)], 1)
         if self._taken is not None:
             # As for a tensor without a gradient.
@@ -120,13 +147,13 @@ class Blocks:
     def _step_again(self, block: tuple[slice, slice]) -> Tensor:
         """The base step of a block once more, from the states that measure left."""
         grad = self._admitted(self._raw_gradient(block)) if self.formula.reads_grad else None
-        return cleaned(self.formula.step(grad, tuple(state[block] for state in self.states), self.options))
+        return cleaned(self.formula.step(grad, self._state(block), self.options))
 
     def orthogonal_square(self, c: Tensor) -> Tensor:
         """The sum of (u - c*w)^2 of each layer, from the elements, (layers,) float64; ``c`` is (layers, 1)."""
         sums = c.new_zeros(len(c))
         for block in self:
-            difference = self._step_again(block).double() - c[block[0]] * self.weight[block].double()
+            difference = self._step_again(block).double() - c[block[0]] * self._weight(block).double()
             sums[block[0]] += row_sums(difference * difference)
         return sums
 
@@ -139,7 +166,7 @@ class Blocks:
             if present == {KEEP}:
                 continue
             u = self._step_again((rows, columns))
-            w = self.weight[rows, columns]
+            w = self._weight((rows, columns))
             a, b, c, _ = table[rows].unsqueeze(2).unbind(1)
             rotated = w
             if PRECISE in present:
@@ -148,8 +175,10 @@ class Blocks:
             if LINEAR in present:
                 linear = a.to(w.dtype) * w + b.to(w.dtype) * u
                 rotated = linear if present == {LINEAR} else torch.where(modes == LINEAR, linear, rotated)
-            w.copy_(rotated)
-        store(self.slot.param, self.weight)
+            self._store_weight((rows, columns), rotated, modes == KEEP if KEEP in present else None)
+        store(self.slot.param, self._param)
+        if self.slot.remainder is not None and self._remainder is not None:
+            store(self.slot.remainder, self._remainder)
 
 
 class TorchBackend(Backend):

@@ -20,6 +20,9 @@ from .base import Backend
 #: The first version of Triton whose compiler takes tuples.
 OLDEST = (3, 3)
 
+#: Bytes of the longest load or store that a GPU has.
+VECTOR = 16
+
 #: Elements of one program, and its warps: a thread holds two vectors of 16 bytes of every float32 tensor.
 TILE, TILE_WARPS = 2048, 8
 
@@ -52,7 +55,8 @@ class Launch:
 
 def _step_constants(batch: Batch) -> dict[str, Any]:
     """What a kernel must know to make the base step of an element."""
-    from . import triton_formulas, triton_kernels
+    from . import triton_formulas
+    from .triton_types import STORED
 
     formula = batch.formula
     return {
@@ -62,13 +66,18 @@ def _step_constants(batch: Batch) -> dict[str, Any]:
         "STATES": len(formula.states),
         "OPTIONS": len(batch.options(batch.slots[0])),
         "COUNTS": formula.counts_steps,
-        "ELEMENT": triton_kernels.ELEMENTS[batch.dtype],
-        "ITEMSIZE": batch.dtype.itemsize,
+        "ELEMENT": STORED[batch.compute_dtype],
+        "PARAM": STORED[batch.dtype],
+        "GRAD": STORED[batch.grad_dtype],
+        "STATE": STORED[batch.state_dtype],
+        "COMPENSATED": batch.compensated,
     }
 
 
 def _over_tiles(kernel: Any, batch: Batch, tables: tuple[Tensor, ...], **constants: Any) -> Launch:
-    constants |= {**_step_constants(batch), "TILE": batch.tile}
+    # A vector of the narrowest array: the length of a tile that takes vectors is a multiple of this.
+    lanes = VECTOR // min(batch.dtype.itemsize, batch.grad_dtype.itemsize, batch.state_dtype.itemsize)
+    constants |= {**_step_constants(batch), "LANES": lanes, "TILE": batch.tile}
     tables = (batch.tensors, batch.hypers, batch.step_options, batch.tiles, *tables)
     return Launch(kernel, batch.n_tiles, tables, constants, TILE_WARPS)
 

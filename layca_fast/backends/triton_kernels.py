@@ -17,15 +17,13 @@ knows that no vector straddles the end.
 from enum import IntEnum
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
 from .. import formulas
 from ..tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Hyper, Layer, Tile
 from .triton_formulas import constant, device_function, finite_or_zero, lower
-
-ELEMENTS = {torch.float32: tl.float32, torch.float64: tl.float64}
+from .triton_types import VECTOR, decode, encode, load, load_weight, pointers, store_weight
 
 
 def _constants(*members: IntEnum) -> tuple[Any, ...]:
@@ -35,6 +33,7 @@ def _constants(*members: IntEnum) -> tuple[Any, ...]:
 _TENSOR_WIDTH, _PARAM, _GRAD, _STATE = _constants(Column.WIDTH, Column.PARAM, Column.GRAD, Column.STATE)
 _RADIUS, _FIRST_LAYER, _HYPER, _FLAGS = _constants(Column.RADIUS, Column.FIRST_LAYER, Column.HYPER, Column.FLAGS)
 _NUMEL, _LAYERS, _STEP, _RULE = _constants(Column.NUMEL, Column.LAYERS, Column.STEP, Column.RULE)
+(_REMAINDER,) = _constants(Column.REMAINDER)
 _ROTATES, _CURRENT = _constants(Flag.ROTATES, Flag.CURRENT)
 _HYPER_WIDTH, _LR, _WEIGHT_DECAY = _constants(Hyper.WIDTH, Hyper.LR, Hyper.WEIGHT_DECAY)
 _GRAD_SCALE, _NOISE, _OPTION = _constants(Hyper.GRAD_SCALE, Hyper.NOISE, Hyper.OPTION)
@@ -49,29 +48,38 @@ _COEFFICIENT_WIDTH, _A, _B, _C, _MODE = _constants(
 )
 _KEEP, _PRECISE = constant(formulas.KEEP), constant(formulas.PRECISE)
 _MAX_OPTIONS = constant(MAX_OPTIONS)
-_VECTOR = constant(16)  # bytes
 
 _coefficients = lower(formulas.coefficients)
 _orthogonal_square, _is_nearly_parallel = lower(formulas.orthogonal_square), lower(formulas.is_nearly_parallel)
 
 
 @device_function
-def _addresses(row, start, STATES: tl.constexpr):
-    # (parameter, gradient, state ...) of the element ``start`` bytes into the tensor.
-    addresses = (tl.load(row + _PARAM) + start, tl.load(row + _GRAD) + start)
+def _address(row, column, start, STORED: tl.constexpr):
+    return tl.load(row + column) + start * (STORED.primitive_bitwidth // 8)
+
+
+@device_function
+def _addresses(row, start, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, STATES: tl.constexpr):
+    # (parameter, remainder, gradient, state ...) of the tensor's element ``start``; the remainder may not be there.
+    addresses = (_address(row, _PARAM, start, PARAM), _address(row, _REMAINDER, start, tl.int16))
+    addresses = addresses + (_address(row, _GRAD, start, GRAD),)
     for i in tl.static_range(STATES):
-        addresses = addresses + (tl.load(row + _STATE + i) + start,)
+        addresses = addresses + (_address(row, _STATE + i, start, STATE),)
     return addresses
 
 
 @device_function
-def _is_aligned(addresses, size, READS_GRAD: tl.constexpr, STATES: tl.constexpr):
-    bits = addresses[0] | size
-    if READS_GRAD:
+def _is_aligned(
+    addresses, length, READS_GRAD: tl.constexpr, STATES: tl.constexpr, COMPENSATED: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    bits = addresses[0]
+    if COMPENSATED:
         bits = bits | addresses[1]
+    if READS_GRAD:
+        bits = bits | addresses[2]
     for i in tl.static_range(STATES):
-        bits = bits | addresses[2 + i]
-    return (bits % _VECTOR == 0).to(tl.int32)
+        bits = bits | addresses[3 + i]
+    return ((bits % VECTOR == 0) & (length % LANES == 0)).to(tl.int32)
 
 
 @device_function
@@ -90,33 +98,19 @@ def _options(row, OPTIONS: tl.constexpr, ELEMENT: tl.constexpr):
 
 
 @device_function
-def _inside(lanes, length, ITEMSIZE: tl.constexpr, ALIGNED: tl.constexpr):
+def _inside(lanes, length, LANES: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:
         # Changes no value: it shows the compiler that the length is a multiple of a vector's.
-        length = length // (_VECTOR // ITEMSIZE) * (_VECTOR // ITEMSIZE)
+        length = length // LANES * LANES
     return lanes < length
-
-
-@device_function
-def _pointers(address, lanes, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
-    # The hint sticks to the value it is given, so each copy of the code has its own cast to give it to.
-    first = address.to(tl.pointer_type(ELEMENT))
-    if ALIGNED:
-        first = tl.multiple_of(first, _VECTOR)
-    return first + lanes
-
-
-@device_function
-def _load(address, lanes, inside, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, POLICY: tl.constexpr):
-    return tl.load(_pointers(address, lanes, ELEMENT, ALIGNED), mask=inside, other=0.0, eviction_policy=POLICY)
 
 
 @device_function
 def _load_gradient(
     address, hyper, lanes, inside,
-    ADMIT: tl.constexpr, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, POLICY: tl.constexpr,
+    ADMIT: tl.constexpr, GRAD: tl.constexpr, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    raw = tl.load(hyper + _GRAD_SCALE).to(ELEMENT) * _load(address, lanes, inside, ELEMENT, ALIGNED, POLICY)
+    raw = tl.load(hyper + _GRAD_SCALE).to(ELEMENT) * load(address, lanes, inside, GRAD, ELEMENT, ALIGNED, POLICY)
     grad = ADMIT(raw)
     return grad, grad != raw
 
@@ -126,24 +120,27 @@ def _measure_tile(
     addresses, length, hyper, options_row, partials, partial_counts,
     ADVANCE: tl.constexpr, STEP: tl.constexpr, ADMIT: tl.constexpr,
     READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
-    ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    ELEMENT: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    COMPENSATED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, TILE)
-    inside = _inside(lanes, length, ITEMSIZE, ALIGNED)
+    inside = _inside(lanes, length, LANES, ALIGNED)
     options = _options(options_row, OPTIONS, ELEMENT)
     # Only what rotate reads again deserves its place in the cache.
     POLICY: tl.constexpr = "" if READS_GRAD else "evict_first"
-    grad, non_finite = _load_gradient(addresses[1], hyper, lanes, inside, ADMIT, ELEMENT, ALIGNED, POLICY)
+    grad, non_finite = _load_gradient(addresses[2], hyper, lanes, inside, ADMIT, GRAD, ELEMENT, ALIGNED, POLICY)
     before = ()
     for i in tl.static_range(STATES):
-        before = before + (_load(addresses[2 + i], lanes, inside, ELEMENT, ALIGNED, ""),)
-    w = _load(addresses[0], lanes, inside, ELEMENT, ALIGNED, "").to(tl.float64)
+        before = before + (load(addresses[3 + i], lanes, inside, STATE, ELEMENT, ALIGNED, ""),)
+    w = load_weight(addresses, lanes, inside, PARAM, ELEMENT, COMPENSATED, ALIGNED, "").to(tl.float64)
     advanced = ADVANCE(grad, before, options)
     state = ()
     for i in tl.static_range(STATES):
-        clean = finite_or_zero(advanced[i])
-        non_finite = non_finite | (clean != advanced[i])
-        tl.store(_pointers(addresses[2 + i], lanes, ELEMENT, ALIGNED), clean, mask=inside)
+        # As it will be stored: rotate makes its step of nothing else.
+        rounded = decode(encode(advanced[i], STATE), STATE, ELEMENT)
+        clean = finite_or_zero(rounded)
+        non_finite = non_finite | (clean != rounded)
+        tl.store(pointers(addresses[3 + i], lanes, STATE, ALIGNED), encode(clean, STATE), mask=inside)
         state = state + (clean,)
     step = STEP(grad, state, options)
     u = finite_or_zero(step)
@@ -181,8 +178,9 @@ def prepare(
 def measure(
     tensors, hypers, step_options, tiles, partials, partial_counts,
     ADVANCE: tl.constexpr, STEP: tl.constexpr, ADMIT: tl.constexpr,
-    READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
-    COUNTS: tl.constexpr, ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr,
+    READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr, COUNTS: tl.constexpr,
+    ELEMENT: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    COMPENSATED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Advance the states of one tile (in place) and write its three dots and its number of non-finite elements."""
     index = tl.program_id(0).to(tl.int64)
@@ -191,15 +189,16 @@ def measure(
     row = tensors + tensor * _TENSOR_WIDTH
     if tl.load(row + _GRAD) != 0:
         length = tl.load(tile + _LENGTH)
-        addresses = _addresses(row, tl.load(tile + _OFFSET) * ITEMSIZE, STATES)
+        addresses = _addresses(row, tl.load(tile + _OFFSET), PARAM, GRAD, STATE, STATES)
         hyper = hypers + tl.load(row + _HYPER) * _HYPER_WIDTH
         options_row = _options_row(hyper, step_options, tensor, COUNTS)
-        aligned = _is_aligned(addresses, length * ITEMSIZE, True, STATES)
+        aligned = _is_aligned(addresses, length, True, STATES, COMPENSATED, LANES)
         for ALIGNED in tl.static_range(2):
             if aligned == ALIGNED:
                 _measure_tile(
                     addresses, length, hyper, options_row, partials, partial_counts,
-                    ADVANCE, STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, ITEMSIZE, TILE, ALIGNED,
+                    ADVANCE, STEP, ADMIT, READS_GRAD, STATES, OPTIONS,
+                    ELEMENT, PARAM, GRAD, STATE, COMPENSATED, LANES, TILE, ALIGNED,
                 )  # fmt: skip
 
 
@@ -230,15 +229,15 @@ def _add(count, increment):
 def _step_again(
     addresses, hyper, options_row, lanes, inside,
     STEP: tl.constexpr, ADMIT: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
-    ELEMENT: tl.constexpr, ALIGNED: tl.constexpr,
+    ELEMENT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     if READS_GRAD:
-        grad, _ = _load_gradient(addresses[1], hyper, lanes, inside, ADMIT, ELEMENT, ALIGNED, "evict_first")
+        grad, _ = _load_gradient(addresses[2], hyper, lanes, inside, ADMIT, GRAD, ELEMENT, ALIGNED, "evict_first")
     else:
         grad = 0.0
     state = ()
     for i in tl.static_range(STATES):
-        state = state + (_load(addresses[2 + i], lanes, inside, ELEMENT, ALIGNED, "evict_first"),)
+        state = state + (load(addresses[3 + i], lanes, inside, STATE, ELEMENT, ALIGNED, "evict_first"),)
     return finite_or_zero(STEP(grad, state, _options(options_row, OPTIONS, ELEMENT)))
 
 
@@ -246,7 +245,8 @@ def _step_again(
 def _measure_orthogonal_square(
     n2, d, layer, row, hyper, options_row,
     STEP: tl.constexpr, ADMIT: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
-    ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, BLOCK: tl.constexpr,
+    ELEMENT: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPENSATED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One program walks the whole layer: slow for a large one, but next to no step is so nearly parallel.
     length = tl.load(row + _NUMEL) // tl.load(row + _LAYERS)
@@ -255,12 +255,13 @@ def _measure_orthogonal_square(
     lanes = tl.arange(0, BLOCK)
     sums = tl.full((BLOCK,), 0.0, tl.float64)
     for start in range(0, length, BLOCK):
-        addresses = _addresses(row, (first + start) * ITEMSIZE, STATES)
+        addresses = _addresses(row, first + start, PARAM, GRAD, STATE, STATES)
         inside = lanes < length - start
         u = _step_again(
-            addresses, hyper, options_row, lanes, inside, STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, False
-        )
-        w = _load(addresses[0], lanes, inside, ELEMENT, False, "").to(tl.float64)
+            addresses, hyper, options_row, lanes, inside,
+            STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, GRAD, STATE, False,
+        )  # fmt: skip
+        w = load_weight(addresses, lanes, inside, PARAM, ELEMENT, COMPENSATED, False, "").to(tl.float64)
         difference = tl.where(inside, u.to(tl.float64) - c * w, 0.0)
         sums += difference * difference
     return tl.sum(sums, axis=0)
@@ -293,7 +294,8 @@ def finish(
     tensors, hypers, step_options, layers, partials, partial_counts, dots, coefficients, counts,
     SUM: tl.constexpr, COEFFICIENTS: tl.constexpr, BLOCK: tl.constexpr,
     STEP: tl.constexpr, ADMIT: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
-    COUNTS: tl.constexpr, ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr,
+    COUNTS: tl.constexpr, ELEMENT: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    COMPENSATED: tl.constexpr,
 ):  # fmt: skip
     """SUM: add up the dots and counts of one layer's tiles. COEFFICIENTS: turn its dots into coefficients."""
     layer = tl.program_id(0).to(tl.int64)
@@ -319,7 +321,7 @@ def finish(
             options_row = _options_row(hyper, step_options, tensor, COUNTS)
             sigma2 = _measure_orthogonal_square(
                 n2, d, layer, row, hyper, options_row,
-                STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, ITEMSIZE, BLOCK,
+                STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, PARAM, GRAD, STATE, COMPENSATED, BLOCK,
             )  # fmt: skip
         coefficients = coefficients + layer * _COEFFICIENT_WIDTH
         _write_coefficients(n2, d, q, sigma2, layer, row, hyper, has_grad, coefficients, count)
@@ -329,28 +331,31 @@ def finish(
 def _rotate_tile(
     addresses, length, hyper, options_row, coefficients,
     STEP: tl.constexpr, ADMIT: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
-    ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    ELEMENT: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    COMPENSATED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, TILE)
-    inside = _inside(lanes, length, ITEMSIZE, ALIGNED)
-    w = _load(addresses[0], lanes, inside, ELEMENT, ALIGNED, "evict_first")
+    inside = _inside(lanes, length, LANES, ALIGNED)
+    w = load_weight(addresses, lanes, inside, PARAM, ELEMENT, COMPENSATED, ALIGNED, "evict_first")
     u = _step_again(
-        addresses, hyper, options_row, lanes, inside, STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, ALIGNED
-    )
+        addresses, hyper, options_row, lanes, inside,
+        STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, GRAD, STATE, ALIGNED,
+    )  # fmt: skip
     a, b = tl.load(coefficients + _A), tl.load(coefficients + _B)
     if tl.load(coefficients + _MODE) == _PRECISE:
         wide = w.to(tl.float64)
         w = (a * wide + b * (u.to(tl.float64) - tl.load(coefficients + _C) * wide)).to(ELEMENT)
     else:
         w = tl.fma(a.to(ELEMENT), w, b.to(ELEMENT) * u)
-    tl.store(_pointers(addresses[0], lanes, ELEMENT, ALIGNED), w, mask=inside)
+    store_weight(addresses, lanes, inside, w, PARAM, COMPENSATED, ALIGNED)
 
 
 @triton.jit
 def rotate(
     tensors, hypers, step_options, tiles, coefficients,
     STEP: tl.constexpr, ADMIT: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
-    COUNTS: tl.constexpr, ELEMENT: tl.constexpr, ITEMSIZE: tl.constexpr, TILE: tl.constexpr,
+    COUNTS: tl.constexpr, ELEMENT: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    COMPENSATED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Apply the coefficients to one tile of the parameters (in place), the base step made anew from the state."""
     # Backwards: what measure touched last is still in the cache.
@@ -361,13 +366,14 @@ def rotate(
         tensor = tl.load(tile + _TILE_TENSOR)
         row = tensors + tensor * _TENSOR_WIDTH
         length = tl.load(tile + _LENGTH)
-        addresses = _addresses(row, tl.load(tile + _OFFSET) * ITEMSIZE, STATES)
+        addresses = _addresses(row, tl.load(tile + _OFFSET), PARAM, GRAD, STATE, STATES)
         hyper = hypers + tl.load(row + _HYPER) * _HYPER_WIDTH
         options_row = _options_row(hyper, step_options, tensor, COUNTS)
-        aligned = _is_aligned(addresses, length * ITEMSIZE, READS_GRAD, STATES)
+        aligned = _is_aligned(addresses, length, READS_GRAD, STATES, COMPENSATED, LANES)
         for ALIGNED in tl.static_range(2):
             if aligned == ALIGNED:
                 _rotate_tile(
                     addresses, length, hyper, options_row, coefficients,
-                    STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, ITEMSIZE, TILE, ALIGNED,
+                    STEP, ADMIT, READS_GRAD, STATES, OPTIONS,
+                    ELEMENT, PARAM, GRAD, STATE, COMPENSATED, LANES, TILE, ALIGNED,
                 )  # fmt: skip
