@@ -6,10 +6,10 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "../base_steps.h"
 #include "../batch.h"
+#include "../clean.h"
 
 #ifdef LAYCA_TARGET_CLONES
 #define LAYCA_CLONES __attribute__((noinline, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -35,10 +35,6 @@ struct Partial {
   std::int64_t non_finite;
 };
 
-// An integer as wide as T: vector loops count in lanes of one width.
-template <class T>
-using Counter = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
-
 // Elements that are advanced together before anything is stored. Their new states stay in the first-level cache.
 constexpr std::int64_t block_length = 1024;
 
@@ -47,8 +43,8 @@ struct NewStates {
   alignas(64) T of[Formula::n_states > 0 ? Formula::n_states : 1][block_length];
 };
 
-// What is done about numbers that are not finite, element by element. `Watch` only notices: the sum of an element's
-// numbers is not finite if one of them is (or if they are huge, in which case looking again does no harm).
+// Where `Clean` does something about numbers that are not finite, this only notices: the sum of an element's numbers is
+// not finite if one of them is (or if they are huge, in which case looking again does no harm).
 template <class T>
 struct Watch {
   using Trouble = T;
@@ -63,26 +59,6 @@ struct Watch {
     return grad;
   }
   LAYCA_INLINE Trouble trouble() const { return sum * T(0); }
-};
-
-// `Clean` takes 0 in their place, and of a gradient whose witness is not, and counts the element.
-template <class T>
-struct Clean {
-  using Trouble = Counter<T>;
-  Counter<T> broken = 0;
-  LAYCA_INLINE T operator()(T x) { return keep_if(is_finite(x), x); }
-  template <class Formula>
-  LAYCA_INLINE T gradient(T grad) {
-    return keep_if(is_finite(Formula::witness(grad)), grad);
-  }
-  LAYCA_INLINE Trouble trouble() const { return broken; }
-
- private:
-  LAYCA_INLINE T keep_if(bool is_good, T x) {
-    const Counter<T> is_broken = is_good ? 0 : 1;
-    broken |= is_broken;
-    return is_broken == 0 ? x : T(0);
-  }
 };
 
 // A lane for each residue of the elements' index, so that every instruction set adds in the same order.

@@ -1,36 +1,15 @@
 """The native CPU backend: C++ kernels that keep a layer in cache between measure and rotate."""
 
-import json
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import torch
 
 from ..batch import Batch
 from .base import Backend
+from .native import Views
 
 if TYPE_CHECKING:
     from .._cpu import BatchView
-
-#: Tables of a batch that the kernels walk.
-TABLES = (
-    *("tensors", "hypers", "step_options", "layers"),
-    *("dots", "coefficients", "counts", "partials", "partial_counts"),
-)
-
-
-def _import_native() -> tuple[ModuleType | None, str | None]:
-    """The native module, or None and the reason why it is missing: what stopped its build, if that is known."""
-    try:
-        return import_module("layca_fast._cpu"), None
-    except ImportError as error:
-        note = Path(__file__).parents[1] / "_build.json"
-        built = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-        reason = built.get("cpu") or error
-        return None, f"the native module is not there: {reason}"
 
 
 class CpuBackend(Backend):
@@ -44,43 +23,25 @@ class CpuBackend(Backend):
     tile = 4096
 
     def __init__(self) -> None:
-        self._native, self._reason = _import_native()
-        self._views: WeakKeyDictionary[Batch, BatchView] = WeakKeyDictionary()
+        self._views: Views[BatchView] = Views("cpu")
 
     def missing(self) -> str | None:
-        return self._reason
+        return self._views.reason
 
     def refuses(self, device: torch.device) -> str | None:
         return None if device.type == "cpu" else "it runs on CPU tensors only"
 
-    def _view(self, batch: Batch) -> "BatchView":
-        view = self._views.get(batch)
-        if view is None:
-            if self._native is None:
-                raise RuntimeError(f"backend='cpu' cannot run: {self._reason}")
-            # The tables stay where they are for the life of the batch; only what they hold changes.
-            view = self._native.BatchView(
-                **{name: getattr(batch, name).data_ptr() for name in TABLES},
-                n_tensors=len(batch.slots),
-                n_layers=batch.n_layers,
-                tile=batch.tile,
-                formula=batch.formula.name,
-                dtype=str(batch.dtype).removeprefix("torch."),
-            )
-            self._views[batch] = view
-        return view
-
     def measure(self, batch: Batch) -> None:
-        self._view(batch).measure(torch.get_num_threads())
+        self._views.of(batch).measure(torch.get_num_threads())
 
     def coefficients(self, batch: Batch) -> None:
-        self._view(batch).coefficients()
+        self._views.of(batch).coefficients()
 
     def rotate(self, batch: Batch) -> None:
-        self._view(batch).rotate(torch.get_num_threads())
+        self._views.of(batch).rotate(torch.get_num_threads())
 
     def step(self, batch: Batch) -> None:
-        self._view(batch).step(torch.get_num_threads())
+        self._views.of(batch).step(torch.get_num_threads())
 
 
 BACKEND = CpuBackend()
