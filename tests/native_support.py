@@ -5,10 +5,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 import pybind11
+import torch
+
+from layca_fast.bases import Formula
+from layca_fast.tables import MAX_OPTIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,8 +59,20 @@ def disassembly(cuobjdump: str, file: Path, architecture: str) -> dict[str, str]
 
 def as_json_lines(head: Mapping[str, str], table: str, rows: Iterable[tuple[str, Any]]) -> str:
     """A JSON object of ``head`` and of ``table``, one line for each of its rows: what is committed and compared."""
-    from json import dumps
-
     lines = [f"  {dumps(name)}: {dumps(value)}," for name, value in head.items()]
     cells = ",\n".join(f"    {dumps(name)}: {dumps(value)}" for name, value in rows)
     return "\n".join(["{", *lines, f"  {dumps(table)}: {{", cells, "  }", "}"])
+
+
+def states_read(formula: Formula) -> int:
+    """How many of its states the step of a formula reads: the compiler leaves out the loads of the others."""
+    read = set()
+
+    class Watched(tuple):
+        def __getitem__(self, index: int) -> Any:
+            read.add(index)
+            return super().__getitem__(index)
+
+    one = torch.ones(())
+    formula.step(one, Watched([one] * len(formula.states)), [one] * MAX_OPTIONS)
+    return len(read)
