@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels, read from the installed module: ``python -m tests.cuda_code`` prints the table."""
+"""What nvcc made of the CUDA kernels, read from the module: ``python -m tests.cuda_code`` prints the table."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The CUDA module as nvcc compiled it, without a GPU: it imports, says what is missing, spills nothing, moves vectors."""
+"""The CUDA module as nvcc compiled it, without a GPU: it imports, says what is missing, and spills nothing."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""CUDA and Triton on a GPU: the same numbers as the reference and as the CPU backend, whatever the tensors look like."""
+"""CUDA and Triton on a GPU: the numbers of the reference and of the CPU backend, whatever the tensors look like."""
 
 import itertools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a step asks of the GPU and of the host: no waiting, no allocation, few launches, the caller's stream and device."""
+"""What a step asks of GPU and host: no waiting, no allocation, few launches, the caller's stream and device."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +16,8 @@ from layca_fast.verify import BASE_OPTIONS
 from .gpu_support import GPU, GPU_BACKENDS, ON_GPU, SHAPES, every_gpu_backend, give, on, ready, weights
 from .support import contents, params_of, same_bits
 
-pytestmark = ON_GPU
+#: torch warns that its detection of waiting, and its profiler, may miss something.
+pytestmark = [*ON_GPU, pytest.mark.filterwarnings("default")]
 
 every_base = pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
 

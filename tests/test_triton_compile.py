@@ -1,6 +1,6 @@
 """The Triton kernels compiled ahead of time, without a GPU: spills, vectors, and what must not be optimized away.
 
-``python -m tests.test_triton_compile`` prints what to write into ``triton_resources.json`` after a change that is meant.
+``python -m tests.test_triton_compile`` prints what ``triton_resources.json`` is to hold after a change that is meant.
 """
 
 import json
