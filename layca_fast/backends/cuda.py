@@ -1,7 +1,7 @@
 """The CUDA backend: C++ kernels, three or four launches a step however many tensors, on NVIDIA GPUs."""
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,9 +11,6 @@ from .native import Views
 
 if TYPE_CHECKING:
     from .._cuda import BatchView
-
-# Any: the types of a torch without it say that it is always None.
-_HIP: Any = torch.version.hip
 
 #: The oldest GPU that the module is compiled for: csrc/cuda.cmake.
 OLDEST = (8, 0)
@@ -43,7 +40,8 @@ class CudaBackend(Backend):
     def missing(self) -> str | None:
         if self._views.native is None:
             return self._views.reason
-        if _HIP is not None:
+        # By name: the types of a torch without it say that it is always None.
+        if vars(torch.version)["hip"] is not None:
             return "no device: this torch was built for AMD GPUs, which Triton serves"
         if not torch.cuda.is_available():
             return "no device: torch finds no GPU"
