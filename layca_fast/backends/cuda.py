@@ -17,7 +17,7 @@ OLDEST = (8, 0)
 
 
 @cache
-def _too_old(device: int) -> str | None:
+def _too_old(device: torch.device) -> str | None:
     found = torch.cuda.get_device_capability(device)
     if found >= OLDEST:
         return None
@@ -40,8 +40,7 @@ class CudaBackend(Backend):
     def missing(self) -> str | None:
         if self._views.native is None:
             return self._views.reason
-        # By name: the types of a torch without it say that it is always None.
-        if vars(torch.version)["hip"] is not None:
+        if torch.version.hip is not None:
             return "no device: this torch was built for AMD GPUs, which Triton serves"
         if not torch.cuda.is_available():
             return "no device: torch finds no GPU"
@@ -51,7 +50,7 @@ class CudaBackend(Backend):
     def refuses(self, device: torch.device) -> str | None:
         if device.type != "cuda":
             return "it takes tensors on an NVIDIA GPU only"
-        return _too_old(torch.cuda.current_device() if device.index is None else device.index)
+        return _too_old(device)
 
     def _view(self, batch: Batch) -> "BatchView":
         return self._views.of(batch, tiles=batch.tiles.data_ptr(), n_tiles=batch.n_tiles)
