@@ -8,9 +8,7 @@
 
 namespace layca {
 
-LAYCA_HOST_DEVICE inline bool turns(const TensorRow& tensor) {
-  return tensor.has_grad() && tensor.flag(Flag::ROTATES);
-}
+LAYCA_HOST_DEVICE inline bool turns(const TensorRow& tensor) { return tensor.has_grad() && tensor.flag(Flag::ROTATES); }
 
 LAYCA_HOST_DEVICE inline Dots layer_dots(const Batch& batch, std::int64_t layer) {
   const double* const sums = batch.dots + 3 * layer;

@@ -154,7 +154,7 @@ def test_one_file_holds_what_was_found(
 def test_the_parts_cover_what_must_be_proven() -> None:
     names = [part.name for part in gpu.proofs("")]
     for test in ("tests/test_gpu_numbers.py", "tests/test_gpu_step.py"):
-        assert f"pytest -m gpu {test}" in names
+        assert {f"pytest -m gpu -k '{which}' {test}" for which in ("triton", "not triton")} <= set(names)
     assert {f"verify {backend}" for backend in ("cuda", "triton", "cpu", "torch")} <= set(names)
     tools = [part for part in gpu.proofs("") if part.name.startswith("compute-sanitizer")]
     assert [(part.name.split()[1], part.missing) for part in tools] == [

@@ -1,6 +1,8 @@
 """The CUDA module as nvcc compiled it, without a GPU: it imports, says what is missing, and spills nothing."""
 
 import re
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -39,6 +41,13 @@ def test_without_a_gpu_the_module_imports_and_the_backend_says_why_it_is_missing
     status = backends()["cuda"]
     assert not status.available
     assert "no device" in status.reason
+
+
+@pytest.mark.skipif(shutil.which("ldd") is None, reason="there is no ldd")
+def test_the_module_needs_neither_cuda_nor_torch_libraries() -> None:
+    """It brings CUDA's runtime along, and that finds the driver when it is asked for a device."""
+    done = subprocess.run(["ldd", str(cuda_code.module_file())], capture_output=True, text=True, check=True)
+    assert re.findall(r"^\s*(lib(?:cuda|cudart|torch|c10|python)\S*)", done.stdout, re.MULTILINE) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(prepare_threads) prepare(const __grid_constant
 }
 
 template <class Formula, class T>
-__global__ void __launch_bounds__(block_threads, blocks_at_once<Formula, T>) measure(const __grid_constant__ Batch batch) {
+__global__ void __launch_bounds__(block_threads, blocks_at_once<Formula, T>)
+    measure(const __grid_constant__ Batch batch) {
   const TileSpan tile = tile_span(batch, blockIdx.x);
   if (!tile.tensor.has_grad()) return;
   Sums sums = measure_on_thread<Formula, T>(tile, threadIdx.x);
@@ -78,7 +79,8 @@ __global__ void __launch_bounds__(block_threads, finish_blocks_at_once<T>)
 
 // Backwards: what measure touched last is still in the cache.
 template <class Formula, class T>
-__global__ void __launch_bounds__(block_threads, blocks_at_once<Formula, T>) rotate(const __grid_constant__ Batch batch) {
+__global__ void __launch_bounds__(block_threads, blocks_at_once<Formula, T>)
+    rotate(const __grid_constant__ Batch batch) {
   rotate_on_thread<Formula, T>(batch, gridDim.x - 1 - blockIdx.x, threadIdx.x);
 }
 
