@@ -30,6 +30,9 @@ BASES = tuple(BUFFERS)
 #: The optimizer that the base is an option of, in torch.
 FAMILIES = {"sgd": "SGD", "momentum": "SGD", "adam": "Adam"}
 
+#: The CPU backend, and what its loops take where nothing rotates: the same tensors and states in one pass.
+OURS, FLOOR = "FusedLayca cpu", "FusedLayca cpu, rotate=False"
+
 #: Relative error allowed to FusedLayca's rotations by atan(RATE), beside random rounding of the stored weights. Adam's
 #: step on these gradients is a sign, so all weights of one binade are rounded alike: up to 2^-24 of w, at a step of
 #: RATE of w.
@@ -112,9 +115,9 @@ def _attached_step(base: str) -> Callable[[Sequence[Tensor]], Step]:
     return make
 
 
-def _layca_step(base: str, backend: str) -> Callable[[Sequence[Tensor]], Step]:
+def _layca_step(base: str, backend: str, rotate: bool | None = None) -> Callable[[Sequence[Tensor]], Step]:
     name = "adam" if base == "adam" else "sgd"
-    return lambda params: FusedLayca(params, RATE, base=name, backend=backend, **_options(base)).step
+    return lambda params: FusedLayca(params, RATE, base=name, backend=backend, rotate=rotate, **_options(base)).step
 
 
 def _imported_step(module: str, name: str, **options: Any) -> Callable[[Sequence[Tensor]], Step]:
@@ -158,8 +161,17 @@ def _layca_providers(base: str, device: torch.device) -> Iterator[Provider]:
             package="layca_fast",
             skipped=layca_skipped(name, device),
         )
+    floor = {"sgd": 12, "momentum": 20, "adam": 28}[base]
+    yield Provider(
+        FLOOR,
+        floor,
+        _layca_step(base, "cpu", rotate=False),
+        state,
+        package="layca_fast",
+        skipped=layca_skipped("cpu", device),
+    )
     # The optimizer's own; 8 to keep w; 16 to exchange it for u, through a scratch that stays in cache; 20 to turn w.
-    attached = {"sgd": 12, "momentum": 20, "adam": 28}[base] + 44
+    attached = floor + 44
     yield Provider(
         f"attach to {yardstick(base)}",
         attached,

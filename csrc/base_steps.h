@@ -2,8 +2,8 @@
 //
 // Functions of one element, host and device, equal to those of the same names in layca_fast/formulas.py. `state` is
 // advanced in place; `step` does not depend on the old state, so that the rotate pass can recompute it and no
-// backend stores u. `options` are the scalars that layca_fast/bases.py makes of a param group, as `prepare` makes them
-// fit this step, where the formula counts its steps.
+// backend keeps u for a whole model. `options` are the scalars that layca_fast/bases.py makes of a param group, as
+// `prepare` makes them fit this step, where the formula counts its steps.
 #pragma once
 
 #include <cmath>
@@ -16,21 +16,34 @@ namespace layca {
 
 struct Uncounted {
   static constexpr bool counts_steps = false;
+  static constexpr bool takes_roots = false;
 
   // Where this is not finite, the gradient counts as 0.
   template <class T>
   static LAYCA_INLINE T witness(T grad) {
     return grad;
   }
+
+  // Not finite wherever the gradient's witness or a new state is not, unless the step is not finite there either.
+  template <class T>
+  static LAYCA_INLINE T watched(T, const T*) {
+    return 0;
+  }
 };
 
 // Formulas that count steps also square gradients: one whose square overflows would leave a mean square of infinity.
 struct Counted {
   static constexpr bool counts_steps = true;
+  static constexpr bool takes_roots = true;  // in `step`: it takes longer than to read it from a cache
 
   template <class T>
   static LAYCA_INLINE T witness(T grad) {
     return grad * grad;
+  }
+
+  template <class T>
+  static LAYCA_INLINE T watched(T, const T* state) {
+    return state[0];
   }
 
   static LAYCA_INLINE void prepare(double, const double* group, double* options) {
@@ -122,6 +135,11 @@ struct RmsProp : Counted {
   }
 
   template <class T>
+  static LAYCA_INLINE T watched(T, const T* state) {
+    return centered ? state[0] + state[1] : state[0];
+  }
+
+  template <class T>
   static LAYCA_INLINE T step(T grad, const T* state, const T* options) {
     return momentum ? state[n_states - 1] : scaled(grad, state, options);
   }
@@ -143,6 +161,11 @@ struct Adagrad : Counted {
   static LAYCA_INLINE void advance(T grad, T* state, const T*) {
     const T sum = state[0] + grad * grad;
     state[0] = is_finite(sum) ? sum : state[0];
+  }
+
+  template <class T>
+  static LAYCA_INLINE T watched(T grad, const T* state) {
+    return witness(grad) + state[0];
   }
 
   template <class T>
@@ -174,6 +197,11 @@ struct Adam : Counted {
   }
 
   template <class T>
+  static LAYCA_INLINE T watched(T, const T* state) {
+    return amsgrad ? state[1] + state[2] : state[1];
+  }
+
+  template <class T>
   static LAYCA_INLINE T step(T, const T* state, const T* options) {
     return state[0] * options[4] / (square_root(state[n_states - 1]) * options[5] + options[3]);
   }
@@ -187,6 +215,11 @@ struct Lion : Uncounted {
   template <class T>
   static LAYCA_INLINE void advance(T grad, T* state, const T* options) {
     state[0] = running_mean(state[0], grad, options[0]);
+  }
+
+  template <class T>
+  static LAYCA_INLINE T watched(T, const T* state) {
+    return state[0];
   }
 
   // The sign of beta1*m + (1 - beta1)*g, where m, the average before this step, is taken from the one after it.

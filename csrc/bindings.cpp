@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "batch.h"
 #include "bindings.h"
 #include "cpu/registry.h"
 #include "cpu/runner.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -22,10 +24,11 @@ using Columns = std::map<std::string, std::map<std::string, int>>;
 std::unique_ptr<cpu::Runner> make_view(Address tensors, Address hypers, Address step_options, Address layers,
                                        Address dots, Address coefficients, Address counts, Address partials,
                                        Address partial_counts, std::int64_t n_tensors, std::int64_t n_layers,
-                                       std::int64_t tile, const std::string& formula, const std::string& dtype) {
+                                       std::int64_t tile, const std::string& formula, const std::string& dtype,
+                                       const std::optional<std::string>& instructions) {
   const Batch batch = make_batch(tensors, hypers, step_options, layers, dots, coefficients, counts, partials,
                                  partial_counts, n_tensors, n_layers, tile);
-  return std::make_unique<cpu::Runner>(batch, formula, dtype);
+  return std::make_unique<cpu::Runner>(batch, formula, dtype, instructions.value_or(cpu::instruction_sets().front()));
 }
 
 // The columns of every table under the names that layca_fast/tables.py gives them, for a test that compares the two.
@@ -60,6 +63,32 @@ Columns columns() {
 #undef LAYCA_COLUMN
 }
 
+const dlpack::ExchangeApi& exchange_api(const py::capsule& capsule) {
+  const dlpack::ExchangeApi* const api = find_exchange_api(capsule.ptr());
+  if (api == nullptr) throw py::value_error("api: not a DLPack exchange API of version 1 that describes tensors");
+  return *api;
+}
+
+std::unique_ptr<Layouts> make_layouts(const py::capsule& api, const py::list& tensors) {
+  auto layouts = std::make_unique<Layouts>();
+  if (!layouts->read(&exchange_api(api), tensors.ptr())) throw py::error_already_set();
+  return layouts;
+}
+
+// The addresses as bytes, or None if the gradients do not fit.
+py::object fit(const Layouts& layouts, const py::list& grads, const py::type& type, const py::object& is_neg) {
+  py::bytes addresses(nullptr, grads.size() * sizeof(std::int64_t));
+  auto* const out = reinterpret_cast<std::int64_t*>(PyBytes_AS_STRING(addresses.ptr()));
+  if (!layouts.fit(grads.ptr(), type.ptr(), is_neg.ptr(), out)) return py::none();
+  return addresses;
+}
+
+py::list attributes_of(const py::list& objects, const py::str& name) {
+  PyObject* const found = attributes(objects.ptr(), name.ptr());
+  if (found == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::list>(found);
+}
+
 }  // namespace
 }  // namespace layca
 
@@ -69,15 +98,31 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.doc() = "Kernels of the native CPU backend. They read and write memory at the addresses they are given.";
   module.attr("formulas") = layca::cpu::formula_names();
+  module.attr("instruction_sets") = layca::cpu::instruction_sets();
   module.attr("columns") = layca::columns();
 
   py::class_<Runner>(module, "BatchView", py::module_local())
       .def(py::init(&layca::make_view), py::kw_only(), py::arg("tensors"), py::arg("hypers"), py::arg("step_options"),
            py::arg("layers"), py::arg("dots"), py::arg("coefficients"), py::arg("counts"), py::arg("partials"),
            py::arg("partial_counts"), py::arg("n_tensors"), py::arg("n_layers"), py::arg("tile"), py::arg("formula"),
-           py::arg("dtype"))
+           py::arg("dtype"), py::arg("instructions") = py::none())
       .def("measure", &Runner::measure, py::arg("threads"), without_gil)
       .def("coefficients", &Runner::coefficients, without_gil)
       .def("rotate", &Runner::rotate, py::arg("threads"), without_gil)
       .def("step", &Runner::step, py::arg("threads"), without_gil);
+
+  using layca::Layouts;
+  py::class_<Layouts>(module, "Layouts", py::module_local())
+      .def(py::init(&layca::make_layouts), py::arg("api"), py::arg("tensors"))
+      .def(
+          "hold", [](const Layouts& layouts, const py::list& tensors) { return layouts.hold(tensors.ptr()); },
+          py::arg("tensors"))
+      .def("fit", &layca::fit, py::arg("grads"), py::arg("type"), py::arg("is_neg"));
+  module.def(
+      "entries_hold",
+      [](const py::list& entries, const py::str& name, const py::list& values) {
+        return layca::entries_hold(entries.ptr(), name.ptr(), values.ptr());
+      },
+      py::arg("entries"), py::arg("name"), py::arg("values"));
+  module.def("attributes", &layca::attributes_of, py::arg("objects"), py::arg("name"));
 }

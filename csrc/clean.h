@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "portable.h"
 #include "rotation.h"
@@ -10,8 +9,10 @@
 namespace layca {
 
 // An integer as wide as T: vector loops count in lanes of one width.
+std::int32_t counter_like(float);
+std::int64_t counter_like(double);
 template <class T>
-using Counter = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+using Counter = decltype(counter_like(T()));
 
 // Takes 0 in place of what is not finite, and of a gradient whose witness is not, and counts the element.
 template <class T>
@@ -23,7 +24,10 @@ struct Clean {
   LAYCA_INLINE T gradient(T grad) {
     return keep_if(is_finite(Formula::witness(grad)), grad);
   }
-  LAYCA_INLINE Trouble trouble() const { return broken; }
+  template <class Formula>
+  LAYCA_INLINE Trouble trouble(T, const T*) const {
+    return broken;
+  }
 
  private:
   LAYCA_INLINE T keep_if(bool is_good, T x) {

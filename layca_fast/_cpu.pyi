@@ -1,7 +1,14 @@
 """Types of the native module of the CPU backend: see ``csrc/bindings.cpp``."""
 
+from typing import Any
+
+from torch import Tensor
+
 #: Names of the formulas that it has kernels for, each for float32 and float64.
 formulas: list[str]
+
+#: The instruction sets that this processor has of those that the kernels were compiled for, the best (default) first.
+instruction_sets: list[str]
 
 #: The columns of each table in ``csrc/batch.h``, by the names in ``tables.py``.
 columns: dict[str, dict[str, int]]
@@ -26,8 +33,19 @@ class BatchView:
         tile: int,
         formula: str,
         dtype: str,
+        instructions: str | None = None,
     ) -> None: ...
     def measure(self, threads: int) -> None: ...
     def coefficients(self) -> None: ...
     def rotate(self, threads: int) -> None: ...
     def step(self, threads: int) -> None: ...
+
+class Layouts:
+    """How tensors lay in memory when it was made; ``api`` is torch's DLPack exchange API, a capsule."""
+
+    def __init__(self, api: object, tensors: list[Tensor]) -> None: ...
+    def hold(self, tensors: list[Tensor]) -> bool: ...
+    def fit(self, grads: list[Any], type: type[Tensor], is_neg: Any) -> bytes | None: ...
+
+def entries_hold(entries: list[Any], name: str, values: list[Tensor]) -> bool: ...
+def attributes(objects: list[Any], name: str) -> list[Any]: ...

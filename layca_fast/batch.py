@@ -17,7 +17,7 @@ from .checks import check_gradient
 from .formulas import RULES
 from .tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Hyper, Layer, Tile
 from .upload import Mirror
-from .watch import Entries, Layouts, addresses, all_there, gradients
+from .watch import Entries, Layouts, addresses, all_there, column, gradients
 
 
 @dataclass
@@ -86,6 +86,7 @@ class Batch:
         self.params = [slot.param for slot in self.slots]
         self.states = [[slot.states[i] for slot in self.slots] for i in range(len(formula.states))]
         self.grads: list[Tensor | None] = [None] * len(self.slots)
+        self._grad_addresses = addresses(self.grads)
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
         self._home = scalar_device(self.device)
@@ -107,11 +108,11 @@ class Batch:
         self._tensor_mirror = Mirror(len(self.slots), Column.WIDTH, torch.int64, self._home)
         self.first_layers = list(accumulate((slot.layers for slot in self.slots[:-1]), initial=0))
         table = self._tensor_mirror
-        table.set_column(Column.NUMEL, [slot.param.numel() for slot in self.slots])
-        table.set_column(Column.LAYERS, [slot.layers for slot in self.slots])
-        table.set_column(Column.FIRST_LAYER, self.first_layers)
-        table.set_column(Column.FLAGS, [slot.flags for slot in self.slots])
-        table.set_column(Column.RULE, [slot.rule for slot in self.slots])
+        table.set_column(Column.NUMEL, column([slot.param.numel() for slot in self.slots]))
+        table.set_column(Column.LAYERS, column([slot.layers for slot in self.slots]))
+        table.set_column(Column.FIRST_LAYER, column(self.first_layers))
+        table.set_column(Column.FLAGS, column([slot.flags for slot in self.slots]))
+        table.set_column(Column.RULE, column([slot.rule for slot in self.slots]))
         table.set_column(Column.RADIUS, addresses([slot.radius for slot in self.slots]))
         table.set_column(Column.STEP, addresses([slot.step for slot in self.slots]))
         table.set_column(Column.PARAM, addresses(self.params))
@@ -136,9 +137,12 @@ class Batch:
     def take_gradients(self) -> None:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
         self.grads = gradients(self.params)
-        # All else goes the slow way: gradients that are missing, lie otherwise, or are wrong.
-        if not self._layouts.fit(self.grads):
+        found = self._layouts.fit(self.grads)
+        if found is None:
+            # All else goes the slow way: gradients that are missing, lie otherwise, or are wrong.
             self.grads = [slot.gradient() for slot in self.slots]
+            found = addresses(self.grads)
+        self._grad_addresses = found
 
     def refresh(self) -> None:
         """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone)."""
@@ -146,13 +150,13 @@ class Batch:
             if step is not None and self.grads[index] is not None:
                 step += 1
         table = self._tensor_mirror
-        table.set_column(Column.GRAD, addresses(self.grads))
+        table.set_column(Column.GRAD, self._grad_addresses)
         table.push()
         self._refresh_hypers()
 
     def _set_hyper_rows(self) -> None:
         rows = [row + slot.fresh for row, slot in zip(self._rows, self.slots, strict=True)]
-        self._tensor_mirror.set_column(Column.HYPER, rows)
+        self._tensor_mirror.set_column(Column.HYPER, column(rows))
 
     def _refresh_hypers(self) -> None:
         # The difference of two weights is off by up to half a unit in the last place of each.

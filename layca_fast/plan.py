@@ -140,7 +140,7 @@ def _check_norms(members: Sequence[_Member]) -> None:
 
 
 def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    """All that fixes the structure of the batches, beside the tensors' own memory."""
+    """All that fixes the structure of the batches, beside the tensors themselves."""
     return [
         (
             id(group),
@@ -152,7 +152,6 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
             group["radius"],
             group["backend"],
             bool(group["weight_decay"]),
-            list(map(id, group["params"])),
         )
         for group in groups
     ]
@@ -171,6 +170,7 @@ class Plan:
 
         self._groups, self._state = groups, state
         self._signature = _signature(groups)
+        self._params = [list(group["params"]) for group in groups]
         member_ids = {id(member.param) for member in members}
         self._waiting = [param for _, _, param in labelled(groups) if id(param) not in member_ids]
         slots: dict[tuple[Any, ...], list[Slot]] = {}
@@ -225,7 +225,9 @@ class Plan:
         """Whether the batches still describe the groups, the state and the memory of the parameters."""
         if groups is not self._groups or state is not self._state:
             return False
-        if _signature(self._groups) != self._signature:
+        if _signature(groups) != self._signature:
+            return False
+        if not all(same_objects(group["params"], known) for group, known in zip(groups, self._params, strict=True)):
             return False
         if any(grad is not None for grad in gradients(self._waiting)):
             return False

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from layca_fast.tables import Coefficient, Count
 from .support import rows_by_formula, same_bits
 
 CPU = load("cpu")
+INSTRUCTION_SETS = import_module("layca_fast._cpu").instruction_sets
 LR = 0.05
 
 #: Shapes that end in the middle of a lane, a block, a tile and a piece; the largest fits in no core's cache.
@@ -94,6 +96,21 @@ def test_bits_depend_neither_on_threads_nor_on_the_schedule(
             CPU.rotate(verbs)
         outcomes += [results(fused), results(verbs)]
     assert not same_bits(outcomes[0][0], results(random_batch(formula, dtype, seed))[0])
+    assert all(same_bits(outcomes[0], other) for other in outcomes[1:])
+
+
+@every_formula
+def test_every_instruction_set_gives_the_same_bits(
+    formula: str, seed: int, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(2)
+    assert INSTRUCTION_SETS[-1] == "baseline"
+    outcomes = []
+    for instructions in INSTRUCTION_SETS:
+        monkeypatch.setattr(CPU, "instructions", instructions)
+        batch = random_batch(formula, torch.float32, seed)
+        CPU.step(batch)
+        outcomes.append(results(batch))
     assert all(same_bits(outcomes[0], other) for other in outcomes[1:])
 
 
@@ -236,6 +253,15 @@ def test_denormal_momentum_becomes_zero_and_the_callers_arithmetic_is_left_alone
     assert (denormals * 0.5 != 0).all()
 
 
+def test_a_zero_step_leaves_denormal_weights_alone(seed: int) -> None:
+    torch.manual_seed(seed)
+    weights = [torch.full((length,), 1e-39) for length in (40, 300_000)]
+    batch = make_batch("sgd", weights, [torch.zeros_like(weight) for weight in weights])
+    before = [weight.clone() for weight in weights]
+    CPU.step(batch)
+    assert same_bits(weights, before)
+
+
 def test_a_tensor_without_a_gradient_is_not_touched(seed: int) -> None:
     batch = random_batch("sgd_nesterov", torch.float32, seed)
     batch.grads = [grad if i % 2 else None for i, grad in enumerate(batch.grads)]
@@ -268,5 +294,5 @@ def test_slices_are_layers_of_their_own(seed: int) -> None:
 def test_a_formula_or_type_without_kernels_is_named(seed: int) -> None:
     batch = random_batch("sgd", torch.float32, seed, [(2, 2)])
     batch.dtype = torch.float16
-    with pytest.raises(ValueError, match=r"formula='sgd', dtype='float16'.*\(sgd, float32\)"):
+    with pytest.raises(ValueError, match=r"formula='sgd', dtype='float16'.*\(sgd, float32, baseline\)"):
         CPU.step(batch)

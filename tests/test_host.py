@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layca_fast import FusedLayca
+from layca_fast import FusedLayca, watch
 from layca_fast.backends import load
-from layca_fast.watch import Layouts
+from layca_fast.watch import Layouts, addresses
 
 from .support import clones, copy_of, native_backends, parameter, params_of, random_gradients, same_bits, train
 
@@ -150,9 +150,20 @@ CHANGES = (
 )
 
 
+@pytest.fixture(params=["C++", "Python"])
+def watching(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to look at tensors: C++'s is there with the native module and with torch >= 2.10."""
+    if request.param == "Python":
+        monkeypatch.setattr(watch, "_native", None)
+    else:
+        assert watch._native is not None
+        if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+            pytest.skip("this torch does not describe its tensors in C")
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @every_base
-def test_what_changes_between_steps_is_noticed(options: dict[str, Any], change: Any, seed: int) -> None:
+def test_what_changes_between_steps_is_noticed(options: dict[str, Any], change: Any, seed: int, watching: None) -> None:
     """Beside an optimizer that makes its plan anew at every step."""
     params = [parameter(*shape) for shape in ((8, 8), (30,), (4, 3, 3)) * 4]
     twins = clones(params)
@@ -272,7 +283,7 @@ def test_a_forked_worker_may_step(seed: int) -> None:
 
 PROGRAM = """
 import torch
-from layca_fast import FusedLayca
+from layca_fast import FusedLayca, watch
 torch.manual_seed(3)
 param = torch.randn(700, 500).requires_grad_()
 optimizer = FusedLayca([param], 0.03, base="adam", backend="cpu")
@@ -316,7 +327,7 @@ def test_the_kernels_follow_torchs_number_of_threads(seed: int, monkeypatch: pyt
     assert asked == [1, 2, 3]
 
 
-def test_memory_that_is_read_as_another_type_is_noticed(seed: int) -> None:
+def test_memory_that_is_read_as_another_type_is_noticed(seed: int, watching: None) -> None:
     """An allocator may give the address of a tensor to its successor, so the address alone tells nothing."""
     tensors = [torch.randn(4, 4), torch.randn(6)]
     layouts = Layouts(tensors)
@@ -334,3 +345,27 @@ def test_memory_that_is_read_as_another_type_is_noticed(seed: int) -> None:
         assert not layouts.hold()
         tensors[0].data = before
         assert layouts.hold()
+
+
+def of_another_kind(tensor: Tensor) -> list[Any]:
+    """Gradients that kernels must not read as they read ``tensor``."""
+    return [
+        None,
+        tensor.double(),
+        tensor.t(),
+        tensor[:2],
+        tensor.to_sparse(),
+        torch._neg_view(tensor),
+        torch.nn.Parameter(tensor),
+        tensor.to("meta"),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(8))
+def test_gradients_fit_only_if_they_lie_as_their_tensors(kind: int, seed: int, watching: None) -> None:
+    tensors = [torch.randn(6), torch.randn(4, 4), torch.randn(())]
+    layouts = Layouts(tensors)
+    grads: list[Any] = [torch.randn_like(tensor) for tensor in tensors]
+    assert layouts.fit(grads) == addresses(grads)
+    grads[1] = of_another_kind(grads[1])[kind]
+    assert layouts.fit(grads) is None

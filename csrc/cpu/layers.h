@@ -5,9 +5,21 @@
 
 #include "../batch.h"
 #include "../layer.h"
-#include "registry.h"
+#include "kernels.h"
 
 namespace layca::cpu {
+
+inline Run run_of(const Kernels& kernels, const TensorRow& tensor, std::int64_t offset, std::int64_t length) {
+  const auto element = [&](int column) { return tensor.pointer<char>(column) + offset * kernels.item_size; };
+  Run run{};
+  run.param = element(Column::PARAM);
+  run.grad = element(Column::GRAD);
+  for (int k = 0; k < kernels.n_states; ++k) run.states[k] = element(Column::STATE + k);
+  run.options = tensor.options;
+  run.grad_scale = tensor.hyper[Hyper::GRAD_SCALE];
+  run.length = length;
+  return run;
+}
 
 // Count the step of every tensor that has a gradient (in place) and write its options.
 inline void prepare_options(const Batch& batch, const Kernels& kernels) {
@@ -29,20 +41,48 @@ inline void prepare_options(const Batch& batch, const Kernels& kernels) {
   }
 }
 
-// Advance the states of tiles [first, last) of a layer and write their partial sums.
-inline void measure_tiles(const Batch& batch, const Kernels& kernels, std::int64_t layer, std::int64_t first,
-                          std::int64_t last) {
-  const LayerSpan span = layer_span(batch, layer);
-  if (!span.tensor.has_grad()) return;
+// Go through tiles [first, last) of a layer with `measure_run`, which advances their states, and write their sums.
+template <class MeasureRun>
+void measure_tiles_by(const Batch& batch, const Kernels& kernels, const LayerSpan& span, std::int64_t first,
+                      std::int64_t last, const MeasureRun& measure_run) {
   for (std::int64_t tile = first; tile < last; ++tile) {
     const std::int64_t start = tile * batch.tile, length = std::min(batch.tile, span.length - start);
-    const Partial partial = kernels.measure(span.tensor, span.offset + start, length);
+    const Partial partial = measure_run(run_of(kernels, span.tensor, span.offset + start, length));
     double* const dots = batch.partials + 3 * (span.first_tile + tile);
     dots[0] = partial.dots.n2;
     dots[1] = partial.dots.d;
     dots[2] = partial.dots.q;
     batch.partial_counts[span.first_tile + tile] = partial.non_finite;
   }
+}
+
+// Advance the states of tiles [first, last) of a layer and write their sums. `steps`, scratch for as many elements, or
+// null, keeps the steps.
+inline void measure_tiles(const Batch& batch, const Kernels& kernels, std::int64_t layer, std::int64_t first,
+                          std::int64_t last, char* steps = nullptr) {
+  const LayerSpan span = layer_span(batch, layer);
+  if (!span.tensor.has_grad()) return;
+  measure_tiles_by(batch, kernels, span, first, last, [&](Run run) {
+    if (steps == nullptr) return kernels.measure(run);
+    run.steps = steps;
+    steps += run.length * kernels.item_size;
+    return kernels.measure_and_store(run);
+  });
+}
+
+// How a layer moves whatever its dots are; KEEP where it takes these to say.
+inline Rotation foreseen_move(const LayerSpan& span) {
+  if (!span.tensor.has_grad() || span.tensor.flag(Flag::ROTATES)) return keep_rotation(0);
+  return plain_step(1, span.tensor.hyper[Hyper::LR], span.tensor.hyper[Hyper::WEIGHT_DECAY]);
+}
+
+// Measure and rotate in one pass tiles [first, last) of a layer that has a foreseen move.
+inline void step_tiles(const Batch& batch, const Kernels& kernels, const LayerSpan& span, const Rotation& move,
+                       std::int64_t first, std::int64_t last) {
+  measure_tiles_by(batch, kernels, span, first, last, [&](const Run& run) {
+    return move.mode == Mode::PRECISE ? kernels.step_precisely(run, move.a, move.b, move.c)
+                                      : kernels.step_linearly(run, move.a, move.b);
+  });
 }
 
 // Sum up a layer's partial sums, in the order of its tiles, whoever computed them.
@@ -68,7 +108,7 @@ inline double measure_orthogonal_square(const Kernels& kernels, const LayerSpan&
   double sum = 0;
   for (std::int64_t start = 0; start < span.length; start += tile) {
     const std::int64_t length = std::min(tile, span.length - start);
-    sum += kernels.orthogonal_square(span.tensor, dots.d / dots.n2, span.offset + start, length);
+    sum += kernels.orthogonal_square(run_of(kernels, span.tensor, span.offset + start, length), dots.d / dots.n2);
   }
   return sum;
 }
@@ -81,14 +121,22 @@ inline void compute_coefficients(const Batch& batch, const Kernels& kernels, std
   write_coefficients(batch, layer, span.tensor, dots, sigma2);
 }
 
-// Apply a layer's coefficients to its tiles [first, last).
+// Apply a layer's coefficients to its tiles [first, last). `steps`: theirs, as measure_tiles left them, or null.
 inline void rotate_tiles(const Batch& batch, const Kernels& kernels, std::int64_t layer, std::int64_t first,
-                         std::int64_t last) {
+                         std::int64_t last, char* steps = nullptr) {
   const Rotation turn = layer_rotation(batch, layer);
   const LayerSpan span = layer_span(batch, layer);
   if (turn.mode == Mode::KEEP || !span.tensor.has_grad()) return;
   const std::int64_t start = first * batch.tile, end = std::min(last * batch.tile, span.length);
-  kernels.rotate(span.tensor, turn, span.offset + start, end - start);
+  Run run = run_of(kernels, span.tensor, span.offset + start, end - start);
+  run.steps = steps;
+  if (turn.mode == Mode::PRECISE) {
+    const auto rotate = steps ? kernels.rotate_stored_precisely : kernels.rotate_precisely;
+    rotate(run, turn.a, turn.b, turn.c);
+  } else {
+    const auto rotate = steps ? kernels.rotate_stored : kernels.rotate;
+    rotate(run, turn.a, turn.b);
+  }
 }
 
 }  // namespace layca::cpu

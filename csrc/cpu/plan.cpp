@@ -39,6 +39,7 @@ void add_large(const Batch& batch, std::int64_t layer, Plan& plan) {
   const auto first_piece = static_cast<std::int64_t>(plan.pieces.size());
   for (std::int64_t first = 0; first < tiles; first += step) {
     plan.pieces.push_back({place, first, std::min(first + step, tiles)});
+    plan.longest_item = std::max(plan.longest_item, step * batch.tile);
   }
   plan.large.push_back({layer, first_piece, static_cast<std::int64_t>(plan.pieces.size())});
 }
@@ -68,6 +69,7 @@ Plan make_plan(const Batch& batch, int bytes_read_again) {
       add_large(batch, layer, plan);
     } else {
       plan.small.push_back(layer);
+      plan.longest_item = std::max(plan.longest_item, lengths[layer]);
     }
   }
   add_shares(lengths, plan);

@@ -34,6 +34,7 @@ struct Plan {
   std::vector<std::int64_t> small;
   std::vector<Share> shares;
   std::int64_t elements = 0;
+  std::int64_t longest_item = 0;  // elements of the longest piece or small layer
 
   // The queue: first all pieces, then all shares.
   std::size_t n_items() const { return pieces.size() + shares.size(); }

@@ -1,5 +1,6 @@
 #include "runner.h"
 
+#include <algorithm>
 #include <thread>
 
 #include "layers.h"
@@ -11,16 +12,24 @@ namespace {
 // Below this many elements waking the other threads takes longer than they save.
 constexpr std::int64_t smallest_parallel = 1 << 15;
 
+constexpr int nobody = -1;
+
 constexpr int spins_before_yielding = 1000;
+
+// Pieces whose steps a thread keeps at a time: about what it measures before the first can be rotated, in layers that
+// stay in the caches. Of larger ones it makes the rest again.
+constexpr std::size_t most_places = 16;
 
 }  // namespace
 
-Runner::Runner(const Batch& batch, const std::string& formula, const std::string& dtype)
+Runner::Runner(const Batch& batch, const std::string& formula, const std::string& dtype,
+               const std::string& instructions)
     : batch_(batch),
-      kernels_(find_kernels(formula, dtype)),
+      kernels_(find_kernels(formula, dtype, instructions)),
       plan_(make_plan(batch, kernels_.arrays_read_again * kernels_.item_size)),
       progress_(std::make_unique<Progress[]>(plan_.large.size())),
-      owners_(plan_.pieces.size()) {
+      owners_(plan_.pieces.size()),
+      steps_(plan_.pieces.size()) {
   if (!kernels_.prepare) batch_.step_options = nullptr;
 }
 
@@ -28,8 +37,11 @@ void Runner::measure(int threads) {
   start();
   if (kernels_.prepare) prepare_options(batch_, kernels_);
   in_parallel(useful_threads(threads), [&](int) {
-    draw([&](std::int64_t piece) { measure_piece(plan_.pieces[piece]); },
-         [&](std::int64_t layer) { measure_layer(layer); });
+    draw([&](std::int64_t piece) { measure_piece(plan_.pieces[piece], nullptr); },
+         [&](std::int64_t layer) {
+           measure_tiles(batch_, kernels_, layer, 0, layer_span(batch_, layer).tiles);
+           finish_dots(batch_, layer);
+         });
   });
 }
 
@@ -42,15 +54,25 @@ void Runner::coefficients() {
 void Runner::rotate(int threads) {
   start();
   in_parallel(useful_threads(threads), [&](int) {
-    draw([&](std::int64_t piece) { rotate_piece(plan_.pieces[piece]); },
-         [&](std::int64_t layer) { rotate_layer(layer); });
+    draw([&](std::int64_t piece) { rotate_piece(plan_.pieces[piece], nullptr); },
+         [&](std::int64_t layer) { rotate_tiles(batch_, kernels_, layer, 0, layer_span(batch_, layer).tiles); });
   });
 }
 
 void Runner::step(int threads) {
   start();
+  make_room(threads);
   if (kernels_.prepare) prepare_options(batch_, kernels_);
   in_parallel(useful_threads(threads), [&](int thread) { step_on_one_thread(thread); });
+}
+
+// In the first step on so many threads.
+void Runner::make_room(int threads) {
+  if (!kernels_.measure_and_store) return;
+  while (scratch_.size() < static_cast<std::size_t>(threads)) {
+    const std::size_t places = std::min(most_places, plan_.pieces.size() + 1);
+    scratch_.emplace_back(places, static_cast<std::size_t>(plan_.longest_item * kernels_.item_size));
+  }
 }
 
 int Runner::useful_threads(int threads) const { return plan_.elements < smallest_parallel ? 1 : threads; }
@@ -80,33 +102,26 @@ void Runner::draw(const DoPiece& do_piece, const DoLayer& do_layer) {
 }
 
 // True for the last piece of a layer, whose dots are then complete.
-bool Runner::measure_piece(const Piece& piece) {
-  const std::int64_t layer = plan_.large[piece.large].layer;
-  measure_tiles(batch_, kernels_, layer, piece.first, piece.last);
+bool Runner::count_piece(const Piece& piece) {
   if (progress_[piece.large].pieces_to_measure.fetch_sub(1, std::memory_order_acq_rel) > 1) return false;
-  finish_dots(batch_, layer);
+  finish_dots(batch_, plan_.large[piece.large].layer);
   return true;
 }
 
-void Runner::measure_layer(std::int64_t layer) {
-  measure_tiles(batch_, kernels_, layer, 0, layer_span(batch_, layer).tiles);
-  finish_dots(batch_, layer);
+bool Runner::measure_piece(const Piece& piece, char* steps) {
+  measure_tiles(batch_, kernels_, plan_.large[piece.large].layer, piece.first, piece.last, steps);
+  return count_piece(piece);
 }
 
-void Runner::rotate_piece(const Piece& piece) const {
-  rotate_tiles(batch_, kernels_, plan_.large[piece.large].layer, piece.first, piece.last);
-}
-
-void Runner::rotate_layer(std::int64_t layer) const {
-  rotate_tiles(batch_, kernels_, layer, 0, layer_span(batch_, layer).tiles);
+void Runner::rotate_piece(const Piece& piece, char* steps) const {
+  rotate_tiles(batch_, kernels_, plan_.large[piece.large].layer, piece.first, piece.last, steps);
 }
 
 void Runner::step_on_one_thread(int thread) {
   std::size_t rotated = 0;  // large layers whose own pieces are rotated: all before this one
-  const auto measure_and_rotate_what_is_ready = [&](std::int64_t index) {
+  const auto do_piece = [&](std::int64_t index) {
     const Piece& piece = plan_.pieces[index];
-    owners_[index] = thread;
-    if (measure_piece(piece)) {
+    if (step_piece(index, thread)) {
       compute_coefficients(batch_, kernels_, plan_.large[piece.large].layer);
       progress_[piece.large].ready.store(true, std::memory_order_release);
     }
@@ -114,23 +129,52 @@ void Runner::step_on_one_thread(int thread) {
       rotate_own_pieces(plan_.large[rotated++], thread);
     }
   };
-  const auto step_layer = [&](std::int64_t layer) {
-    measure_layer(layer);
-    compute_coefficients(batch_, kernels_, layer);
-    rotate_layer(layer);
-  };
-  draw(measure_and_rotate_what_is_ready, step_layer);
+  draw(do_piece, [&](std::int64_t layer) { step_layer(layer, thread); });
   for (; rotated < plan_.large.size(); ++rotated) {
     wait_for(rotated);
     rotate_own_pieces(plan_.large[rotated], thread);
   }
 }
 
+// True for the last piece of a layer. A piece that is done at once has no owner left.
+bool Runner::step_piece(std::int64_t index, int thread) {
+  const Piece& piece = plan_.pieces[index];
+  const LayerSpan span = layer_span(batch_, plan_.large[piece.large].layer);
+  const Rotation move = foreseen_move(span);
+  if (move.mode != Mode::KEEP) {
+    owners_[index] = nobody;
+    step_tiles(batch_, kernels_, span, move, piece.first, piece.last);
+    return count_piece(piece);
+  }
+  owners_[index] = thread;
+  steps_[index] = scratch_.empty() ? nullptr : scratch_[thread].take();
+  return measure_piece(piece, steps_[index]);
+}
+
+void Runner::step_layer(std::int64_t layer, int thread) {
+  const LayerSpan span = layer_span(batch_, layer);
+  const Rotation move = foreseen_move(span);
+  if (move.mode != Mode::KEEP) {
+    step_tiles(batch_, kernels_, span, move, 0, span.tiles);
+    finish_dots(batch_, layer);
+    compute_coefficients(batch_, kernels_, layer);
+    return;
+  }
+  char* const steps = scratch_.empty() ? nullptr : scratch_[thread].take();
+  measure_tiles(batch_, kernels_, layer, 0, span.tiles, steps);
+  finish_dots(batch_, layer);
+  compute_coefficients(batch_, kernels_, layer);
+  rotate_tiles(batch_, kernels_, layer, 0, span.tiles, steps);
+  if (steps != nullptr) scratch_[thread].give_back(steps);
+}
+
 // The last measured first: it is the likeliest to be still in cache. Only pieces go backwards: within one, addresses
 // must ascend for the processor to fetch ahead.
-void Runner::rotate_own_pieces(const LargeLayer& large, int thread) const {
+void Runner::rotate_own_pieces(const LargeLayer& large, int thread) {
   for (std::int64_t piece = large.last_piece - 1; piece >= large.first_piece; --piece) {
-    if (owners_[piece] == thread) rotate_piece(plan_.pieces[piece]);
+    if (owners_[piece] != thread) continue;
+    rotate_piece(plan_.pieces[piece], steps_[piece]);
+    if (steps_[piece] != nullptr) scratch_[thread].give_back(steps_[piece]);
   }
 }
 

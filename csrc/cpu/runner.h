@@ -9,6 +9,7 @@
 #include "../batch.h"
 #include "plan.h"
 #include "registry.h"
+#include "scratch.h"
 
 namespace layca::cpu {
 
@@ -17,8 +18,8 @@ namespace layca::cpu {
 // `threads`.
 class Runner {
  public:
-  // Throws std::invalid_argument if there are no kernels for `formula` and `dtype`.
-  Runner(const Batch& batch, const std::string& formula, const std::string& dtype);
+  // Throws std::invalid_argument if there are no kernels for `formula` and `dtype` with `instructions`.
+  Runner(const Batch& batch, const std::string& formula, const std::string& dtype, const std::string& instructions);
 
   // Advances the states (in place); writes dots and non-finite counts.
   void measure(int threads);
@@ -40,12 +41,14 @@ class Runner {
   void start();
   template <class DoPiece, class DoLayer>
   void draw(const DoPiece& do_piece, const DoLayer& do_layer);
-  bool measure_piece(const Piece& piece);
-  void measure_layer(std::int64_t layer);
-  void rotate_piece(const Piece& piece) const;
-  void rotate_layer(std::int64_t layer) const;
+  void make_room(int threads);
+  bool count_piece(const Piece& piece);
+  bool measure_piece(const Piece& piece, char* steps);
+  void rotate_piece(const Piece& piece, char* steps) const;
   void step_on_one_thread(int thread);
-  void rotate_own_pieces(const LargeLayer& large, int thread) const;
+  bool step_piece(std::int64_t index, int thread);
+  void step_layer(std::int64_t layer, int thread);
+  void rotate_own_pieces(const LargeLayer& large, int thread);
   void wait_for(std::size_t large) const;
 
   Batch batch_;
@@ -53,6 +56,8 @@ class Runner {
   Plan plan_;
   std::unique_ptr<Progress[]> progress_;  // per large layer
   std::vector<int> owners_;               // per piece: the thread that measured it
+  std::vector<char*> steps_;              // per piece: where its steps are until it is rotated, or null
+  std::vector<Scratch> scratch_;          // per thread
   std::atomic<std::size_t> next_{0};      // item of the queue
 };
 

@@ -90,7 +90,7 @@ int main(int argc, char** argv) {
   batch.partial_counts = partial_counts.data();
   batch.n_tensors = batch.n_layers = n;
   batch.tile = tile;
-  cpu::Runner runner(batch, argv[1], "float32");
+  cpu::Runner runner(batch, argv[1], "float32", cpu::instruction_sets().front());
   runner.step(1);
   runner.step(1);
   std::int64_t moved = 0;

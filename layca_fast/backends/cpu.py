@@ -21,6 +21,8 @@ class CpuBackend(Backend):
 
     name = "cpu"
     tile = 4096
+    #: Of those in ``_cpu.instruction_sets``; None: the best. Batches that were stepped before keep to theirs.
+    instructions: str | None = None
 
     def __init__(self) -> None:
         self._views: Views[BatchView] = Views("cpu")
@@ -31,17 +33,20 @@ class CpuBackend(Backend):
     def refuses(self, device: torch.device) -> str | None:
         return None if device.type == "cpu" else "it runs on CPU tensors only"
 
+    def _view(self, batch: Batch) -> "BatchView":
+        return self._views.of(batch, instructions=self.instructions)
+
     def measure(self, batch: Batch) -> None:
-        self._views.of(batch).measure(torch.get_num_threads())
+        self._view(batch).measure(torch.get_num_threads())
 
     def coefficients(self, batch: Batch) -> None:
-        self._views.of(batch).coefficients()
+        self._view(batch).coefficients()
 
     def rotate(self, batch: Batch) -> None:
-        self._views.of(batch).rotate(torch.get_num_threads())
+        self._view(batch).rotate(torch.get_num_threads())
 
     def step(self, batch: Batch) -> None:
-        self._views.of(batch).step(torch.get_num_threads())
+        self._view(batch).step(torch.get_num_threads())
 
 
 BACKEND = CpuBackend()

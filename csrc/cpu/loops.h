@@ -1,0 +1,318 @@
+// The two loops over elements, once for every formula and type: measure one tile, rotate one run of elements.
+//
+// The compiler vectorises them for the instruction set that this file is compiled for. Everything here lies in a
+// namespace of that instruction set: of functions of one name the linker keeps any one, and that may be one which the
+// processor cannot run. For the same reason nothing here uses the standard library's templates.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../base_steps.h"
+#include "../clean.h"
+#include "kernels.h"
+
+namespace layca::cpu::LAYCA_INSTRUCTIONS {
+
+// A run with its types.
+template <class T>
+struct TypedRun {
+  T* param;
+  const T* grad;
+  T* states[max_states];
+  T* steps;
+  T options[max_options];
+  T grad_scale;
+  std::int64_t length;
+
+  explicit TypedRun(const Run& run)
+      : param(static_cast<T*>(run.param)),
+        grad(static_cast<const T*>(run.grad)),
+        steps(static_cast<T*>(run.steps)),
+        grad_scale(static_cast<T>(run.grad_scale)),
+        length(run.length) {
+    for (int k = 0; k < max_states; ++k) states[k] = static_cast<T*>(run.states[k]);
+    for (int k = 0; k < max_options; ++k) options[k] = static_cast<T>(run.options[k]);
+  }
+};
+
+// Elements that are advanced together, between two looks for trouble. What they were stays in the first-level cache.
+constexpr std::int64_t block_length = 1024;
+
+template <class Formula, class T>
+struct Old {
+  alignas(64) T weights[block_length];
+  alignas(64) T states[Formula::n_states > 0 ? Formula::n_states : 1][block_length];
+};
+
+// Where `Clean` does something about numbers that are not finite, this only notices: what the squares of the steps do
+// not show, the sum of an element's watched numbers does. (Huge numbers do the same; looking again does no harm.)
+template <class T>
+struct Watch {
+  using Trouble = T;
+  LAYCA_INLINE T operator()(T x) { return x; }
+  template <class Formula>
+  LAYCA_INLINE T gradient(T grad) {
+    return grad;
+  }
+  template <class Formula>
+  LAYCA_INLINE Trouble trouble(T grad, const T* state) const {
+    return Formula::watched(grad, state);
+  }
+};
+
+// The product of two float32 numbers is exact in float64, so fused or not gives the same bits for these.
+LAYCA_INLINE double multiply_add(double x, double y, double z) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fma(x, y, z);
+#else
+  return x * y + z;
+#endif
+}
+
+// A lane for each residue of the elements' index, so that every instruction set adds in the same order.
+constexpr int lanes = 16;
+
+// The three dots, products and sums in float64.
+struct Sums {
+  double n2[lanes] = {}, d[lanes] = {}, q[lanes] = {};
+
+  LAYCA_INLINE void add_product(int lane, double w, double u) {
+    n2[lane] = multiply_add(w, w, n2[lane]);
+    d[lane] = multiply_add(w, u, d[lane]);
+    q[lane] = multiply_add(u, u, q[lane]);
+  }
+
+  LAYCA_INLINE void add(const Sums& other) {
+#pragma omp simd
+    for (int lane = 0; lane < lanes; ++lane) {
+      n2[lane] += other.n2[lane];
+      d[lane] += other.d[lane];
+      q[lane] += other.q[lane];
+    }
+  }
+
+  LAYCA_INLINE bool squares_are_finite() const {
+    double sum = 0;
+    for (const double square : q) sum += square;
+    return is_finite(sum);
+  }
+
+  LAYCA_INLINE Dots total() {
+    for (int half = lanes / 2; half > 0; half /= 2) {
+#pragma omp simd
+      for (int lane = 0; lane < half; ++lane) {
+        n2[lane] += n2[lane + half];
+        d[lane] += d[lane + half];
+        q[lane] += q[lane + half];
+      }
+    }
+    return {n2[0], d[0], q[0]};
+  }
+};
+
+// How weights move by coefficients: in their own type, or in float64.
+template <class T>
+struct Linear {
+  T a, b;
+  LAYCA_INLINE T operator()(T w, T u) const { return a * w + b * u; }
+};
+
+// One by one, as an optimizer that takes the base step alone does: a weight without a step keeps its bits, which a
+// denormal number would lose in any arithmetic.
+template <class T>
+struct LinearWhereStepped {
+  Linear<T> move;
+  LAYCA_INLINE T operator()(T w, T u) const { return u == T(0) ? w : move(w, u); }
+};
+
+template <class T>
+struct Precise {
+  double a, b, c;
+  LAYCA_INLINE T operator()(T weight, T step) const {
+    const double w = weight, u = step;
+    return static_cast<T>(a * w + b * (u - c * w));
+  }
+};
+
+// What is done with an element's step u, once it is measured: nothing, or it is stored for rotate, or, where the
+// coefficients do not depend on the dots, the weight w moves at once.
+struct Forget {
+  static constexpr bool moves = false;
+  template <class T>
+  LAYCA_INLINE void operator()(const TypedRun<T>&, std::int64_t, T, T) const {}
+};
+
+struct Store {
+  static constexpr bool moves = false;
+  template <class T>
+  LAYCA_INLINE void operator()(const TypedRun<T>& run, std::int64_t i, T, T u) const {
+    run.steps[i] = u;
+  }
+};
+
+template <class Move>
+struct MoveAtOnce {
+  static constexpr bool moves = true;
+  Move move;
+  template <class T>
+  LAYCA_INLINE void operator()(const TypedRun<T>& run, std::int64_t i, T w, T u) const {
+    run.param[i] = move(w, u);
+  }
+};
+
+// New states of element `start + i` in place, what it was into place i of `old`, and its part of the sums.
+template <class Check, class Formula, class T, class Use>
+LAYCA_INLINE auto advance_element(const TypedRun<T>& run, std::int64_t start, std::int64_t i, int lane, const Use& use,
+                                  Old<Formula, T>& old, Sums& sums) {
+  Check check;
+  T state[max_states] = {};
+  for (int k = 0; k < Formula::n_states; ++k) old.states[k][i] = state[k] = run.states[k][start + i];
+  const T w = run.param[start + i];
+  if (Use::moves) old.weights[i] = w;
+  const T grad = check.template gradient<Formula>(run.grad_scale * run.grad[start + i]);
+  Formula::advance(grad, state, run.options);
+  for (int k = 0; k < Formula::n_states; ++k) run.states[k][start + i] = state[k] = check(state[k]);
+  const T u = check(Formula::step(grad, state, run.options));
+  sums.add_product(lane, w, u);
+  use(run, start + i, w, u);
+  return check.template trouble<Formula>(grad, state);
+}
+
+// All that for `length` elements from `start`; the sum of the elements' troubles.
+template <class Check, class Formula, class T, class Use>
+LAYCA_INLINE auto advance_block(const TypedRun<T>& run, std::int64_t start, std::int64_t length, const Use& use,
+                                Old<Formula, T>& old, Sums& sums) {
+  typename Check::Trouble trouble[lanes] = {}, total = 0;
+  std::int64_t first = 0;
+  for (; first + lanes <= length; first += lanes) {
+#pragma omp simd
+    for (int lane = 0; lane < lanes; ++lane) {
+      trouble[lane] += advance_element<Check>(run, start, first + lane, lane, use, old, sums);
+    }
+  }
+  for (int lane = 0; first + lane < length; ++lane) {
+    trouble[lane] += advance_element<Check>(run, start, first + lane, lane, use, old, sums);
+  }
+  for (int lane = 0; lane < lanes; ++lane) total += trouble[lane];
+  return total;
+}
+
+// Puts back what advance_block has changed.
+template <class Formula, class T, class Use>
+void undo_block(const TypedRun<T>& run, std::int64_t start, std::int64_t length, const Use&,
+                const Old<Formula, T>& old) {
+  const auto bytes = static_cast<std::size_t>(length) * sizeof(T);
+  for (int k = 0; k < Formula::n_states; ++k) std::memcpy(run.states[k] + start, old.states[k], bytes);
+  if (Use::moves) std::memcpy(run.param + start, old.weights, bytes);
+}
+
+template <class Formula, class T, class Use>
+LAYCA_INLINE Partial advance(const Run& untyped, const Use& use) {
+  const TypedRun<T> run(untyped);
+  Old<Formula, T> old;
+  Sums sums;
+  std::int64_t non_finite = 0;
+  for (std::int64_t start = 0; start < run.length; start += block_length) {
+    const std::int64_t length = run.length - start < block_length ? run.length - start : block_length;
+    // Summing block by block keeps the rounding error near that of a single addition.
+    Sums block_sums;
+    const T watched = advance_block<Watch<T>>(run, start, length, use, old, block_sums);
+    // Cleaning takes longer than watching, and is hardly ever needed.
+    if (!is_finite(watched) || !block_sums.squares_are_finite()) {
+      undo_block(run, start, length, use, old);
+      block_sums = Sums();
+      non_finite += advance_block<Clean<T>>(run, start, length, use, old, block_sums);
+    }
+    sums.add(block_sums);
+  }
+  return {sums.total(), non_finite};
+}
+
+template <class Formula, class T>
+Partial measure(const Run& run) {
+  return advance<Formula, T>(run, Forget());
+}
+
+template <class Formula, class T>
+Partial measure_and_store(const Run& run) {
+  return advance<Formula, T>(run, Store());
+}
+
+template <class Formula, class T>
+Partial step_linearly(const Run& run, double a, double b) {
+  return advance<Formula, T>(run, MoveAtOnce<LinearWhereStepped<T>>{{{static_cast<T>(a), static_cast<T>(b)}}});
+}
+
+template <class Formula, class T>
+Partial step_precisely(const Run& run, double a, double b, double c) {
+  return advance<Formula, T>(run, MoveAtOnce<Precise<T>>{{a, b, c}});
+}
+
+// The base step of element i once more, from the states that measure left.
+template <class Formula, class T>
+LAYCA_INLINE T step_again(const TypedRun<T>& run, std::int64_t i) {
+  Clean<T> clean;
+  T grad = 0, state[max_states] = {};
+  if (Formula::reads_grad) grad = clean.template gradient<Formula>(run.grad_scale * run.grad[i]);
+  for (int k = 0; k < Formula::n_states; ++k) state[k] = run.states[k][i];
+  return clean(Formula::step(grad, state, run.options));
+}
+
+// (u - c*w)^2 of element i, in float64.
+template <class Formula, class T>
+LAYCA_INLINE double orthogonal_square_of(const TypedRun<T>& run, std::int64_t i, double c) {
+  const double w = run.param[i], u = step_again<Formula>(run, i);
+  return (u - c * w) * (u - c * w);
+}
+
+template <class Formula, class T>
+double orthogonal_square(const Run& untyped, double c) {
+  const TypedRun<T> run(untyped);
+  double sums[lanes] = {}, total = 0;
+  std::int64_t first = 0;
+  for (; first + lanes <= run.length; first += lanes) {
+#pragma omp simd
+    for (int lane = 0; lane < lanes; ++lane) sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
+  }
+  for (int lane = 0; first + lane < run.length; ++lane) {
+    sums[lane] += orthogonal_square_of<Formula>(run, first + lane, c);
+  }
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+// The steps that measure left.
+template <class Formula>
+struct Again {
+  template <class T>
+  LAYCA_INLINE T operator()(const TypedRun<T>& run, std::int64_t i) const {
+    return step_again<Formula>(run, i);
+  }
+};
+
+struct Stored {
+  template <class T>
+  LAYCA_INLINE T operator()(const TypedRun<T>& run, std::int64_t i) const {
+    return run.steps[i];
+  }
+};
+
+template <class T, class Steps, class Move>
+LAYCA_INLINE void move_weights(const Run& untyped, const Steps& step_of, const Move& move) {
+  const TypedRun<T> run(untyped);
+#pragma omp simd
+  for (std::int64_t i = 0; i < run.length; ++i) run.param[i] = move(run.param[i], step_of(run, i));
+}
+
+template <class Steps, class T>
+void rotate(const Run& run, double a, double b) {
+  move_weights<T>(run, Steps(), Linear<T>{static_cast<T>(a), static_cast<T>(b)});
+}
+
+template <class Steps, class T>
+void rotate_precisely(const Run& run, double a, double b, double c) {
+  move_weights<T>(run, Steps(), Precise<T>{a, b, c});
+}
+
+}  // namespace layca::cpu::LAYCA_INSTRUCTIONS

@@ -1,0 +1,125 @@
+#include "watch.h"
+
+#include <algorithm>
+
+namespace layca {
+namespace {
+
+// A tensor is reached through several objects, each a wait for memory where the kernels have driven it out of the
+// caches. The waits of a few tensors overlap where the next ones are asked for in advance.
+constexpr Py_ssize_t tensors_ahead = 6;
+
+// A prefetched address may be anything: nothing is read.
+void prefetch(const void* address) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(address);
+#else
+  (void)address;
+#endif
+}
+
+void prefetch_around(const void* address) {
+  constexpr int line = 64;
+  for (int offset = -line; offset <= line; offset += line) prefetch(static_cast<const char*>(address) + offset);
+}
+
+void prefetch_item(PyObject* list, Py_ssize_t i) {
+  if (i < PyList_GET_SIZE(list)) prefetch(PyList_GET_ITEM(list, i));
+}
+
+}  // namespace
+
+const dlpack::ExchangeApi* find_exchange_api(PyObject* capsule) {
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::capsule_name));
+  if (api == nullptr) PyErr_Clear();
+  const bool known = api != nullptr && api->version.major == dlpack::major_version;
+  return known && api->tensor_from_py_object != nullptr ? api : nullptr;
+}
+
+bool Layouts::describe(PyObject* tensor, dlpack::Tensor& out) const {
+  return api_->tensor_from_py_object(tensor, &out) == 0;
+}
+
+bool Layouts::read(const dlpack::ExchangeApi* api, PyObject* tensors) {
+  api_ = api;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
+    dlpack::Tensor tensor;
+    if (!describe(PyList_GET_ITEM(tensors, i), tensor)) return false;
+    layouts_.push_back({tensor.data, tensor.device, tensor.dtype, tensor.ndim, extents_.size(), tensor.shape});
+    extents_.insert(extents_.end(), tensor.shape, tensor.shape + tensor.ndim);
+    extents_.insert(extents_.end(), tensor.strides, tensor.strides + tensor.ndim);
+  }
+  return true;
+}
+
+bool Layouts::matches(const dlpack::Tensor& tensor, const Layout& layout) const {
+  const std::int64_t* const sizes = extents_.data() + layout.sizes;
+  return tensor.ndim == layout.ndim && tensor.byte_offset == 0 && tensor.dtype.code == layout.dtype.code &&
+         tensor.dtype.bits == layout.dtype.bits && tensor.dtype.lanes == layout.dtype.lanes &&
+         tensor.device.type == layout.device.type && tensor.device.id == layout.device.id &&
+         std::equal(tensor.shape, tensor.shape + tensor.ndim, sizes) &&
+         std::equal(tensor.strides, tensor.strides + tensor.ndim, sizes + tensor.ndim);
+}
+
+bool Layouts::hold(PyObject* tensors) const {
+  if (PyList_GET_SIZE(tensors) != static_cast<Py_ssize_t>(layouts_.size())) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
+    prefetch_item(tensors, i + tensors_ahead);
+    if (i + tensors_ahead < PyList_GET_SIZE(tensors)) prefetch_around(layouts_[i + tensors_ahead].inside);
+    dlpack::Tensor tensor;
+    if (!describe(PyList_GET_ITEM(tensors, i), tensor)) {
+      PyErr_Clear();
+      return false;
+    }
+    if (tensor.data != layouts_[i].data || !matches(tensor, layouts_[i])) return false;
+  }
+  return true;
+}
+
+bool Layouts::fit(PyObject* grads, PyObject* type, PyObject* is_neg, std::int64_t* addresses) const {
+  if (PyList_GET_SIZE(grads) != static_cast<Py_ssize_t>(layouts_.size())) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(grads); ++i) {
+    prefetch_item(grads, i + tensors_ahead);
+    PyObject* grad = PyList_GET_ITEM(grads, i);
+    if (reinterpret_cast<PyObject*>(Py_TYPE(grad)) != type) return false;
+    dlpack::Tensor tensor;
+    if (!describe(grad, tensor)) {
+      PyErr_Clear();
+      return false;
+    }
+    if (!matches(tensor, layouts_[i])) return false;
+    PyObject* const negated = PyObject_CallOneArg(is_neg, grad);
+    if (negated == nullptr) PyErr_Clear();
+    Py_XDECREF(negated);
+    if (negated != Py_False) return false;
+    addresses[i] = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(tensor.data));
+  }
+  return true;
+}
+
+bool entries_hold(PyObject* entries, PyObject* name, PyObject* values) {
+  if (PyList_GET_SIZE(entries) != PyList_GET_SIZE(values)) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(entries); ++i) {
+    prefetch_item(entries, i + tensors_ahead);
+    PyObject* const found = PyDict_GetItemWithError(PyList_GET_ITEM(entries, i), name);
+    if (found == nullptr) PyErr_Clear();
+    if (found != PyList_GET_ITEM(values, i)) return false;
+  }
+  return true;
+}
+
+PyObject* attributes(PyObject* objects, PyObject* name) {
+  PyObject* const found = PyList_New(PyList_GET_SIZE(objects));
+  for (Py_ssize_t i = 0; found != nullptr && i < PyList_GET_SIZE(objects); ++i) {
+    prefetch_item(objects, i + tensors_ahead);
+    PyObject* const value = PyObject_GetAttr(PyList_GET_ITEM(objects, i), name);
+    if (value == nullptr) {
+      Py_DECREF(found);
+      return nullptr;
+    }
+    PyList_SET_ITEM(found, i, value);
+  }
+  return found;
+}
+
+}  // namespace layca

@@ -1,0 +1,55 @@
+// Whether tensors are still what and where they were: layca_fast/watch.py, in one loop without Python objects for what
+// it compares. Every function needs the GIL.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "dlpack.h"
+
+namespace layca {
+
+// The exchange API in a capsule of torch.Tensor; null where it is of a version that this cannot read.
+const dlpack::ExchangeApi* find_exchange_api(PyObject* capsule);
+
+// A list of tensors, and how they lay in memory when it was made: addresses, types, devices, sizes and strides. Borrows
+// the list, whose tensors must stay alive.
+class Layouts {
+ public:
+  // False, with a Python exception set, if one of `tensors` cannot be described.
+  bool read(const dlpack::ExchangeApi* api, PyObject* tensors);
+
+  // Whether all still lie as they did.
+  bool hold(PyObject* tensors) const;
+
+  // Whether these gradients, a list with one for each tensor, are of `type` itself and lie as the tensors do,
+  // elsewhere, none of them a lazy negation; where they lie is written to `addresses`.
+  bool fit(PyObject* grads, PyObject* type, PyObject* is_neg, std::int64_t* addresses) const;
+
+ private:
+  struct Layout {
+    void* data;
+    dlpack::Device device;
+    dlpack::DataType dtype;
+    std::int32_t ndim;
+    std::size_t sizes;   // place in extents_ of `ndim` sizes and as many strides
+    const void* inside;  // torch's description of the tensor, of which its sizes are a part if they are few
+  };
+
+  bool describe(PyObject* tensor, dlpack::Tensor& out) const;
+  bool matches(const dlpack::Tensor& tensor, const Layout& layout) const;
+
+  const dlpack::ExchangeApi* api_ = nullptr;
+  std::vector<Layout> layouts_;
+  std::vector<std::int64_t> extents_;
+};
+
+// Whether each dict of the list `entries` still holds, under `name`, the very object at the same place of `values`.
+bool entries_hold(PyObject* entries, PyObject* name, PyObject* values);
+
+// A new list of the attribute `name` of every object of a list; null with a Python exception set if one lacks it.
+PyObject* attributes(PyObject* objects, PyObject* name);
+
+}  // namespace layca
