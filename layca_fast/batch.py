@@ -86,7 +86,7 @@ class Batch:
         self.params = [slot.param for slot in self.slots]
         self.states = [[slot.states[i] for slot in self.slots] for i in range(len(formula.states))]
         self.grads: list[Tensor | None] = [None] * len(self.slots)
-        self._grad_addresses = addresses(self.grads)
+        self._grad_addresses: bytes | None = None
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
         self._home = scalar_device(self.device)
@@ -137,12 +137,10 @@ class Batch:
     def take_gradients(self) -> None:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
         self.grads = gradients(self.params)
-        found = self._layouts.fit(self.grads)
-        if found is None:
+        self._grad_addresses = self._layouts.fit(self.grads)
+        if self._grad_addresses is None:
             # All else goes the slow way: gradients that are missing, lie otherwise, or are wrong.
             self.grads = [slot.gradient() for slot in self.slots]
-            found = addresses(self.grads)
-        self._grad_addresses = found
 
     def refresh(self) -> None:
         """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone)."""
@@ -150,7 +148,7 @@ class Batch:
             if step is not None and self.grads[index] is not None:
                 step += 1
         table = self._tensor_mirror
-        table.set_column(Column.GRAD, self._grad_addresses)
+        table.set_column(Column.GRAD, self._grad_addresses or addresses(self.grads))
         table.push()
         self._refresh_hypers()
 
@@ -190,7 +188,7 @@ class Batch:
                 slot.fresh &= grad is None
             self._settled = not any(slot.fresh for slot in self.slots)
             self._set_hyper_rows()
-        self.grads = [None] * len(self.slots)
+        self.grads, self._grad_addresses = [None] * len(self.slots), None
 
     @property
     def stepped(self) -> list[Tensor]:
