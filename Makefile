@@ -25,7 +25,7 @@ TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench bench-full verify lint format FORCE
+.PHONY: help setup demo test bench bench-full gpu verify lint format FORCE
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -56,6 +56,10 @@ bench-full: $(BENCH_STAMP)  ## all models in interleaved rounds, and scaling: th
 	@$(RUN) bench.table $(RESULTS)/ratios.csv
 	@$(RUN) bench.goals --out $(RESULTS)/goals.csv
 	@$(RUN) bench.scaling --out $(RESULTS)/scaling.csv --figure docs/scaling.png
+
+# On a machine with a GPU that has Python with torch and Triton, nvcc, CMake and Ninja; it needs no network and no .venv.
+gpu:  ## build, prove and measure on an NVIDIA GPU; one file in bench/results (WHEELS=folder: of missing packages)
+	@$(PYTHON) -m bench.gpu $(if $(WHEELS),--wheels '$(WHEELS)') $(ARGS)
 
 verify: $(STAMP)  ## check every backend available here against the float64 reference
 	@echo "==> Checking every backend against the reference"

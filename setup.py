@@ -1,6 +1,7 @@
 """Hands csrc/ to CMake and Ninja. What cannot be built is left out, and ``layca_fast/_build.json`` says why.
 
-LAYCA_REQUIRE_NATIVE=1 makes a native module that cannot be built an error.
+LAYCA_REQUIRE_NATIVE=1 makes a native module that cannot be built an error. The CUDA module is wanted where there is a
+CUDA compiler; LAYCA_CUDA=OFF does without it, and LAYCA_CUDA=ON wants it everywhere.
 """
 
 import json
@@ -16,9 +17,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 #: The native modules, by the name of the backend that each serves.
-MODULES = {"cpu": "layca_fast._cpu"}
+MODULES = {"cpu": "layca_fast._cpu", "cuda": "layca_fast._cuda"}
 
 SOURCE = Path(__file__).parent.resolve() / "csrc"
+
+REQUIRED = os.environ.get("LAYCA_REQUIRE_NATIVE", "0") not in ("", "0")
+CUDA = os.environ.get("LAYCA_CUDA", "AUTO").upper()
+if CUDA not in ("AUTO", "ON", "OFF"):
+    raise SystemExit(f"LAYCA_CUDA={CUDA}: choose ON, OFF or AUTO")
 
 
 def tool(name: str, folder: str) -> str:
@@ -58,7 +64,18 @@ def run(*command: str) -> None:
         raise RuntimeError(first_error(done.stdout))
 
 
-def build(target: str, module: Path) -> None:
+def unwanted(backend: str) -> str | None:
+    """Why a backend's module is not even tried, or None."""
+    if backend != "cuda" or CUDA == "ON":
+        return None
+    if CUDA == "OFF":
+        return "LAYCA_CUDA=OFF was set at installation"
+    if os.environ.get("CUDACXX") or shutil.which("nvcc"):
+        return None
+    return "there was no CUDA compiler at installation: put nvcc on the PATH, or name it in CUDACXX"
+
+
+def build(backend: str, target: str, module: Path) -> None:
     """Build one CMake target and put it at ``module``. Raises OSError, ImportError or RuntimeError if it fails."""
     pybind11 = import_module("pybind11")
     cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
@@ -70,6 +87,8 @@ def build(target: str, module: Path) -> None:
             *("-S", str(SOURCE), "-B", folder, "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             "-DCMAKE_BUILD_TYPE=Release",
+            # A CUDA compiler that does not work costs the CUDA module only.
+            f"-DLAYCA_CUDA={'ON' if backend == 'cuda' else 'OFF'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -101,11 +120,13 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Build one module, or note why that failed."""
         backend = next(key for key, name in MODULES.items() if name == ext.name)
-        self.reasons[backend] = None
+        self.reasons[backend] = unwanted(backend)
+        if self.reasons[backend] is not None:
+            return
         try:
-            build(ext.name.rpartition(".")[2], Path(self.get_ext_fullpath(ext.name)))
+            build(backend, ext.name.rpartition(".")[2], Path(self.get_ext_fullpath(ext.name)))
         except (OSError, ImportError, RuntimeError) as error:
-            if os.environ.get("LAYCA_REQUIRE_NATIVE", "0") not in ("", "0"):
+            if REQUIRED:
                 raise
             self.reasons[backend] = f"{type(error).__name__}: {error}" if not str(error) else str(error)
             print(f"layca_fast is installed without its {backend} backend: {error}", file=sys.stderr)

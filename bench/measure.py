@@ -10,19 +10,19 @@ import torch
 from .plan import free_memory, in_batches, sift
 from .providers import Provider, providers, yardstick
 from .rows import Row, environment, quartiles
-from .runner import COPY, Contestant, Copy, Model, interleave
+from .runner import COPY, Contestant, Copy, Model, Timer, interleave, seconds_of
 from .shapes import Shape
 
 NO_TIMES = dict.fromkeys(("median_ms", "q1_ms", "q3_ms", "ratio", "ratio_q1", "ratio_q3", "gb_per_s", "copy_fraction"))
 
 
 def _batch_rows(
-    batch: Sequence[Provider], model: Model, rounds: int, limit: float, common: dict[str, Any]
+    batch: Sequence[Provider], model: Model, rounds: int, limit: float, timer: Timer, common: dict[str, Any]
 ) -> list[Row]:
     """One interleaved run of ``batch``, the copy's row first."""
     entries: dict[str, Contestant | Copy] = {COPY: Copy(model)}
     entries.update({each.name: Contestant(each, model) for each in batch})
-    seconds = interleave(entries, model, rounds, limit)
+    seconds = interleave(entries, model, rounds, limit, timer)
     quarters = {name: quartiles(times) for name, times in seconds.items()}
     speeds = {name: entries[name].bytes_moved / middle / 1e9 for name, (_, middle, _) in quarters.items()}
     packages = {each.name: each.package_version for each in batch}
@@ -63,13 +63,15 @@ def measure(
     dtype: torch.dtype = torch.float32,
     quick: bool = False,
     only: Sequence[Provider] | None = None,
+    timer: Timer = seconds_of,
     tell: Callable[[str], object] = print,
 ) -> list[Row]:
     """A row of each provider of ``base`` (``only``: of these) and of a copy on tensors of ``shapes``, called ``name``.
 
-    Interleaved in ``rounds`` rounds, fewer after ``limit`` seconds (:func:`bench.runner.interleave`). Where memory does
-    not hold all of them at once, in batches: a later batch's yardstick and copy serve its ratios but get no rows. Those
-    that do not run get a row that says why. AssertionError if a provider does not move the weights as it must.
+    Interleaved in ``rounds`` rounds, fewer after ``limit`` seconds (:func:`bench.runner.interleave`); ``timer`` says
+    what of a step is timed. Where memory does not hold all of them at once, in batches: a later batch's yardstick and
+    copy serve its ratios but get no rows. Those that do not run get a row that says why. AssertionError if a provider
+    does not move the weights as it must.
     """
     candidates = list(only or providers(base, device))
     parameters = sum(map(math.prod, shapes))
@@ -91,7 +93,7 @@ def measure(
     for batch in batches:
         assert model is not None
         tell(f"{name}, {base}: {rounds} rounds of {', '.join(each.name for each in batch)}")
-        for row in _batch_rows(batch, model, rounds, limit, common):
+        for row in _batch_rows(batch, model, rounds, limit, timer, common):
             rows.setdefault(row.provider, row)
         # Optimizers hold reference cycles through their hooks, and their states would crowd out the next batch.
         gc.collect()

@@ -31,6 +31,9 @@ FEWEST_ROUNDS = 5
 #: Layers whose rotation is measured, and the largest that is: its float64 copies must not crowd out the rest.
 SAMPLE, LARGEST_SAMPLE = 8, 2**24
 
+#: Cycles of a GPU's clock, about 10 ms, in which the host queues a step.
+HEAD_START = 20_000_000
+
 #: Elements of the copy that gives the bandwidth, at most.
 LARGEST_COPY = 2**26
 
@@ -156,6 +159,31 @@ def seconds_of(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def host_seconds_of(step: Callable[[], object], device: torch.device) -> float:
+    """How long one call keeps the host, from an idle device, which need not be done when it returns."""
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    taken = time.perf_counter() - start
+    synchronize(device)
+    return taken
+
+
+def device_seconds_of(step: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes a GPU that had other work while the host queued it, as in training."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        torch.cuda._sleep(HEAD_START)
+        start.record()
+        step()
+        end.record()
+    synchronize(device)
+    return start.elapsed_time(end) / 1e3
+
+
+Timer = Callable[[Callable[[], object], torch.device], float]
+
+
 @contextmanager
 def collected_by_hand() -> Iterator[None]:
     """No garbage collection by itself, where one step would pay for the objects of all; what there is stays."""
@@ -172,7 +200,11 @@ def collected_by_hand() -> Iterator[None]:
 
 
 def interleave(
-    entries: Mapping[str, Contestant | Copy], model: Model, rounds: int, limit: float = math.inf
+    entries: Mapping[str, Contestant | Copy],
+    model: Model,
+    rounds: int,
+    limit: float = math.inf,
+    timer: Timer = seconds_of,
 ) -> dict[str, list[float]]:
     """Seconds of each entry's step, one per round, in an order drawn for each round; checked before and after.
 
@@ -192,7 +224,7 @@ def interleave(
             gc.collect()
             for name in order:
                 entries[name].prepare()
-                taken = seconds_of(entries[name].step, model.device)
+                taken = timer(entries[name].step, model.device)
                 if number >= 0:
                     seconds[name].append(taken)
     for entry in entries.values():

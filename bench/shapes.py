@@ -44,6 +44,11 @@ def llama_1b() -> list[Shape]:
     return [(128256, d), *(attention + mlp) * 16, (d,)]
 
 
+def square_1b() -> list[Shape]:
+    """60 square matrices of 4096 x 4096: 1.007 billion weights, and nothing that is not memory."""
+    return [(4096, 4096)] * 60
+
+
 def many_small() -> list[Shape]:
     """2,000 square matrices of 10,000 weights."""
     return [(100, 100)] * 2000
@@ -59,6 +64,7 @@ MODELS = {
     "ViT-B/16": vit_b16,
     "GPT-2 small": gpt2_small,
     "Llama 1B": llama_1b,
+    "1B in 4096 x 4096": square_1b,
     "2000 x 10k": many_small,
     "10000 x 100": many_tiny,
 }

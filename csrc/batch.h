@@ -70,7 +70,8 @@ struct Types {
 LAYCA_HOST_DEVICE constexpr int size_of(Type type) { return type == Type::FLOAT64 ? 8 : type == Type::FLOAT32 ? 4 : 2; }
 
 // The tables of one batch. `partials` (tiles, 3) and `partial_counts` (tiles) are scratch. `step_options` (tensors,
-// max_options) are this step's options of every tensor, or null where the formula does not count its steps.
+// max_options) are this step's options of every tensor, or null where the formula does not count its steps. `tiles` and
+// `n_tiles` are for backends that walk tiles; others find them by their layer, `tile` elements long but for the last.
 struct Batch {
   const std::int64_t* tensors;
   const double* hypers;
@@ -85,6 +86,8 @@ struct Batch {
   std::int64_t n_layers;
   std::int64_t tile;
   Types types;
+  const std::int64_t* tiles;
+  std::int64_t n_tiles;
 };
 
 // One row of the tensor table with its row of hyperparameters and its options in this step.
@@ -121,6 +124,17 @@ LAYCA_HOST_DEVICE inline LayerSpan layer_span(const Batch& batch, std::int64_t l
   const std::int64_t length = tensor.columns[Column::NUMEL] / tensor.columns[Column::LAYERS];
   return {tensor, (layer - tensor.columns[Column::FIRST_LAYER]) * length, length, row[Layer::FIRST_TILE],
           row[Layer::TILES]};
+}
+
+// One tile: a run of elements of one layer, in elements from the tensor's first.
+struct TileSpan {
+  TensorRow tensor;
+  std::int64_t layer, offset, length;
+};
+
+LAYCA_HOST_DEVICE inline TileSpan tile_span(const Batch& batch, std::int64_t tile) {
+  const std::int64_t* row = batch.tiles + tile * Tile::WIDTH;
+  return {tensor_row(batch, row[Tile::TENSOR]), row[Tile::LAYER], row[Tile::OFFSET], row[Tile::LENGTH]};
 }
 
 }  // namespace layca

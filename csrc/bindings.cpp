@@ -9,6 +9,7 @@
 #include <string>
 
 #include "batch.h"
+#include "bindings.h"
 #include "cpu/registry.h"
 #include "cpu/runner.h"
 #include "watch.h"
@@ -18,13 +19,7 @@ namespace py = pybind11;
 namespace layca {
 namespace {
 
-using Address = std::uintptr_t;
 using Columns = std::map<std::string, std::map<std::string, int>>;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 std::unique_ptr<cpu::Runner> make_view(Address tensors, Address hypers, Address step_options, Address layers,
                                        Address dots, Address coefficients, Address counts, Address partials,
@@ -32,19 +27,8 @@ std::unique_ptr<cpu::Runner> make_view(Address tensors, Address hypers, Address 
                                        std::int64_t tile, const std::string& formula, const std::string& dtype,
                                        const std::string& grad_dtype, const std::string& state_dtype,
                                        const std::optional<std::string>& instructions) {
-  Batch batch{};
-  batch.tensors = pointer<const std::int64_t>(tensors);
-  batch.hypers = pointer<const double>(hypers);
-  batch.step_options = pointer<double>(step_options);
-  batch.layers = pointer<const std::int64_t>(layers);
-  batch.dots = pointer<double>(dots);
-  batch.coefficients = pointer<double>(coefficients);
-  batch.counts = pointer<std::int64_t>(counts);
-  batch.partials = pointer<double>(partials);
-  batch.partial_counts = pointer<std::int64_t>(partial_counts);
-  batch.n_tensors = n_tensors;
-  batch.n_layers = n_layers;
-  batch.tile = tile;
+  Batch batch = make_batch(tensors, hypers, step_options, layers, dots, coefficients, counts, partials, partial_counts,
+                           n_tensors, n_layers, tile);
   batch.types = {cpu::find_type(dtype), cpu::find_type(grad_dtype), cpu::find_type(state_dtype)};
   return std::make_unique<cpu::Runner>(batch, formula, dtype, instructions.value_or(cpu::instruction_sets().front()));
 }

@@ -7,12 +7,16 @@
 #define LAYCA_HOST_DEVICE
 #endif
 
+// LAYCA_COLD: for what hardly ever runs, compiled to be small.
 #if defined(__GNUC__) || defined(__clang__)
 #define LAYCA_NOINLINE __attribute__((noinline))
+#define LAYCA_COLD __attribute__((noinline, cold))
 #elif defined(_MSC_VER)
 #define LAYCA_NOINLINE __declspec(noinline)
+#define LAYCA_COLD __declspec(noinline)
 #else
 #define LAYCA_NOINLINE
+#define LAYCA_COLD
 #endif
 
 // The formulas must be inlined into the kernel that calls them: that is where they are vectorised, and each clone of a

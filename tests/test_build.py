@@ -57,7 +57,7 @@ def install(source: Path, **environment: str) -> tuple[subprocess.CompletedProce
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--disable-pip-version-check", *isolation()]
     done = subprocess.run(
         [*command, "--target", str(target), str(source)],
-        env={**os.environ, "LAYCA_REQUIRE_NATIVE": "0", **environment},
+        env={**os.environ, "LAYCA_REQUIRE_NATIVE": "0", "LAYCA_CUDA": "OFF", **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -89,18 +89,26 @@ def reasons(installed: Path) -> dict[str, str]:
 
 
 def native_modules(installed: Path) -> list[str]:
-    return [path.name for path in installed.rglob("_cpu.*") if path.suffix in (".so", ".pyd")]
+    return [path.name.split(".")[0] for path in installed.rglob("_*.*") if path.suffix in (".so", ".pyd")]
+
+
+def path_without_nvcc() -> str:
+    """The PATH less every folder that has a CUDA compiler."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    return os.pathsep.join(folder for folder in folders if not (Path(folder) / "nvcc").exists())
 
 
 def test_without_a_compiler_the_rest_is_installed_and_says_why(source: Path) -> None:
     # A module that an earlier build left in the source tree must not be packed beside the note that there is none.
-    (source / "layca_fast" / "_cpu.abi3.so").write_bytes(b"old")
+    for name in ("_cpu", "_cuda"):
+        (source / "layca_fast" / f"{name}.abi3.so").write_bytes(b"old")
     done, installed = install(source, CXX="/no/such/compiler")
     assert done.returncode == 0, done.stdout + done.stderr
     assert native_modules(installed) == []
     found = reasons(installed)
     assert "CMake Error" in found["cpu"]
     assert "/no/such/compiler" in found["cpu"]
+    assert "LAYCA_CUDA=OFF" in found["cuda"]
     assert found["torch"] == ""
 
 
@@ -116,4 +124,29 @@ def test_a_native_module_that_is_required_fails_the_installation(source: Path) -
     done, installed = install(source, CXX="/no/such/compiler", LAYCA_REQUIRE_NATIVE="1")
     assert done.returncode != 0
     assert "/no/such/compiler" in done.stdout + done.stderr
+    assert not installed.exists()
+
+
+@pytest.mark.skipif(shutil.which("c++", path=path_without_nvcc()) is None, reason="nvcc lies beside the C++ compiler")
+def test_without_a_cuda_compiler_the_cpu_module_is_all_that_can_be_required(source: Path) -> None:
+    environment = {"PATH": path_without_nvcc(), "CUDACXX": "", "LAYCA_CUDA": "AUTO", "LAYCA_REQUIRE_NATIVE": "1"}
+    done, installed = install(source, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert native_modules(installed) == ["_cpu"]
+    assert "put nvcc on the PATH" in reasons(installed)["cuda"]
+
+
+def test_a_cuda_compiler_that_does_not_work_costs_the_cuda_module_only(source: Path) -> None:
+    done, installed = install(source, LAYCA_CUDA="AUTO", CUDACXX="/no/such/nvcc")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert native_modules(installed) == ["_cpu"]
+    found = reasons(installed)
+    assert found["cpu"] == ""
+    assert "/no/such/nvcc" in found["cuda"]
+
+
+def test_a_cuda_module_that_is_asked_for_and_required_fails_the_installation(source: Path) -> None:
+    done, installed = install(source, LAYCA_CUDA="ON", CUDACXX="/no/such/nvcc", LAYCA_REQUIRE_NATIVE="1")
+    assert done.returncode != 0
+    assert "/no/such/nvcc" in done.stdout + done.stderr
     assert not installed.exists()

@@ -1,15 +1,22 @@
-"""The Triton kernels compiled ahead of time, without a GPU: spills, vectors, and what must not be optimized away."""
+"""The Triton kernels compiled ahead of time, without a GPU: spills, vectors, and what must not be optimized away.
+
+``python -m tests.test_triton_compile`` prints what ``triton_resources.json`` is to hold after a change that is meant.
+"""
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from layca_fast.bases import FORMULAS
+
+from .native_support import as_json_lines
 
 pytest.importorskip("triton")
 
@@ -18,11 +25,14 @@ ROOT = Path(__file__).parents[1]
 TARGETS = (("sm_90",), ("sm_80", "gfx942"))
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+COMMITTED = json.loads((ROOT / "tests" / "triton_resources.json").read_text(encoding="utf-8"))
+TRITON = version("triton")
+
+
+def compile_all(cache: Path) -> dict[str, dict[str, Any]]:
     """What triton_compile_worker.py prints, for every launch and target."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["TRITON_CACHE_DIR"] = str(cache)
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.triton_compile_worker", *targets],
@@ -40,6 +50,20 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         assert worker.returncode == 0, errors
         printed |= json.loads(out)
     return printed
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return compile_all(tmp_path_factory.mktemp("triton"))
+
+
+def registers(reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Registers of a thread by launch and target; on AMD GPUs the vector registers."""
+    table: dict[str, dict[str, int]] = {}
+    for name, report in reports.items():
+        launch, _, target = name.rpartition(" for ")
+        table.setdefault(launch, {})[target] = report["registers"]
+    return table
 
 
 def test_every_kernel_compiles_for_every_target(reports: dict[str, dict[str, Any]]) -> None:
@@ -64,6 +88,14 @@ def test_nothing_spills(reports: dict[str, dict[str, Any]]) -> None:
     assert spilled == {}
 
 
+@pytest.mark.skipif(
+    COMMITTED["triton"] != TRITON,
+    reason=f"the registers are those of Triton {COMMITTED['triton']}, and here is {TRITON}",
+)
+def test_kernels_use_the_registers_they_did(reports: dict[str, dict[str, Any]]) -> None:
+    assert registers(reports) == COMMITTED["registers"]
+
+
 @pytest.mark.parametrize("what", ["loads", "stores"])
 def test_aligned_tiles_move_in_vectors_of_16_bytes(reports: dict[str, dict[str, Any]], what: str) -> None:
     """As many as it takes for all of them; more are tables read in vectors."""
@@ -82,3 +114,9 @@ def test_tests_for_finite_values_survive(reports: dict[str, dict[str, Any]]) -> 
 def test_no_denormals_are_flushed_and_no_roots_approximated(reports: dict[str, dict[str, Any]]) -> None:
     """Gradients at 1e-30 make float32 denormals in a step, and the reference is exact."""
     assert {name: report["inexact"] for name, report in reports.items() if report["inexact"]} == {}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        rows = registers(compile_all(Path(folder)))
+    print(as_json_lines({"triton": TRITON}, "registers", sorted(rows.items())))

@@ -5,11 +5,11 @@ A process of its own, because TRITON_INTERPRET, which the other tests need, leav
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +26,11 @@ from layca_fast.backends.triton_ import (
     prepare_launch,
     rotate_launch,
 )
-from layca_fast.bases import BASES, FORMULAS, Formula
+from layca_fast.bases import BASES, FORMULAS
 from layca_fast.batch import Batch, Slot
-from layca_fast.tables import MAX_OPTIONS
 from layca_fast.verify import BASE_OPTIONS
+
+from .native_support import resource_usage, states_read
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -93,20 +94,6 @@ def batch_of(name: str, types: Types) -> Batch:
     raise LookupError(f"none of verify.BASE_OPTIONS makes a base run the formula {name!r}: add the options that do")
 
 
-def states_read(formula: Formula) -> int:
-    """How many of its states the step of a formula reads: the compiler leaves out the loads of the others."""
-    read = set()
-
-    class Watched(tuple):
-        def __getitem__(self, index: int) -> Any:
-            read.add(index)
-            return super().__getitem__(index)
-
-    one = torch.ones(())
-    formula.step(one, Watched([one] * len(formula.states)), [one] * MAX_OPTIONS)
-    return len(read)
-
-
 def launches() -> Iterator[tuple[str, Launch, dict[str, list[int]]]]:
     """Every launch of the backend, with what one program should do in all: 16-byte loads and stores of each array, and
     tests for finite values, the latter once in the copy of the code for aligned tiles and once in the other.
@@ -156,12 +143,12 @@ def cuda_report(kernel: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        ((_, usage),) = resource_usage(triton.knobs.nvidia.cuobjdump.path, Path(file.name)).items()
     text = kernel.asm["ptx"]
-    resources = {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("STACK", "LOCAL")}
+    spills = {name: usage[name] for name in ("STACK", "LOCAL")}
     return {
-        "spills": {**resources, "ld.local or st.local": len(re.findall(r"\b(?:ld|st)\.local", text))},
+        "registers": usage["REG"],
+        "spills": {**spills, "ld.local or st.local": len(re.findall(r"\b(?:ld|st)\.local", text))},
         "loads": len(re.findall(r"\bld\.global\S*\.(?:v4\.[bf]32|v2\.[bf]64)\b", text)),
         "stores": len(re.findall(r"\bst\.global\S*\.(?:v4\.[bf]32|v2\.[bf]64)\b", text)),
         # The exponential of float64 compares a part of its argument by abs.ftz, which loses nothing.
@@ -172,9 +159,11 @@ def cuda_report(kernel: Any) -> dict[str, Any]:
 
 def amd_report(kernel: Any) -> dict[str, Any]:
     text = kernel.asm["amdgcn"]
-    names = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    counts = {name: int(re.search(rf"\.{name}:\s*(\d+)", text).group(1)) for name in names}
     return {
-        "spills": {name: int(re.search(rf"\.{name}:\s*(\d+)", text).group(1)) for name in names},
+        "registers": counts.pop("vgpr_count"),
+        "spills": counts,
         "loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
         "stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", text)),
         # Denormals are flushed unless both bits of these modes are set.

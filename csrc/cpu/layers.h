@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../batch.h"
+#include "../layer.h"
 #include "kernels.h"
 
 namespace layca::cpu {
@@ -119,46 +120,26 @@ inline double measure_orthogonal_square(const Batch& batch, const Kernels& kerne
 // From a layer's dots: its coefficients, its radius and its counts.
 inline void compute_coefficients(const Batch& batch, const Kernels& kernels, std::int64_t layer) {
   const LayerSpan span = layer_span(batch, layer);
-  const double* const sums = batch.dots + 3 * layer;
-  const Dots dots{sums[0], sums[1], sums[2]};
-  const double lr = span.tensor.hyper[Hyper::LR];
-  Rotation turn = keep_rotation(0);
-  if (span.tensor.has_grad() && !span.tensor.flag(Flag::ROTATES)) {
-    turn = plain_step(dots.q, lr, span.tensor.hyper[Hyper::WEIGHT_DECAY]);
-  } else if (span.tensor.has_grad()) {
-    double* const radius =
-        span.tensor.pointer<double>(Column::RADIUS) + (layer - span.tensor.columns[Column::FIRST_LAYER]);
-    const double sigma2 = measure_orthogonal_square(batch, kernels, span, dots);
-    turn = rotation(dots, sigma2, lr, *radius, span.tensor.flag(Flag::CURRENT),
-                    static_cast<int>(span.tensor.columns[Column::RULE]), span.tensor.hyper[Hyper::NOISE]);
-    *radius = turn.radius;
-    std::int64_t* const counts = batch.counts + layer * Count::WIDTH;
-    const bool finite = is_finite(dots.n2);
-    counts[Count::NO_DIRECTION] += lr > 0 && finite && turn.mode == Mode::KEEP;
-    counts[Count::BROKEN] += !finite;
-  }
-  double* const row = batch.coefficients + layer * Coefficient::WIDTH;
-  row[Coefficient::A] = turn.a;
-  row[Coefficient::B] = turn.b;
-  row[Coefficient::C] = turn.c;
-  row[Coefficient::MODE] = turn.mode;
+  const Dots dots = layer_dots(batch, layer);
+  const double sigma2 = turns(span.tensor) ? measure_orthogonal_square(batch, kernels, span, dots) : 0;
+  write_coefficients(batch, layer, span.tensor, dots, sigma2);
 }
 
 // Apply a layer's coefficients to its tiles [first, last). `steps`: theirs, as measure_tiles left them, or null.
 inline void rotate_tiles(const Batch& batch, const Kernels& kernels, std::int64_t layer, std::int64_t first,
                          std::int64_t last, char* steps = nullptr) {
-  const double* const row = batch.coefficients + layer * Coefficient::WIDTH;
+  const Rotation turn = layer_rotation(batch, layer);
   const LayerSpan span = layer_span(batch, layer);
-  if (row[Coefficient::MODE] == Mode::KEEP || !span.tensor.has_grad()) return;
+  if (turn.mode == Mode::KEEP || !span.tensor.has_grad()) return;
   const std::int64_t start = first * batch.tile, end = std::min(last * batch.tile, span.length);
   Run run = run_of(batch, kernels, span.tensor, span.offset + start, end - start);
   run.steps = steps;
-  if (row[Coefficient::MODE] == Mode::PRECISE) {
+  if (turn.mode == Mode::PRECISE) {
     const auto rotate = steps ? kernels.rotate_stored_precisely : kernels.rotate_precisely;
-    rotate(run, row[Coefficient::A], row[Coefficient::B], row[Coefficient::C]);
+    rotate(run, turn.a, turn.b, turn.c);
   } else {
     const auto rotate = steps ? kernels.rotate_stored : kernels.rotate;
-    rotate(run, row[Coefficient::A], row[Coefficient::B]);
+    rotate(run, turn.a, turn.b);
   }
 }
 

@@ -9,16 +9,11 @@
 #include <cstring>
 
 #include "../base_steps.h"
+#include "../clean.h"
 #include "kernels.h"
 #include "windows.h"
 
 namespace layca::cpu::LAYCA_INSTRUCTIONS {
-
-// An integer as wide as T: vector loops count in lanes of one width.
-std::int32_t counter_like(float);
-std::int64_t counter_like(double);
-template <class T>
-using Counter = decltype(counter_like(T()));
 
 // What the elements of one block were: it stays in the first-level cache.
 template <class Formula, class T>
@@ -27,9 +22,8 @@ struct Old {
   alignas(64) T states[Formula::n_states > 0 ? Formula::n_states : 1][block_length];
 };
 
-// What is done about numbers that are not finite, element by element. `Watch` only notices: what the squares of the
-// steps do not show, the sum of an element's watched numbers does. (Huge numbers do the same; looking again does no
-// harm.)
+// Where `Clean` does something about numbers that are not finite, this only notices: what the squares of the steps do
+// not show, the sum of an element's watched numbers does. (Huge numbers do the same; looking again does no harm.)
 template <class T>
 struct Watch {
   using Trouble = T;
@@ -41,29 +35,6 @@ struct Watch {
   template <class Formula>
   LAYCA_INLINE Trouble trouble(T grad, const T* state) const {
     return Formula::watched(grad, state);
-  }
-};
-
-// `Clean` takes 0 in their place, and in that of a gradient whose witness is not finite, and counts the element.
-template <class T>
-struct Clean {
-  using Trouble = Counter<T>;
-  Counter<T> broken = 0;
-  LAYCA_INLINE T operator()(T x) { return keep_if(is_finite(x), x); }
-  template <class Formula>
-  LAYCA_INLINE T gradient(T grad) {
-    return keep_if(is_finite(Formula::witness(grad)), grad);
-  }
-  template <class Formula>
-  LAYCA_INLINE Trouble trouble(T, const T*) const {
-    return broken;
-  }
-
- private:
-  LAYCA_INLINE T keep_if(bool is_good, T x) {
-    const Counter<T> is_broken = is_good ? 0 : 1;
-    broken |= is_broken;
-    return is_broken == 0 ? x : T(0);
   }
 };
 
@@ -185,7 +156,19 @@ LAYCA_INLINE auto advance_element(const AnyRun& run, std::int64_t start, std::in
   return check.template trouble<Formula>(grad, state);
 }
 
-// All that for `length` elements from `start`; the sum of the elements' troubles.
+// All that for elements [first, length) from `start`, one by one: what is rare need not be fast, and takes the compiler
+// a fraction of the time. The sum of their troubles.
+template <class Check, class Formula, class AnyRun, class T, class Use>
+LAYCA_COLD auto advance_one_by_one(const AnyRun& run, std::int64_t start, std::int64_t first, std::int64_t length,
+                                   const Use& use, Old<Formula, T>& old, Sums& sums) {
+  typename Check::Trouble trouble = 0;
+  for (std::int64_t i = first; i < length; ++i) {
+    trouble += advance_element<Check>(run, start, i, static_cast<int>(i % lanes), use, old, sums);
+  }
+  return trouble;
+}
+
+// The same, in vectors, for `length` elements from `start`.
 template <class Check, class Formula, class AnyRun, class T, class Use>
 LAYCA_INLINE auto advance_block(const AnyRun& run, std::int64_t start, std::int64_t length, const Use& use,
                                 Old<Formula, T>& old, Sums& sums) {
@@ -197,10 +180,8 @@ LAYCA_INLINE auto advance_block(const AnyRun& run, std::int64_t start, std::int6
       trouble[lane] += advance_element<Check>(run, start, first + lane, lane, use, old, sums);
     }
   }
-  for (int lane = 0; first + lane < length; ++lane) {
-    trouble[lane] += advance_element<Check>(run, start, first + lane, lane, use, old, sums);
-  }
   for (int lane = 0; lane < lanes; ++lane) total += trouble[lane];
+  if (first < length) total += advance_one_by_one<Check>(run, start, first, length, use, old, sums);
   return total;
 }
 
@@ -231,7 +212,7 @@ LAYCA_INLINE Partial advance(const Run& memory, const Use& use) {
     if (!is_finite(watched) || !block_sums.squares_are_finite()) {
       undo_block(run, first, length, use, old);
       block_sums = Sums();
-      non_finite += advance_block<Clean<T>>(run, first, length, use, old, block_sums);
+      non_finite += advance_one_by_one<Clean<T>>(run, first, 0, length, use, old, block_sums);
     }
     window.close_states(start, length);
     if (Use::moves) window.close_weights(start, length);

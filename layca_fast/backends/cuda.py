@@ -1,27 +1,75 @@
-"""The CUDA backend: not in this version. The module exists so that ``backends()`` can say so."""
+"""The CUDA backend: C++ kernels, three or four launches a step however many tensors, on NVIDIA GPUs."""
+
+from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..batch import Batch
 from .base import Backend
+from .native import Views
+
+if TYPE_CHECKING:
+    from .._cuda import BatchView
+
+#: The oldest GPU that the module is compiled for: csrc/cuda.cmake.
+OLDEST = (8, 0)
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    found = torch.cuda.get_device_capability(device)
+    if found >= OLDEST:
+        return None
+    return f"its compute capability is {found[0]}.{found[1]}, and the kernels need {OLDEST[0]}.{OLDEST[1]} or newer"
 
 
 class CudaBackend(Backend):
-    """Says why it is missing, and nothing else."""
+    """Measure and rotate with a block of threads per tile, finish with one per layer.
+
+    Everything is queued on the current stream of the tensors' device, whichever device is current. Nothing waits for
+    the GPU, and nothing is allocated after the first step.
+    """
 
     name = "cuda"
     tile = 4096
 
+    def __init__(self) -> None:
+        self._views: Views[BatchView] = Views("cuda")
+
     def missing(self) -> str | None:
-        return "this version has no CUDA C++ kernels yet; Triton serves NVIDIA GPUs"
+        if self._views.native is None:
+            return self._views.reason
+        if torch.version.hip is not None:
+            return "no device: this torch was built for AMD GPUs, which Triton serves"
+        if not torch.cuda.is_available():
+            return "no device: torch finds no GPU"
+        problem: str = self._views.native.device_problem()
+        return f"no device: {problem}" if problem else None
 
     def refuses(self, device: torch.device) -> str | None:
-        return self.missing()
+        if device.type != "cuda":
+            return "it takes tensors on an NVIDIA GPU only"
+        return _too_old(device)
+
+    def _view(self, batch: Batch) -> "BatchView":
+        return self._views.of(batch, tiles=batch.tiles.data_ptr(), n_tiles=batch.n_tiles)
 
     def measure(self, batch: Batch) -> None:
-        raise RuntimeError(self.missing())
+        with torch.cuda.device(batch.device):
+            self._view(batch).measure(torch.cuda.current_stream().cuda_stream)
 
-    coefficients = rotate = measure
+    def coefficients(self, batch: Batch) -> None:
+        with torch.cuda.device(batch.device):
+            self._view(batch).coefficients(torch.cuda.current_stream().cuda_stream)
+
+    def rotate(self, batch: Batch) -> None:
+        with torch.cuda.device(batch.device):
+            self._view(batch).rotate(torch.cuda.current_stream().cuda_stream)
+
+    def step(self, batch: Batch) -> None:
+        with torch.cuda.device(batch.device):
+            self._view(batch).step(torch.cuda.current_stream().cuda_stream)
 
 
 BACKEND = CudaBackend()

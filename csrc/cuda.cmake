@@ -1,0 +1,62 @@
+# The target _cuda, where there is a CUDA compiler, and _cuda_emulator, its kernels on the host. GPUs are never probed:
+# everything is compiled for all architectures below that the compiler knows, and as PTX of the newest for later ones.
+set(LAYCA_CUDA "AUTO" CACHE STRING "The CUDA module: ON (it must be built), OFF, or AUTO (if there is a CUDA compiler)")
+set(LAYCA_CUDA_ARCHITECTURES 80 90 100 120)
+
+# One file per formula of the list in base_steps.h, so that they are compiled side by side.
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS base_steps.h)
+file(READ base_steps.h LAYCA_BASE_STEPS)
+if(NOT LAYCA_BASE_STEPS MATCHES "using Formulas = FormulaList<([^;]*)>;")
+  message(FATAL_ERROR "csrc/base_steps.h has no list of formulas: using Formulas = FormulaList<...>;")
+endif()
+string(REGEX MATCHALL "[A-Za-z0-9_]+(<[^>]*>)?" LAYCA_FORMULAS "${CMAKE_MATCH_1}")
+
+# The sources of a module whose kernels come from LAYCA_KERNELS, in files that end in `suffix`.
+function(layca_formula_sources LAYCA_KERNELS suffix result)
+  foreach(LAYCA_FORMULA IN LISTS LAYCA_FORMULAS)
+    string(MAKE_C_IDENTIFIER "${LAYCA_FORMULA}" name)
+    set(file "${CMAKE_CURRENT_BINARY_DIR}/formulas/${name}${suffix}")
+    configure_file(cuda/formula.in "${file}" @ONLY)
+    list(APPEND sources "${file}")
+  endforeach()
+  set(${result} bindings_cuda.cpp cuda/registry.cpp cuda/runner.cpp ${sources} PARENT_SCOPE)
+endfunction()
+
+layca_formula_sources(emulator.h .cpp LAYCA_EMULATOR_SOURCES)
+pybind11_add_module(_cuda_emulator MODULE NO_EXTRAS EXCLUDE_FROM_ALL cuda/emulator.cpp ${LAYCA_EMULATOR_SOURCES})
+target_compile_definitions(_cuda_emulator PRIVATE LAYCA_MODULE=_cuda_emulator)
+target_include_directories(_cuda_emulator PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
+if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  target_compile_options(_cuda_emulator PRIVATE -O1 -fno-math-errno -ffp-contract=off -Wall -Wextra)
+endif()
+
+if(LAYCA_CUDA STREQUAL "AUTO")
+  include(CheckLanguage)
+  check_language(CUDA)
+  set(LAYCA_CUDA "${CMAKE_CUDA_COMPILER}")
+endif()
+if(NOT LAYCA_CUDA)
+  return()
+endif()
+
+# What the compiler is tried with; the module's own are set below, once it has said what it knows.
+set(CMAKE_CUDA_ARCHITECTURES 80)
+enable_language(CUDA)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
+foreach(architecture IN LISTS LAYCA_CUDA_ARCHITECTURES)
+  if(known MATCHES "compute_${architecture}[ \r\n]")
+    list(APPEND architectures ${architecture}-real)
+    set(newest ${architecture})
+  endif()
+endforeach()
+
+layca_formula_sources(kernels.cuh .cu LAYCA_CUDA_SOURCES)
+pybind11_add_module(_cuda MODULE NO_EXTRAS cuda/launch.cpp ${LAYCA_CUDA_SOURCES})
+set_target_properties(_cuda PROPERTIES CUDA_ARCHITECTURES "${architectures};${newest}-virtual" CUDA_RUNTIME_LIBRARY Static)
+target_compile_definitions(_cuda PRIVATE LAYCA_MODULE=_cuda)
+target_include_directories(_cuda PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+# Whether a*b + c is fused is otherwise the compiler's choice, kernel by kernel, and rotate must make the step that
+# measure made: Lion's, a sign, may hang on the last bit.
+target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-fmad=false>)

@@ -1,0 +1,60 @@
+"""What the backends in compiled modules share: the import of theirs, and the view of a batch that its kernels keep."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..batch import Batch
+
+View = TypeVar("View")
+
+#: Tables of a batch that all kernels walk.
+TABLES = (
+    *("tensors", "hypers", "step_options", "layers"),
+    *("dots", "coefficients", "counts", "partials", "partial_counts"),
+)
+
+
+def import_native(backend: str) -> tuple[ModuleType | None, str | None]:
+    """The module of a backend, or None and the reason why it is missing: what stopped its build, if that is known."""
+    try:
+        return import_module(f"layca_fast._{backend}"), None
+    except ImportError as error:
+        note = Path(__file__).parents[1] / "_build.json"
+        built = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+        return None, f"the native module is not there: {built.get(backend) or error}"
+
+
+class Views(Generic[View]):
+    """The views that a native module has of batches, made at the first step of each and dropped with it."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.native, self.reason = import_native(backend)
+        # One for each type of gradients that a batch has had.
+        self._views: WeakKeyDictionary[Batch, dict[torch.dtype, View]] = WeakKeyDictionary()
+
+    def of(self, batch: Batch, **more: Any) -> View:
+        """The view of ``batch``; ``more``: what the module wants to know beside the tables that all walk."""
+        views = self._views.setdefault(batch, {})
+        view = views.get(batch.grad_dtype)
+        if view is None:
+            if self.native is None:
+                raise RuntimeError(f"backend={self.backend!r} cannot run: {self.reason}")
+            # The tables stay where they are for the life of the batch; only what they hold changes.
+            view = self.native.BatchView(
+                **{name: getattr(batch, name).data_ptr() for name in TABLES},
+                **more,
+                n_tensors=len(batch.slots),
+                n_layers=batch.n_layers,
+                tile=batch.tile,
+                formula=batch.formula.name,
+                dtype=str(batch.dtype).removeprefix("torch."),
+            )
+            views[batch.grad_dtype] = view
+        return view
