@@ -54,6 +54,7 @@ bench-full: $(BENCH_STAMP)  ## all models in interleaved rounds, and scaling: th
 	@$(RUN) bench.ratios --out $(RESULTS)/ratios.csv $(ARGS)
 	@$(RUN) bench.plot $(RESULTS)/ratios.csv --out docs/speed.png
 	@$(RUN) bench.table $(RESULTS)/ratios.csv
+	@$(RUN) bench.goals --out $(RESULTS)/goals.csv
 	@$(RUN) bench.scaling --out $(RESULTS)/scaling.csv --figure docs/scaling.png
 
 verify: $(STAMP)  ## check every backend available here against the float64 reference

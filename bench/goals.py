@@ -184,15 +184,12 @@ def is_met(found: Result) -> str:
 
 def show(results: Sequence[Result]) -> None:
     """Print one line per result."""
-    columns = ["", "base", "model", "goal", "measured", "quartiles", "reached", "GB/s", "copy GB/s"]
+    columns = ["", "goal", "measured", "reached", "GB/s", "copy"]
     lines = [
         [
-            each.what,
-            each.base,
-            each.model,
+            f"{each.base}, {each.model}\n{each.what}",
             each.goal,
-            f"{each.value:.2f}",
-            f"{each.q1:.2f}-{each.q3:.2f}",
+            f"{each.value:.2f} ({each.q1:.2f}-{each.q3:.2f})",
             is_met(each),
             f"{each.gb_per_s:.1f}",
             f"{each.copy_gb_per_s:.1f}",

@@ -16,7 +16,9 @@ from .bases import Base, Formula
 from .checks import check_gradient
 from .compensation import compute_dtype
 from .formulas import RULES
-from .tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Hyper, Layer, Tile
+from .hypers import Hyperparameters
+from .tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Layer, Tile
+from .unscaling import LossScale, ScaledTables
 from .upload import Mirror
 from .watch import Entries, Layouts, addresses, all_there, column, gradients
 
@@ -106,17 +108,9 @@ class Batch:
         self.coefficients = torch.zeros(self.n_layers, Coefficient.WIDTH, dtype=torch.float64, device=self._home)
         self.counts = torch.zeros(self.n_layers, Count.WIDTH, dtype=torch.int64, device=self._home)
 
-        # Two rows per group: for settled tensors, and for those whose state was created for the coming step.
-        self._groups: list[tuple[Mapping[str, Any], Base]] = []
-        rows: dict[int, int] = {}
-        for slot in self.slots:
-            if id(slot.group) not in rows:
-                rows[id(slot.group)] = 2 * len(self._groups)
-                self._groups.append((slot.group, slot.base))
-        self._rows = [rows[id(slot.group)] for slot in self.slots]
-
-        self._hyper_mirror = Mirror(2 * len(self._groups), Hyper.WIDTH, torch.float64, self._home)
-        self._tensor_mirror = Mirror(len(self.slots), Column.WIDTH, torch.int64, self._home)
+        self.hyperparameters = Hyperparameters(self.slots, self.dtype, self._home)
+        recorded = any(slot.group.get("capturable") for slot in self.slots)
+        self._tensor_mirror = Mirror(len(self.slots), Column.WIDTH, torch.int64, self._home, recorded)
         self.first_layers = list(accumulate((slot.layers for slot in self.slots[:-1]), initial=0))
         table = self._tensor_mirror
         table.set_column(Column.NUMEL, column([slot.param.numel() for slot in self.slots]))
@@ -132,6 +126,9 @@ class Batch:
             table.set_column(Column.STATE + i, addresses(states))
 
         self._settled = False
+        self._scaled: ScaledTables | None = None
+        #: Whether the step is taken, 0-d int64 on the device; None where that needs no asking.
+        self.taken: Tensor | None = None
         self._set_hyper_rows()
         columns = {name: [(slot.entry, slot.states[i]) for slot in self.slots] for i, name in enumerate(formula.states)}
         columns["step"] = [(slot.entry, slot.step) for slot in self.slots if slot.step is not None]
@@ -158,44 +155,64 @@ class Batch:
                 self.grad_dtype = self.compute_dtype
             self.grads = [slot.gradient(self.grad_dtype) for slot in self.slots]
 
-    def refresh(self) -> None:
-        """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone)."""
+    def check_capture(self) -> None:
+        """Raise RuntimeError if the host would have to do something for the step that is being captured."""
+        fresh = any(slot.fresh and grad is not None for slot, grad in zip(self.slots, self.grads, strict=True))
+        if fresh or not self.hyperparameters.are_pushed():
+            raise RuntimeError(
+                "the device does not have the hyperparameters of the step being captured: before the capture, take the "
+                "first step of every tensor, and call optimizer.sync_hyperparameters() after any later change"
+            )
+
+    def refresh(self, loss_scale: LossScale | None = None, capturing: bool = False) -> None:
+        """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone).
+
+        With ``capturing`` a CUDA graph is being recorded, to which the table of addresses then belongs.
+        """
+        table = self._tensor_mirror
+        if self._scaled is None and loss_scale is not None:
+            self._scaled = ScaledTables(self.tensors, self.hypers, self._await_first_gradients())
+        if self._scaled is not None:
+            # The device has modified these.
+            table.forget(Column.GRAD)
+            table.forget(Column.HYPER)
+            self._set_hyper_rows()
+        table.set_column(Column.GRAD, self._grad_addresses or addresses(self.grads))
+        if capturing:
+            table.record()
+            self.hyperparameters.record()
+        else:
+            table.push()
+            self.hyperparameters.push()
+        self.fetch(loss_scale)
+
+    def fetch(self, loss_scale: LossScale | None = None) -> None:
+        """Take over what only the device knows: rates in tensors, the loss scale. The host reads none of it."""
+        self.hyperparameters.fetch()
+        if self._scaled is not None:
+            self.taken = self._scaled.apply(loss_scale or LossScale())
         for index, step in self._empty:
             if step is not None and self.grads[index] is not None:
-                step += 1
-        table = self._tensor_mirror
-        table.set_column(Column.GRAD, self._grad_addresses or addresses(self.grads))
-        table.push()
-        self._refresh_hypers()
+                step += 1 if self.taken is None else self.taken
+
+    def _await_first_gradients(self) -> Tensor:
+        """Which tensors have yet to take their first gradient, (tensors,) int64 on the device.
+
+        Steps since their state was made may all have been skipped, also in a run that this one resumes. Only the state
+        itself, still of zeros, can tell; it is asked where it matters.
+        """
+        flags = torch.tensor([slot.fresh for slot in self.slots], dtype=torch.int64, device=self._home)
+        for index, slot in enumerate(self.slots):
+            rows = (slot.base.scalars(slot.group, fresh) for fresh in (False, True))
+            if not slot.fresh and len(set(rows)) > 1:
+                flags[index : index + 1] = ~slot.states[0].any()
+        return flags
 
     def _set_hyper_rows(self) -> None:
-        rows = [row + slot.fresh for row, slot in zip(self._rows, self.slots, strict=True)]
+        rows = self.hyperparameters.first_rows
+        if self._scaled is None:
+            rows = [row + slot.fresh for row, slot in zip(rows, self.slots, strict=True)]
         self._tensor_mirror.set_column(Column.HYPER, column(rows))
-
-    def _refresh_hypers(self) -> None:
-        # The difference of two weights is off by up to half a unit in the last place of each.
-        noise = torch.finfo(self.dtype).eps / 2
-        rows: list[float] = []
-        on_device: list[tuple[int, Tensor]] = []
-        for i, (group, base) in enumerate(self._groups):
-            lr = group["lr"]
-            if isinstance(lr, Tensor) and lr.device.type != "cpu":
-                # Copied from device to device below: reading it here would make the host wait.
-                on_device.append((2 * i, lr))
-                lr = 0.0
-            head = (
-                float(lr),
-                float(group["weight_decay"]),
-                -1.0 if group["maximize"] else 1.0,
-                noise if group.get("difference") else 0.0,
-            )
-            for fresh in (False, True):
-                scalars = base.scalars(group, fresh)
-                rows += (*head, *scalars, *(0.0,) * (MAX_OPTIONS - len(scalars)))
-        self._hyper_mirror.set_all(rows)
-        self._hyper_mirror.push()
-        for row, value in on_device:
-            self._hyper_mirror.device_tensor[row : row + 2, Hyper.LR].copy_(value.reshape(1))
 
     def release(self) -> None:
         """After a step: drop the gradients, so that zero_grad frees them, and settle the slots that had one."""
@@ -213,14 +230,16 @@ class Batch:
             return self.params
         return [param for param, grad in zip(self.params, self.grads, strict=True) if grad is not None]
 
-    def lr_of(self, slot: Slot) -> Tensor:
-        """The rotation rate of ``slot`` in the last step, 0-d on the device."""
-        row = next(row for row, (group, _) in enumerate(self._groups) if group is slot.group)
-        return self.hypers[2 * row, Hyper.LR]
-
     def options(self, slot: Slot) -> tuple[float, ...]:
         """What the base makes of the group of ``slot``, on the host: ``formula.prepare`` makes this step's of it."""
         return slot.base.scalars(slot.group, slot.fresh)
+
+    def hyper_row(self, index: int) -> Tensor | None:
+        """The hyperparameters of a slot, where the device knows more of them than the host: (Hyper.WIDTH,)."""
+        if self._scaled is None and not self.slots[index].group.get("capturable"):
+            return None
+        # Not by indexing: with a number on the device that would make the host wait.
+        return self.hypers.index_select(0, self.tensors[index : index + 1, Column.HYPER])[0]
 
     @property
     def tensors(self) -> Tensor:
@@ -230,7 +249,7 @@ class Batch:
     @property
     def hypers(self) -> Tensor:
         """The hyperparameter table, (rows, Hyper.WIDTH) float64."""
-        return self._hyper_mirror.device_tensor
+        return self.hyperparameters.table
 
     @cached_property
     def layer_tensors(self) -> Tensor:

@@ -104,7 +104,7 @@ def check_lr(lr: Any, name: str = "lr") -> None:
 
 def check_choice(group: Mapping[str, Any], name: str, choices: tuple[Any, ...]) -> None:
     """Raise ValueError if the option ``name`` of ``group`` is none of ``choices``."""
-    if not any(group[name] is each or group[name] == each for each in choices):
+    if group[name] not in choices:
         raise ValueError(f"{name}={group[name]!r} is unknown: choose one of {list(choices)}")
 
 
@@ -132,6 +132,7 @@ def check_group(group: Mapping[str, Any]) -> None:
             f"compensate={group['compensate']!r}: must be True or False (whether 16-bit parameters keep the rest of "
             "their bits), or None (they do)"
         )
+    check_choice(group, "capturable", (False, True))
     if group["rotate"] not in (None, True, False):
         raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (tensors of 2 or more dimensions)")
     check_chunks(group["chunks"])

@@ -6,19 +6,22 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from .bases import BASES, Base, recommended_rate, scaled_rate
-from .checks import check_group, check_options, check_parameter, find_base, labelled
+from .capture import is_capturing
+from .checks import check_choice, check_group, check_options, check_parameter, find_base, labelled
 from .compensation import HALVES, join, lost_rotation
 from .loading import adopt, check_shapes, is_foreign, restore_types
 from .plan import Plan, rotates
 from .stats import RotationStats, rotation_stats
+from .unscaling import LossScale
 
 #: What every group holds whatever its base is.
 COMMON_OPTIONS = (
     *("lr", "base", "rule", "rotate", "chunks", "radius", "weight_decay", "maximize"),
-    *("compensate", "state_dtype", "backend"),
+    *("compensate", "state_dtype", "capturable", "backend"),
 )
 
 
@@ -62,12 +65,16 @@ class FusedLayca(Optimizer):
             says so once where lr is less than the type can carry.
         state_dtype: of the base's buffers for bfloat16 and float16 parameters: torch.float32, torch.bfloat16, or None
             for float32. Buffers of other parameters have their parameter's type.
+        capturable: let :meth:`step` be captured into a CUDA graph, after a first step outside of it. Replays take lr
+            from the tensor that it is, on the parameters' device, and the rest as :meth:`sync_hyperparameters` left it.
         backend: "auto", "cpu", "triton", "cuda" or "torch": see :func:`layca_fast.backends`.
         base_options: what the base has beside these, named as in torch.optim and with its defaults. sgd: momentum,
             dampening, nesterov; sgd_amom: momentum (0.9); rmsprop: alpha, eps, momentum, centered; adagrad: eps,
             initial_accumulator_value; adam: betas, eps, amsgrad; lion (arXiv 2302.06675): betas (0.9, 0.99).
+        unscale_in_step: for the whole optimizer: ``torch.amp.GradScaler`` leaves unscaling, and skipping steps whose
+            gradients are not finite, to the kernels: the host need not wait. Lightning then refuses to clip gradients.
 
-    Every argument may be set per param group. State per tensor: what torch's optimizer of that name keeps
+    Every other argument may be set per param group. State per tensor: what torch's optimizer of that name keeps
     (``momentum_buffer``, ``exp_avg``, ``step``, ...), with ``step`` where the tensor is; and ``radius``, float64 of
     shape (layers,), 0 until a step moves the layer, where the tensor rotates; and ``remainder``, raw 16-bit integers in
     a bfloat16 tensor, where it is compensated: see :meth:`effective_weight`. Under rotate=False each base takes the
@@ -90,6 +97,8 @@ class FusedLayca(Optimizer):
         maximize: bool = False,
         compensate: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        capturable: bool = False,
+        unscale_in_step: bool = False,
         backend: str = "auto",
         **base_options: Any,
     ) -> None:
@@ -107,10 +116,13 @@ class FusedLayca(Optimizer):
             "maximize": maximize,
             "compensate": compensate,
             "state_dtype": state_dtype,
+            "capturable": capturable,
             "backend": backend,
             **options,
         }
         row.check(defaults)
+        check_choice({"unscale_in_step": unscale_in_step}, "unscale_in_step", (False, True))
+        self._unscales = bool(unscale_in_step)
         self._lr_is_recommended = lr is None
         self._plan: Plan | None = None
         self._stale = True
@@ -127,6 +139,8 @@ class FusedLayca(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict with the key 'params', not a {type(param_group).__name__}")
         given = dict(param_group)
+        if "unscale_in_step" in given:
+            raise ValueError("unscale_in_step is no option of a group: GradScaler asks the optimizer; set it there")
         if not isinstance(given["params"], (Tensor, set)):
             given["params"] = list(given["params"])
         base = find_base(given.get("base", self.defaults["base"]))
@@ -162,12 +176,13 @@ class FusedLayca(Optimizer):
         return {**common, **inherited}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_lr_is_recommended": self._lr_is_recommended}
+        ours = {name: getattr(self, name) for name in ("_lr_is_recommended", "_unscales")}
+        return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by torch's load_state_dict, on an optimizer that has made its plan.
         super().__setstate__(state)
-        flags = dict.fromkeys(("_lr_is_recommended", "_warned", "_warned_of_types"), False)
+        flags = dict.fromkeys(("_lr_is_recommended", "_unscales", "_warned", "_warned_of_types"), False)
         for name, value in {"_plan": None, **flags}.items():
             self.__dict__.setdefault(name, value)
         self._stale = True
@@ -182,6 +197,9 @@ class FusedLayca(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # To compile what it does on the host would gain nothing, and be done again for every new lr. torch.compiler.disable
+    # would import the compiler, which takes seconds, together with this package.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Turn every rotating layer that has a gradient by atan(lr); take the base step on the other tensors.
@@ -194,6 +212,7 @@ class FusedLayca(Optimizer):
         loss = None
         for group in self.param_groups:
             check_group(group)
+        loss_scale = LossScale.of(self) if self._unscales else None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -204,8 +223,28 @@ class FusedLayca(Optimizer):
             self._stale = False
             self._warn_of_ignored_decay()
         self._warn_of_lost_rotations()
-        self._plan.step()
+        self._plan.step(loss_scale)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks for before it leaves unscaling, and skipping, to the step."""
+        return self._unscales
+
+    def sync_hyperparameters(self) -> None:
+        """Hand the groups' hyperparameters to the device, for the next replays of a captured step.
+
+        Schedulers reassign momentum, betas and an lr that is a float, which a CUDA graph does not see; an lr that is a
+        tensor on the parameters' device it reads by itself. Elsewhere nothing is lost or gained: :meth:`step` does
+        the same. Raises, before anything is modified: TypeError or ValueError for values out of range, RuntimeError
+        for changes that a captured graph cannot follow, and during a capture.
+        """
+        for group in self.param_groups:
+            check_group(group)
+        if is_capturing():
+            raise RuntimeError("sync_hyperparameters() cannot be part of a CUDA graph: call it outside of the capture")
+        if self._plan is not None:
+            self._plan.sync_hyperparameters(self.param_groups, self.state, stale=self._stale)
 
     def _warn_of_ignored_decay(self) -> None:
         if self._warned:
@@ -216,7 +255,7 @@ class FusedLayca(Optimizer):
                 warnings.warn(
                     f"weight_decay={group['weight_decay']} is ignored for {label} and every other tensor that rotates: "
                     "Layca keeps their norms fixed. Set weight_decay=0 there to silence this",
-                    stacklevel=5,
+                    stacklevel=7,
                 )
                 return
 

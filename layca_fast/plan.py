@@ -12,9 +12,11 @@ from .backends import choose
 from .backends.base import Backend
 from .bases import Formula
 from .batch import Batch, Slot, scalar_device
+from .capture import check_capture, is_capturing
 from .checks import check_gradient, check_parameter, count_layers, describe, find_base, have_zero_layers, labelled
 from .compensation import is_compensated, state_dtype
 from .layout import layers_are_dense
+from .unscaling import LossScale
 from .watch import gradients, same_objects
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -179,6 +181,12 @@ class Plan:
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, previous: "Plan | None" = None) -> None:
+        if is_capturing():
+            check_capture(groups)
+            raise RuntimeError(
+                "the step being captured would have to create or change state: take a step before the capture, with "
+                "gradients for the same parameters (one at lr = 0 moves nothing)"
+            )
         members = list(_members(groups, state))
         states = [member.new_states(state.get(member.param, {})) for member in members]
         _check_norms([m for m in members if m.rotates and "radius" not in state.get(m.param, {})])
@@ -221,8 +229,12 @@ class Plan:
         ]
         self._entries = list(state.values())
         self._retired: dict[Tensor, Tensor] = {}
+        self.recorded = False
+        #: CUDA graphs read the tables of the plan that they recorded, so it outlives its use here.
+        self._kept: list[Plan] = []
         if previous is not None:
             self._carry_counts(previous)
+            self._kept = [*previous._kept, *([previous] if previous.recorded else [])]
 
     def _counts(self) -> dict[Tensor, Tensor]:
         """The counts of every tensor that has been stepped, (layers, Count.WIDTH), in this plan or before it."""
@@ -255,14 +267,37 @@ class Plan:
         entries = list(state.values())
         return same_objects(entries, self._entries) and all(batch.holds() for _, batch in self.batches)
 
-    def step(self) -> None:
+    def step(self, loss_scale: LossScale | None = None) -> None:
         """Check the gradients of this step, then run every batch."""
+        capturing = is_capturing()
         for _, batch in self.batches:
             batch.take_gradients()
+        if capturing:
+            check_capture(self._groups)
+            for _, batch in self.batches:
+                batch.check_capture()
+            self.recorded = True
         for backend, batch in self.batches:
-            batch.refresh()
+            batch.refresh(loss_scale, capturing)
             backend.step(batch)
             if backend.writes_unseen:
                 # Autograd then knows that graphs which saved these weights are out of date.
                 increment_version(batch.stepped)
             batch.release()
+
+    def sync_hyperparameters(self, groups: Sequence[Mapping[str, Any]], state: State, stale: bool) -> None:
+        """Bring the hyperparameters on the device up to date with the groups.
+
+        Raises RuntimeError, before anything is modified, where a captured step could not follow. ``stale``: this plan
+        is to be replaced before the next step.
+        """
+        same = not stale and groups is self._groups and state is self._state and _signature(groups) == self._signature
+        if self.recorded and not (same and all(batch.hyperparameters.are_recorded() for _, batch in self.batches)):
+            raise RuntimeError(
+                "a captured CUDA graph cannot follow what was changed since: it runs the same kernels on the same "
+                "parameters and state, with lr from the tensor that was there (fill that one in place instead). Undo "
+                "the change, or capture the step again after one outside of a capture"
+            )
+        if same:
+            for _, batch in self.batches:
+                batch.hyperparameters.push()

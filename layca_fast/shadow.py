@@ -30,6 +30,7 @@ _AS_IT_IS: Mapping[str, Any] = {
     "base": "sgd",
     "weight_decay": 0.0,
     "maximize": False,
+    "capturable": False,
     "difference": True,
     "compensate": None,
     "state_dtype": None,

@@ -45,7 +45,7 @@ def rotation_stats(batch: Batch, slot: Slot, rows: slice) -> RotationStats:
     turned, radius, drift = zeros, norm, zeros
     if slot.radius is not None:
         sigma = orthogonal_square(n2, d, q).clamp(min=0.0).sqrt()
-        along, across = rotation(torch.full_like(norm, slot.rule), norm, d, q, sigma, batch.lr_of(slot))
+        along, across = rotation(torch.full_like(norm, slot.rule), norm, d, q, sigma, batch.hyperparameters.lr_of(slot))
         turned = torch.where(kept, 0.0, torch.atan2(across, along))
         if slot.group["radius"] != "current":
             radius = slot.radius.clone()

@@ -22,7 +22,7 @@ except ImportError:
 #: torch's description of tensors in C, if it has one.
 _EXCHANGE_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
-_DTYPE, _GRAD = attrgetter("dtype"), attrgetter("grad")
+_DTYPE, _GRAD, _IS_META = attrgetter("dtype"), attrgetter("grad"), attrgetter("is_meta")
 
 
 def same_objects(left: Sequence[Any], right: Sequence[Any]) -> bool:
@@ -109,6 +109,7 @@ class Layouts:
                 and list(map(_DTYPE, grads)) == self._dtypes
                 and list(map(Tensor.get_device, grads)) == self._devices
                 and not any(map(Tensor.is_neg, grads))
+                and not any(map(_IS_META, grads))
             )
         except RuntimeError:
             # Gradients of another layout, such as sparse ones, have no strides.

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -51,6 +51,20 @@ def digits() -> "Digits":
     from layca_fast.demo_training import load_digits
 
     return load_digits()
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Says whether the capture of a CUDA graph is to be seen under way; CPU tensors then pass for recorded ones."""
+    from layca_fast import capture
+
+    monkeypatch.setattr(capture, "RECORDED_DEVICES", ("cuda", "cpu"))
+
+    def say(whether: bool) -> None:
+        for module in ("plan", "optimizer"):
+            monkeypatch.setattr(f"layca_fast.{module}.is_capturing", lambda: whether)
+
+    return say
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ BAD_OPTIONS = (
     BadOption("unknown rule", {"rule": "lamb"}, ValueError, r"rule='lamb' is unknown.*'layca', 'hyperball'"),
     BadOption("unknown radius", {"radius": "first"}, ValueError, r"radius='first' is unknown.*'initial', 'current'"),
     BadOption("unknown backend", {"backend": "warp"}, ValueError, r"backend='warp' is unknown.*'auto'.*'cpu'.*'torch'"),
+    BadOption("capturable as text", {"capturable": "yes"}, ValueError, r"capturable='yes' is unknown.*\[False, True\]"),
     BadOption("rotate as text", {"rotate": "yes"}, ValueError, r"rotate='yes': must be True, False, or None"),
     BadOption("no chunks", {"chunks": 0}, ValueError, r"chunks=0: must be a whole number >= 1, or 'all'"),
     BadOption("negative chunks", {"chunks": -2}, ValueError, r"chunks=-2: must be a whole number >= 1, or 'all'"),

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from layca_fast import FusedLayca
+from layca_fast.verify import BASE_OPTIONS
 
 from .support import (
     assert_close,
@@ -127,6 +128,60 @@ def test_state_has_torchs_names_and_keeps_its_types(backend: str, dtype: torch.d
             expected = {name: (dtype, tuple(param.shape)) for name in buffers} | scalars
             assert {name: (value.dtype, tuple(value.shape)) for name, value in state.items()} == expected
     assert same_bits(contents(loaded)[0][2], contents(optimizer)[0][2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
+@every_backend
+def test_a_run_resumes_bit_for_bit_after_any_step(
+    backend: str, options: dict[str, Any], dtype: torch.dtype, seed: int
+) -> None:
+    """Through a file, into a model and an optimizer made anew, after each step of a run that is never interrupted."""
+
+    def fresh(params: list[Parameter]) -> FusedLayca:
+        groups = [{"params": params[:2], "chunks": "all"}, {"params": params[2:], "rule": "hyperball", "lr": 0.02}]
+        return FusedLayca(groups, 0.1, backend=backend, **options)
+
+    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in ((3, 4), (5,), (2, 3, 2), (1, 7))]
+    optimizer = fresh(params)
+    rows = random_gradients(params, 4)
+    runs = []
+    for row in rows:
+        file = io.BytesIO()
+        torch.save({"params": [param.detach() for param in params], "optimizer": optimizer.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        runs.append(fresh([Parameter(each) for each in saved["params"]]))
+        runs[-1].load_state_dict(saved["optimizer"])
+        train(optimizer, [row])
+    for done, resumed in enumerate(runs):
+        train(resumed, rows[done:])
+        assert same_bits(contents(resumed), contents(optimizer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@native_backends
+def test_every_state_tensor_keeps_the_type_that_it_was_saved_with(backend: str, dtype: torch.dtype, seed: int) -> None:
+    """Whatever the parameter's type is, bit for bit; what the kernels need otherwise, the next step converts."""
+    params = [parameter(4, 3, backend=backend, dtype=dtype)]
+    optimizer = FusedLayca(params, 0.1, base="adam", backend=backend)
+    saved = optimizer.state_dict()
+    state = {
+        "exp_avg": torch.randn(4, 3, dtype=torch.float16),
+        "exp_avg_sq": torch.rand(4, 3, dtype=torch.bfloat16),
+        "step": torch.tensor(3, dtype=torch.int64),
+        "radius": torch.rand(1, dtype=torch.float64) / 3,
+        "remark": torch.randint(-128, 128, (5,), dtype=torch.int8),
+        "flags": torch.rand(4, 3) > 0.5,
+    }
+    saved["state"] = {0: state}
+    optimizer.load_state_dict(saved)
+    assert same_bits(dict(optimizer.state[params[0]]), state)
+    train(optimizer, random_gradients(params, 1))
+    after = optimizer.state[params[0]]
+    assert (after["exp_avg"].dtype, after["exp_avg_sq"].dtype, after["step"].item()) == (dtype, dtype, 4.0)
+    for name in ("radius", "remark", "flags"):
+        assert same_bits(after[name], state[name])
 
 
 def test_loaded_state_is_a_copy_and_the_source_dict_stays_as_it_was(seed: int) -> None:

@@ -1,6 +1,8 @@
 """Checkpoints of other optimizers, and tools that make checkpoints of this one."""
 
 import copy
+import io
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from layca_fast import FusedLayca
+from layca_fast.verify import angle_between
 
 from .support import (
     clones,
@@ -91,6 +94,50 @@ def test_an_adam_checkpoint_loads_and_what_the_base_does_not_use_is_kept(
         state = optimizer.state[param]
         assert relative_distance(state["momentum_buffer"], grad) <= 1e-7, "a first gradient is taken undampened"
         assert same_bits({name: state[name] for name in adam.state[theirs]}, dict(adam.state[theirs]))
+
+
+MOMENTS = (
+    pytest.param(torch.optim.Adam, {"foreach": True}, id="Adam"),
+    pytest.param(torch.optim.Adam, {"amsgrad": True}, id="Adam with amsgrad"),
+    pytest.param(torch.optim.AdamW, {"weight_decay": 0.1, "fused": True}, id="AdamW fused"),
+    pytest.param(torch.optim.AdamW, {"maximize": True, "weight_decay": 0.0}, id="AdamW maximizing"),
+)
+
+
+@pytest.mark.parametrize(("kind", "options"), MOMENTS)
+@native_backends
+def test_moments_of_an_adam_checkpoint_go_on_under_adam(
+    backend: str, kind: type[torch.optim.Optimizer], options: dict[str, Any], seed: int
+) -> None:
+    """From a file: rotating layers turn by atan(lr) in Adam's direction, the bias takes AdamW's very steps."""
+    source = [parameter(4, 3, backend=backend, dtype=torch.float64), parameter(5, backend=backend, dtype=torch.float64)]
+    adam = kind(source, lr=0.01, betas=(0.8, 0.95), eps=1e-6, **options)
+    train(adam, random_gradients(source, 3))
+    file = io.BytesIO()
+    torch.save(adam.state_dict(), file)
+    file.seek(0)
+    params = clones(source)
+    ours = {name: value for name, value in options.items() if name in ("amsgrad", "maximize", "weight_decay")}
+    groups = [{"params": params[:1], "weight_decay": 0.0}, {"params": params[1:], "lr": 0.01}]
+    optimizer = FusedLayca(groups, 0.05, base="adam", betas=(0.8, 0.95), eps=1e-6, backend=backend, **ours)
+    saved = torch.load(file, weights_only=True)
+    # Its groups are others than ours: as many as ours, with the parameters in the same order.
+    saved["param_groups"] = [{**saved["param_groups"][0], "params": [number]} for number in (0, 1)]
+    with pytest.warns(UserWarning, match="hyperparameters"):
+        optimizer.load_state_dict(saved)
+    for param, theirs in zip(params, source, strict=True):
+        assert same_bits(dict(optimizer.state[param]), dict(adam.state[theirs]))
+    for row in random_gradients(params, 3):
+        before = params[0].detach().clone()
+        train(adam, [row])
+        train(optimizer, [row])
+        for param, theirs in zip(params, source, strict=True):
+            for name, value in adam.state[theirs].items():
+                assert relative_distance(optimizer.state[param][name], value) <= 1e-13, name
+        assert relative_distance(params[1], source[1]) <= 1e-13
+        angle = angle_between(before.flatten(), params[0].detach().flatten())
+        assert angle == pytest.approx(math.atan(0.05), rel=1e-12)
+    assert optimizer.state[params[0]]["radius"].item() == pytest.approx(norm_of(params[0]), rel=1e-12)
 
 
 def test_a_new_buffer_takes_its_first_gradient_undampened_after_loading_a_run_without_momentum(seed: int) -> None:

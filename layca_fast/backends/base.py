@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 class Backend(ABC):
     """One way to run measure, coefficients and rotate. Stateless: all it works on is the batch.
 
+    It reads hyperparameters and addresses from the tables on the device, where they may differ from what the host
+    knows: under unscale_in_step a step is skipped by zeros in the column of gradients, which is all that a kernel has
+    to heed. What goes by ``batch.grads`` instead must heed ``batch.taken``.
+
     ``tile`` is the number of elements that one partial sum covers. The order of summation follows from the tiles
     alone, so results do not depend on threads or on which other tensors share the batch.
     """

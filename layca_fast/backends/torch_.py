@@ -64,7 +64,14 @@ class Blocks:
         self.slot: Slot = batch.slots[index]
         self.formula = batch.formula
         count = 0.0 if self.slot.step is None else self.slot.step.to(scalar_device(batch.device)).double()
-        self.options = self.formula.prepare(count, batch.options(self.slot))
+        options: tuple[float | Tensor, ...] = batch.options(self.slot)
+        #: What the gradient is multiplied by: a float, or a 0-d tensor on the device.
+        self.scale: float | Tensor = -1.0 if self.slot.group["maximize"] else 1.0
+        row = batch.hyper_row(index)
+        if row is not None:
+            self.scale, options = row[Hyper.GRAD_SCALE], row[Hyper.OPTION :][: len(options)].unbind()
+        self.options = self.formula.prepare(count, options)
+        self._taken = None if batch.taken is None else batch.taken != 0
         grad = batch.grads[index]
         assert grad is not None
         self.grad = layer_matrix(grad, self.slot)
@@ -73,7 +80,6 @@ class Blocks:
         self._remainder = None if remainder is None else layer_matrix(remainder, self.slot)
         self._type, self._state_type = batch.compute_dtype, batch.state_dtype
         self.states = [layer_matrix(state, self.slot) for state in self.slot.states]
-        self.scale = -1.0 if self.slot.group["maximize"] else 1.0
         self._tile = tile
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
@@ -85,7 +91,8 @@ class Blocks:
 
     def _raw_gradient(self, block: tuple[slice, slice]) -> Tensor:
         grad = self.grad[block].to(self._type)
-        return grad if self.scale == 1 else self.scale * grad
+        as_it_is = isinstance(self.scale, float) and self.scale == 1
+        return grad if as_it_is else self.scale * grad
 
     def _state(self, block: tuple[slice, slice]) -> tuple[Tensor, ...]:
         return tuple(state[block].to(self._type) for state in self.states)
@@ -122,14 +129,18 @@ class Blocks:
             states = tuple(cleaned(state) for state in advanced)
             step = self.formula.step(grad, states, self.options)
             for state, value in zip(self.states, states, strict=True):
-                state[block] = value
+                state[block] = value if self._taken is None else torch.where(self._taken, value, state[block])
             clean = cleaned(step)
             suspects = zip((raw, *advanced, step), (grad, *states, clean), strict=True)
             changed = [before != after for before, after in suspects if before is not after]
             if changed:
-                bad[block[0]] += torch.stack(changed).any(0).sum(1)
+                found = torch.stack(changed).any(0).sum(1)
+                bad[block[0]] += found if self._taken is None else self._taken * found
             w, u = self._weight(block).double(), clean.double()
             dots[block[0]] += torch.stack([row_sums(w * w), row_sums(w * u), row_sums(u * u)], 1)
+        if self._taken is not None:
+            # As for a tensor without a gradient.
+            dots.copy_(torch.where(self._taken, dots, 0.0))
         for state, matrix in zip(self.slot.states, self.states, strict=True):
             store(state, matrix)
 
@@ -193,7 +204,7 @@ class TorchBackend(Backend):
         batch.dots.zero_()
         for slot, grad in zip(batch.slots, batch.grads, strict=True):
             if slot.step is not None and grad is not None and grad.numel() > 0:
-                slot.step += 1
+                slot.step += 1 if batch.taken is None else batch.taken
         for rows, blocks in self._blocks(batch):
             blocks.measure(batch.dots[rows], batch.counts[rows, Count.NON_FINITE])
 

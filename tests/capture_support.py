@@ -1,0 +1,42 @@
+"""Replays without a GPU, for the tests of captured steps."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from layca_fast import FusedLayca
+from layca_fast.batch import Batch
+from layca_fast.unscaling import LossScale
+from layca_fast.upload import Mirror
+
+
+def record(optimizer: FusedLayca, capturing: Callable[[bool], None]) -> Callable[[], None]:
+    """Take a step as a capture would see it; what is returned does to the device what a replay would."""
+    tables: list[Tensor] = []
+    scales: list[LossScale | None] = []
+    fetch = Batch.fetch
+
+    def fetching(batch: Batch, loss_scale: LossScale | None) -> None:
+        scales.append(loss_scale)
+        fetch(batch, loss_scale)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # A graph keeps the gradients' memory, and a copy of the table with their addresses.
+        patch.setattr(Batch, "release", lambda batch: None)
+        patch.setattr(Mirror, "record", lambda mirror: tables.append(mirror.device_tensor.clone()))
+        patch.setattr(Batch, "fetch", fetching)
+        capturing(True)
+        optimizer.step()
+        capturing(False)
+    recorded = list(zip(optimizer._plan.batches, tables, scales, strict=True))
+
+    @torch.no_grad()
+    def replay() -> None:
+        for (backend, batch), table, loss_scale in recorded:
+            batch.tensors.copy_(table)
+            batch.fetch(loss_scale)
+            backend.step(batch)
+
+    return replay
