@@ -126,13 +126,13 @@ def check_group(group: Mapping[str, Any]) -> None:
     check_choice(group, "radius", RADII)
     check_choice(group, "backend", ("auto", *MODULES))
     check_choice(group, "maximize", (False, True))
-    check_choice(group, "capturable", (False, True))
     check_choice(group, "state_dtype", STATE_DTYPES)
     if not any(group["compensate"] is each for each in (None, True, False)):
         raise ValueError(
             f"compensate={group['compensate']!r}: must be True or False (whether 16-bit parameters keep the rest of "
             "their bits), or None (they do)"
         )
+    check_choice(group, "capturable", (False, True))
     if group["rotate"] not in (None, True, False):
         raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (tensors of 2 or more dimensions)")
     check_chunks(group["chunks"])

@@ -267,7 +267,7 @@ class FusedLayca(Optimizer):
         message = lost_rotation(members)
         if message is not None:
             self._warned_of_types = True
-            warnings.warn(message, stacklevel=5)
+            warnings.warn(message, stacklevel=7)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; every state tensor keeps its dtype and is copied.
