@@ -1,8 +1,8 @@
 """``python -m bench.goals``: the ratios that the CPU backend is held to, each from one interleaved run.
 
 Prints a table, and with ``--out`` writes it to a CSV file, with the bandwidth that each step reached and that of a copy
-in the same rounds. What goes beyond what memory allows cannot be reached: the floor is the same step without Layca,
-in one pass over the same tensors.
+in the same rounds. The floor is our step where nothing rotates: the same loops, dots included, in one pass over the
+same tensors.
 """
 
 import argparse

@@ -14,7 +14,7 @@ import torch
 from layca_fast.console import print_table
 
 from .measure import measure
-from .providers import BASES
+from .providers import BASES, Provider, providers, yardstick
 from .rows import Row, write
 from .runner import FEWEST_ROUNDS
 from .shapes import MODELS, QUICK
@@ -73,10 +73,28 @@ def show(rows: Sequence[Row]) -> None:
     print(flush=True)
 
 
-def run(bases: Iterable[str], models: Iterable[str], rounds: int, device: torch.device, **options: Any) -> list[Row]:
+def chosen(base: str, device: torch.device, names: Sequence[str] | None) -> list[Provider] | None:
+    """The yardstick of ``base`` and its providers of these names; None for all. ValueError if no base has such a one."""
+    if names is None:
+        return None
+    known = {each.name for every in BASES for each in providers(every, device)}
+    if unknown := set(names) - known:
+        raise ValueError(f"--provider {sorted(unknown)[0]!r} is unknown: choose one of {sorted(known)}")
+    return [each for each in providers(base, device) if each.name in (*names, yardstick(base))]
+
+
+def run(
+    bases: Iterable[str],
+    models: Iterable[str],
+    rounds: int,
+    device: torch.device,
+    names: Sequence[str] | None = None,
+    **options: Any,
+) -> list[Row]:
     """Measure and print every base on every model; ``options``: those of :func:`bench.measure.measure`."""
     rows = []
     for base in bases:
+        options["only"] = chosen(base, device, names)
         for model in models:
             found = measure(base, model, MODELS[model](), rounds, device, **options)
             show(found)
@@ -89,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ratios", description=__doc__)
     parser.add_argument("--base", action="append", choices=BASES, help="only this one (may be repeated)")
     parser.add_argument("--model", action="append", choices=list(MODELS), help="only this one (may be repeated)")
+    parser.add_argument("--provider", action="append", help="only this one, beside torch's fused (may be repeated)")
     parser.add_argument("--rounds", type=positive, default=31, help="timed steps of each (default 31)")
     limit = f"seconds for the rounds of one table (default 120); {FEWEST_ROUNDS} are made in any case"
     parser.add_argument("--limit", type=float, default=120.0, help=limit)
@@ -102,7 +121,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = args.model or (QUICK if args.quick else list(MODELS))
     options = {"dtype": DTYPES[args.dtype], "quick": args.quick, "limit": args.limit}
-    rows = run(args.base or BASES, models, args.rounds, device, **options)
+    try:
+        rows = run(args.base or BASES, models, args.rounds, device, args.provider, **options)
+    except ValueError as error:
+        parser.error(str(error))
     if args.out is not None:
         write(args.out, rows)
         print(f"{len(rows)} rows: {args.out}")

@@ -24,7 +24,7 @@ struct Uncounted {
     return grad;
   }
 
-  // Not finite wherever the gradient's witness or a new state is not, unless the step is not finite there either.
+  // Where the gradient's witness or a new state is not finite, this or the step must not be finite.
   template <class T>
   static LAYCA_INLINE T watched(T, const T*) {
     return 0;

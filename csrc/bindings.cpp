@@ -82,8 +82,9 @@ std::unique_ptr<Layouts> make_layouts(const py::capsule& api, const py::list& te
 py::object fit(const Layouts& layouts, const py::list& grads, const py::type& type, const py::object& is_neg) {
   py::bytes addresses(nullptr, grads.size() * sizeof(std::int64_t));
   auto* const out = reinterpret_cast<std::int64_t*>(PyBytes_AS_STRING(addresses.ptr()));
-  if (!layouts.fit(grads.ptr(), type.ptr(), is_neg.ptr(), out)) return py::none();
-  return addresses;
+  const int fits = layouts.fit(grads.ptr(), type.ptr(), is_neg.ptr(), out);
+  if (fits < 0) throw py::error_already_set();
+  return fits ? py::object(addresses) : py::none();
 }
 
 py::list attributes_of(const py::list& objects, const py::str& name) {
@@ -124,7 +125,9 @@ PYBIND11_MODULE(_cpu, module) {
   module.def(
       "entries_hold",
       [](const py::list& entries, const py::str& name, const py::list& values) {
-        return layca::entries_hold(entries.ptr(), name.ptr(), values.ptr());
+        const int holds = layca::entries_hold(entries.ptr(), name.ptr(), values.ptr());
+        if (holds < 0) throw py::error_already_set();
+        return holds == 1;
       },
       py::arg("entries"), py::arg("name"), py::arg("values"));
   module.def("attributes", &layca::attributes_of, py::arg("objects"), py::arg("name"));

@@ -19,8 +19,8 @@
 #define LAYCA_COLD
 #endif
 
-// The formulas must be inlined into the kernel that calls them: that is where they are vectorised, and each clone of a
-// kernel compiles them for its own instruction set.
+// The formulas must be inlined into the kernel that calls them: that is where they are vectorised, for the
+// instruction set that the kernel is compiled for.
 #if defined(__GNUC__) || defined(__clang__)
 #define LAYCA_INLINE LAYCA_HOST_DEVICE inline __attribute__((always_inline))
 #elif defined(_MSC_VER)

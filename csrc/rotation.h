@@ -7,6 +7,10 @@
 
 namespace layca {
 
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "layca_fast tests for NaN and infinity, which -ffast-math folds away: compile without it"
+#endif
+
 // Compilers must not assume that numbers are finite (-ffast-math), or this is always true. Not x - x == 0: where x is a
 // product, a compiler may fuse that into the product's rounding error.
 template <class T>

@@ -76,43 +76,56 @@ bool Layouts::hold(PyObject* tensors) const {
   return true;
 }
 
-bool Layouts::fit(PyObject* grads, PyObject* type, PyObject* is_neg, std::int64_t* addresses) const {
-  if (PyList_GET_SIZE(grads) != static_cast<Py_ssize_t>(layouts_.size())) return false;
+int Layouts::fit(PyObject* grads, PyObject* type, PyObject* is_neg, std::int64_t* addresses) const {
+  if (PyList_GET_SIZE(grads) != static_cast<Py_ssize_t>(layouts_.size())) return 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(grads); ++i) {
     prefetch_item(grads, i + tensors_ahead);
     PyObject* grad = PyList_GET_ITEM(grads, i);
-    if (reinterpret_cast<PyObject*>(Py_TYPE(grad)) != type) return false;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(grad)) != type) return 0;
     dlpack::Tensor tensor;
     if (!describe(grad, tensor)) {
       PyErr_Clear();
-      return false;
+      return 0;
     }
-    if (!matches(tensor, layouts_[i])) return false;
-    PyObject* const negated = PyObject_CallOneArg(is_neg, grad);
-    if (negated == nullptr) PyErr_Clear();
-    Py_XDECREF(negated);
-    if (negated != Py_False) return false;
+    if (!matches(tensor, layouts_[i])) return 0;
+    const bool is_empty = std::find(tensor.shape, tensor.shape + tensor.ndim, 0) != tensor.shape + tensor.ndim;
+    // Its memory was freed.
+    if (tensor.data == nullptr && !is_empty) return 0;
     addresses[i] = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(tensor.data));
+    PyObject* const negated = PyObject_CallOneArg(is_neg, grad);
+    if (negated == nullptr) return -1;
+    Py_DECREF(negated);
+    if (negated != Py_False) return 0;
   }
-  return true;
+  return 1;
 }
 
-bool entries_hold(PyObject* entries, PyObject* name, PyObject* values) {
-  if (PyList_GET_SIZE(entries) != PyList_GET_SIZE(values)) return false;
+int entries_hold(PyObject* entries, PyObject* name, PyObject* values) {
+  if (PyList_GET_SIZE(entries) != PyList_GET_SIZE(values)) return 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(entries); ++i) {
     prefetch_item(entries, i + tensors_ahead);
     PyObject* const found = PyDict_GetItemWithError(PyList_GET_ITEM(entries, i), name);
-    if (found == nullptr) PyErr_Clear();
-    if (found != PyList_GET_ITEM(values, i)) return false;
+    if (found == nullptr && PyErr_Occurred() != nullptr) return -1;
+    if (found != PyList_GET_ITEM(values, i)) return 0;
   }
-  return true;
+  return 1;
 }
 
 PyObject* attributes(PyObject* objects, PyObject* name) {
-  PyObject* const found = PyList_New(PyList_GET_SIZE(objects));
-  for (Py_ssize_t i = 0; found != nullptr && i < PyList_GET_SIZE(objects); ++i) {
-    prefetch_item(objects, i + tensors_ahead);
-    PyObject* const value = PyObject_GetAttr(PyList_GET_ITEM(objects, i), name);
+  const Py_ssize_t size = PyList_GET_SIZE(objects);
+  PyObject* const found = PyList_New(size);
+  for (Py_ssize_t i = 0; found != nullptr && i < size; ++i) {
+    // A getter may be Python code, which may do anything to the list.
+    PyObject* value = nullptr;
+    if (i < PyList_GET_SIZE(objects)) {
+      prefetch_item(objects, i + tensors_ahead);
+      PyObject* const object = PyList_GET_ITEM(objects, i);
+      Py_INCREF(object);
+      value = PyObject_GetAttr(object, name);
+      Py_DECREF(object);
+    } else {
+      PyErr_SetString(PyExc_RuntimeError, "objects: the list became shorter while it was read");
+    }
     if (value == nullptr) {
       Py_DECREF(found);
       return nullptr;

@@ -14,8 +14,8 @@ namespace layca {
 // The exchange API in a capsule of torch.Tensor; null where it is of a version that this cannot read.
 const dlpack::ExchangeApi* find_exchange_api(PyObject* capsule);
 
-// A list of tensors, and how they lay in memory when it was made: addresses, types, devices, sizes and strides. Borrows
-// the list, whose tensors must stay alive.
+// A list of tensors, and how they lay in memory when it was made: addresses, types, devices, sizes and strides. The
+// caller keeps the list, and hands it in again.
 class Layouts {
  public:
   // False, with a Python exception set, if one of `tensors` cannot be described.
@@ -24,9 +24,10 @@ class Layouts {
   // Whether all still lie as they did.
   bool hold(PyObject* tensors) const;
 
-  // Whether these gradients, a list with one for each tensor, are of `type` itself and lie as the tensors do,
-  // elsewhere, none of them a lazy negation; where they lie is written to `addresses`.
-  bool fit(PyObject* grads, PyObject* type, PyObject* is_neg, std::int64_t* addresses) const;
+  // Whether these gradients, a list with one for each tensor, are of `type` itself, not lazily negated, and lie in
+  // memory of their own as the tensors do in theirs; their addresses are written to `addresses`. 1, 0, or -1 with a
+  // Python exception set.
+  int fit(PyObject* grads, PyObject* type, PyObject* is_neg, std::int64_t* addresses) const;
 
  private:
   struct Layout {
@@ -46,8 +47,9 @@ class Layouts {
   std::vector<std::int64_t> extents_;
 };
 
-// Whether each dict of the list `entries` still holds, under `name`, the very object at the same place of `values`.
-bool entries_hold(PyObject* entries, PyObject* name, PyObject* values);
+// Whether each dict of the list `entries` still holds, under `name`, the very object at the same place of `values`. 1,
+// 0, or -1 with a Python exception set.
+int entries_hold(PyObject* entries, PyObject* name, PyObject* values);
 
 // A new list of the attribute `name` of every object of a list; null with a Python exception set if one lacks it.
 PyObject* attributes(PyObject* objects, PyObject* name);

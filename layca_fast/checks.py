@@ -74,6 +74,12 @@ def check_parameter(tensor: Tensor, label: str) -> None:
         )
 
 
+def check_memory(tensor: Tensor, label: str) -> None:
+    """Raise ValueError for a tensor that has elements and no memory, as sharded training leaves it between uses."""
+    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+        raise ValueError(f"the memory of {describe(label, tensor)} was freed: step while it is there")
+
+
 def check_gradient(grad: Tensor, param: Tensor, label: str) -> None:
     """Raise TypeError or ValueError for a gradient that does not fit its parameter."""
     name = describe(f"the gradient of {label}", grad)
@@ -81,6 +87,7 @@ def check_gradient(grad: Tensor, param: Tensor, label: str) -> None:
         raise TypeError(f"{name} has layout {grad.layout}: FusedLayca needs dense gradients (sparse=False)")
     if _is_wrapper(grad):
         raise TypeError(f"{name} is a {type(grad).__name__}: FusedLayca reads plain tensors only")
+    check_memory(grad, f"the gradient of {label}")
     if not grad.is_floating_point():
         raise TypeError(f"{name} is no floating-point tensor: its parameter is {param.dtype}")
     for what in ("shape", "device"):

@@ -13,7 +13,16 @@ from .backends.base import Backend
 from .bases import Formula
 from .batch import Batch, Slot, scalar_device
 from .capture import check_capture, is_capturing
-from .checks import check_gradient, check_parameter, count_layers, describe, find_base, have_zero_layers, labelled
+from .checks import (
+    check_gradient,
+    check_memory,
+    check_parameter,
+    count_layers,
+    describe,
+    find_base,
+    have_zero_layers,
+    labelled,
+)
 from .compensation import is_compensated, state_dtype
 from .layout import layers_are_dense
 from .unscaling import LossScale
@@ -126,6 +135,7 @@ def _members(groups: Sequence[Mapping[str, Any]], state: State) -> Iterator[_Mem
         if param.grad is None and (not needed or any(has.get(name) is None for name in needed)):
             continue
         check_parameter(param, label)
+        check_memory(param, label)
         if param.grad is not None:
             check_gradient(param.grad, param, label)
         layers = count_layers(param, group["chunks"], label) if turning else 1

@@ -58,7 +58,7 @@ def _native_layouts(tensors: list[Tensor]) -> Any:
         return None
     try:
         return _native.Layouts(_EXCHANGE_API, tensors)
-    except (ValueError, BufferError, RuntimeError):
+    except (TypeError, ValueError, BufferError, RuntimeError):
         # An exchange API of another version, or tensors that it does not describe.
         return None
 
@@ -99,7 +99,10 @@ class Layouts:
         ``grads`` has one, or None, for each tensor.
         """
         if self._native is not None:
-            found: bytes | None = self._native.fit(grads, Tensor, Tensor.is_neg)
+            try:
+                found: bytes | None = self._native.fit(grads, Tensor, Tensor.is_neg)
+            except RuntimeError:
+                return None
             return found
         try:
             fits = (
@@ -114,7 +117,9 @@ class Layouts:
         except RuntimeError:
             # Gradients of another layout, such as sparse ones, have no strides.
             return None
-        return addresses(grads) if fits else None
+        where = list(map(Tensor.data_ptr, grads)) if fits else [0]
+        # Without memory: it was freed, or there are no elements.
+        return None if 0 in where else column(where)
 
 
 class Entries:
@@ -126,9 +131,12 @@ class Entries:
             (name, [state for state, _ in pairs], [tensor for _, tensor in pairs]) for name, pairs in columns.items()
         ]
 
+        # C++ knows dicts only.
+        self._are_dicts = all(isinstance(state, dict) for _, states, _ in self._columns for state in states)
+
     def hold(self) -> bool:
         """Whether they are all still there."""
-        if _native is not None:
+        if _native is not None and self._are_dicts:
             return all(_native.entries_hold(states, name, tensors) for name, states, tensors in self._columns)
         try:
             return all(all(map(is_, map(itemgetter(name), states), tensors)) for name, states, tensors in self._columns)

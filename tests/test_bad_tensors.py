@@ -259,3 +259,21 @@ def test_a_module_cast_to_8_bits_mid_run(backend: str, seed: int) -> None:
     assert same_bits(contents(optimizer), before)
     module.float()
     train(optimizer, random_gradients(params_of(optimizer), 1))
+
+
+@pytest.mark.parametrize("what", ["parameter", "gradient"])
+@native_backends
+def test_memory_that_was_freed_is_an_error(what: str, backend: str, seed: int) -> None:
+    optimizer = running(backend=backend)
+    params = params_of(optimizer)
+    train(optimizer, random_gradients(params, 1))
+    freed = params[0] if what == "parameter" else params[0].grad
+    before = contents(optimizer)
+    storage = freed.untyped_storage()
+    size, kept = storage.nbytes(), freed.detach().clone()
+    storage.resize_(0)
+    with pytest.raises(ValueError, match=f"{'gradient of ' * (what == 'gradient')}parameter.*was freed"):
+        optimizer.step()
+    storage.resize_(size)
+    freed.detach().copy_(kept)
+    assert same_bits(contents(optimizer), before)

@@ -99,16 +99,17 @@ def test_bits_depend_neither_on_threads_nor_on_the_schedule(
     assert all(same_bits(outcomes[0], other) for other in outcomes[1:])
 
 
+@every_dtype
 @every_formula
 def test_every_instruction_set_gives_the_same_bits(
-    formula: str, seed: int, threads: None, monkeypatch: pytest.MonkeyPatch
+    formula: str, dtype: torch.dtype, seed: int, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(2)
     assert INSTRUCTION_SETS[-1] == "baseline"
     outcomes = []
     for instructions in INSTRUCTION_SETS:
         monkeypatch.setattr(CPU, "instructions", instructions)
-        batch = random_batch(formula, torch.float32, seed)
+        batch = random_batch(formula, dtype, seed)
         CPU.step(batch)
         outcomes.append(results(batch))
     assert all(same_bits(outcomes[0], other) for other in outcomes[1:])
@@ -260,6 +261,24 @@ def test_a_zero_step_leaves_denormal_weights_alone(seed: int) -> None:
     before = [weight.clone() for weight in weights]
     CPU.step(batch)
     assert same_bits(weights, before)
+
+
+@pytest.mark.parametrize(
+    ("weight", "grad", "dtype"),
+    [((1e-39, 1.0, -0.0), (0.0, 1.0, -0.0), torch.float32), ((0.0, 1.0), (1e-200, 0.0), torch.float64)],
+)
+def test_one_pass_gives_the_bits_of_the_verbs(
+    weight: tuple[float, ...], grad: tuple[float, ...], dtype: torch.dtype
+) -> None:
+    """Numbers that any arithmetic would change, and squares that are too small for numbers."""
+    fused, verbs = (
+        make_batch("sgd", [torch.tensor(weight, dtype=dtype)], [torch.tensor(grad, dtype=dtype)]) for _ in range(2)
+    )
+    CPU.step(fused)
+    CPU.measure(verbs)
+    CPU.coefficients(verbs)
+    CPU.rotate(verbs)
+    assert same_bits(results(fused), results(verbs))
 
 
 def test_a_tensor_without_a_gradient_is_not_touched(seed: int) -> None:

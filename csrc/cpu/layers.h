@@ -73,9 +73,11 @@ inline void measure_tiles(const Batch& batch, const Kernels& kernels, std::int64
   });
 }
 
-// How a layer moves whatever its dots are; KEEP where it takes these to say.
-inline Rotation foreseen_move(const LayerSpan& span) {
+// How a layer moves whatever its dots are; KEEP where it takes these to say. In float64 they may say that there is no
+// step where its squares are too small for numbers.
+inline Rotation foreseen_move(const Batch& batch, const LayerSpan& span) {
   if (!span.tensor.has_grad() || span.tensor.flag(Flag::ROTATES)) return keep_rotation(0);
+  if (batch.types.param == Type::FLOAT64) return keep_rotation(0);
   return plain_step(1, span.tensor.hyper[Hyper::LR], span.tensor.hyper[Hyper::WEIGHT_DECAY]);
 }
 

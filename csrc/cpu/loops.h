@@ -11,6 +11,7 @@
 #include "../base_steps.h"
 #include "../clean.h"
 #include "kernels.h"
+#include "sums.h"
 #include "windows.h"
 
 namespace layca::cpu::LAYCA_INSTRUCTIONS {
@@ -38,69 +39,15 @@ struct Watch {
   }
 };
 
-// The product of two float32 numbers is exact in float64, so fused or not gives the same bits for these.
-LAYCA_INLINE double multiply_add(double x, double y, double z) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return __builtin_fma(x, y, z);
-#else
-  return x * y + z;
-#endif
-}
-
-// A lane for each residue of the elements' index, so that every instruction set adds in the same order.
-constexpr int lanes = 16;
-
-// The three dots, products and sums in float64.
-struct Sums {
-  double n2[lanes] = {}, d[lanes] = {}, q[lanes] = {};
-
-  LAYCA_INLINE void add_product(int lane, double w, double u) {
-    n2[lane] = multiply_add(w, w, n2[lane]);
-    d[lane] = multiply_add(w, u, d[lane]);
-    q[lane] = multiply_add(u, u, q[lane]);
-  }
-
-  LAYCA_INLINE void add(const Sums& other) {
-#pragma omp simd
-    for (int lane = 0; lane < lanes; ++lane) {
-      n2[lane] += other.n2[lane];
-      d[lane] += other.d[lane];
-      q[lane] += other.q[lane];
-    }
-  }
-
-  LAYCA_INLINE bool squares_are_finite() const {
-    double sum = 0;
-    for (const double square : q) sum += square;
-    return is_finite(sum);
-  }
-
-  LAYCA_INLINE Dots total() {
-    for (int half = lanes / 2; half > 0; half /= 2) {
-#pragma omp simd
-      for (int lane = 0; lane < half; ++lane) {
-        n2[lane] += n2[lane + half];
-        d[lane] += d[lane + half];
-        q[lane] += q[lane + half];
-      }
-    }
-    return {n2[0], d[0], q[0]};
-  }
-};
-
 // How weights move by coefficients: in their own type, or in float64.
 template <class T>
 struct Linear {
   T a, b;
-  LAYCA_INLINE T operator()(T w, T u) const { return a * w + b * u; }
-};
-
-// One by one, as an optimizer that takes the base step alone does: a weight without a step keeps its bits, which a
-// denormal number would lose in any arithmetic.
-template <class T>
-struct LinearWhereStepped {
-  Linear<T> move;
-  LAYCA_INLINE T operator()(T w, T u) const { return u == T(0) ? w : move(w, u); }
+  // At a = 1 a weight without a step keeps its bits, which a denormal number would lose in any arithmetic.
+  LAYCA_INLINE T operator()(T w, T u) const {
+    const T moved = a * w + b * u, step = a == T(1) ? u : T(1);
+    return step == T(0) ? w : moved;
+  }
 };
 
 template <class T>
@@ -234,7 +181,7 @@ Partial measure_and_store(const Run& run) {
 template <class Formula, class Window>
 Partial step_linearly(const Run& run, double a, double b) {
   using T = typename Window::Element;
-  return advance<Formula, Window>(run, MoveAtOnce<LinearWhereStepped<T>>{{{static_cast<T>(a), static_cast<T>(b)}}});
+  return advance<Formula, Window>(run, MoveAtOnce<Linear<T>>{{static_cast<T>(a), static_cast<T>(b)}});
 }
 
 template <class Formula, class Window>

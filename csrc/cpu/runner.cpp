@@ -69,7 +69,7 @@ void Runner::rotate(int threads) {
 
 void Runner::step(int threads) {
   start();
-  make_room(threads);
+  make_room(useful_threads(threads));
   if (kernels_.prepare) prepare_options(batch_, kernels_);
   in_parallel(useful_threads(threads), [&](int thread) { step_on_one_thread(thread); });
 }
@@ -148,7 +148,7 @@ void Runner::step_on_one_thread(int thread) {
 bool Runner::step_piece(std::int64_t index, int thread) {
   const Piece& piece = plan_.pieces[index];
   const LayerSpan span = layer_span(batch_, plan_.large[piece.large].layer);
-  const Rotation move = foreseen_move(span);
+  const Rotation move = foreseen_move(batch_, span);
   if (move.mode != Mode::KEEP) {
     owners_[index] = nobody;
     step_tiles(batch_, kernels_, span, move, piece.first, piece.last);
@@ -161,7 +161,7 @@ bool Runner::step_piece(std::int64_t index, int thread) {
 
 void Runner::step_layer(std::int64_t layer, int thread) {
   const LayerSpan span = layer_span(batch_, layer);
-  const Rotation move = foreseen_move(span);
+  const Rotation move = foreseen_move(batch_, span);
   if (move.mode != Mode::KEEP) {
     step_tiles(batch_, kernels_, span, move, 0, span.tiles);
     finish_dots(batch_, layer);

@@ -7,7 +7,7 @@
 
 namespace layca::cpu {
 
-class Scratch {
+class alignas(64) Scratch {
  public:
   Scratch(std::size_t places, std::size_t bytes) : memory_(new char[places * bytes]) {
     for (std::size_t i = places; i > 0; --i) free_.push_back(memory_.get() + (i - 1) * bytes);
