@@ -74,7 +74,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def chosen(base: str, device: torch.device, names: Sequence[str] | None) -> list[Provider] | None:
-    """The yardstick of ``base`` and its providers of these names; None for all. ValueError if no base has such a one."""
+    """The yardstick of ``base`` and its providers of these names; None for all. ValueError for an unknown name."""
     if names is None:
         return None
     known = {each.name for every in BASES for each in providers(every, device)}

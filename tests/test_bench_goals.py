@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import goals
+from bench import goals, ratios
 from bench.goals import FLOOR_GOALS, FUSED_GOALS, Result, is_met
+from bench.rows import read
+from bench.runner import COPY
 from bench.shapes import MODELS
 
 
@@ -50,3 +52,16 @@ def test_a_goal_has_a_side(goal: str, value: float, met: str) -> None:
     numbers = {"value": value, "q1": value, "q3": value, "gb_per_s": 1.0, "copy_gb_per_s": 1.0}
     words = dict.fromkeys(("what", "base", "model", "date", "cpu", "torch"), "")
     assert is_met(Result(**words, **numbers, goal=goal, rounds=3, threads=2)) == met
+
+
+def test_ratios_of_single_providers(
+    seed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(MODELS, "ResNet-50", lambda: [(30, 40), (7, 9)])
+    out = tmp_path / "out.csv"
+    about = ["--model", "ResNet-50", "--base", "adam", "--rounds", "2", "--out", str(out)]
+    ratios.main([*about, "--provider", goals.OURS])
+    assert [row.provider for row in read(out)] == [COPY, "Adam fused", goals.OURS]
+    with pytest.raises(SystemExit):
+        ratios.main([*about, "--provider", "nobody"])
+    assert "--provider 'nobody' is unknown: choose one of" in capsys.readouterr().err
