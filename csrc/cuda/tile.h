@@ -1,8 +1,8 @@
 // What one thread of a block does: its elements of a tile measured or rotated, its part of a layer's sums.
 //
 // Functions of a thread's number, host and device, so that emulator.cpp can run them where there is no GPU. Every
-// thread takes packs of 16 bytes. Where an array does not begin at a multiple of 16 bytes, or a run ends within a pack,
-// packs are read and written element by element; who takes which elements, and in which order, stays the same.
+// thread takes packs of elements. Where an array does not begin at a multiple of a pack, or a run ends within one, packs
+// are read and written element by element; who takes which elements, and in which order, stays the same.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@
 #include "../batch.h"
 #include "../clean.h"
 #include "../layer.h"
-#include "packs.h"
+#include "arrays.h"
 
 namespace layca::cuda {
 
@@ -25,32 +25,37 @@ constexpr int packs_at_once = 2;
 // Where the elements of one tile lie, and what the formula is told about them.
 template <class Formula, class T>
 struct Run {
-  T* param;
-  const T* grad;
-  T* states[max_states];
-  T options[max_options];
-  T grad_scale;
+  typename ArraysOf<T>::Weights param;
+  typename ArraysOf<T>::Others grad;
+  typename ArraysOf<T>::Others states[max_states];
+  Element<T> options[max_options];
+  Element<T> grad_scale;
   int length;
 
   LAYCA_INLINE bool is_aligned(bool with_grad) const {
-    std::uintptr_t bits = reinterpret_cast<std::uintptr_t>(param);
-    if (with_grad) bits |= reinterpret_cast<std::uintptr_t>(grad);
+    std::uintptr_t bits = param.alignment();
+    if (with_grad) bits |= grad.alignment();
     LAYCA_UNROLL
-    for (int k = 0; k < Formula::n_states; ++k) bits |= reinterpret_cast<std::uintptr_t>(states[k]);
+    for (int k = 0; k < Formula::n_states; ++k) bits |= states[k].alignment();
     return bits % pack_bytes == 0;
   }
 };
 
 template <class Formula, class T>
-LAYCA_INLINE Run<Formula, T> make_run(const TensorRow& tensor, std::int64_t offset, std::int64_t length) {
+LAYCA_INLINE Run<Formula, T> make_run(const Types& types, const TensorRow& tensor, std::int64_t offset,
+                                      std::int64_t length) {
+  using Weights = typename ArraysOf<T>::Weights;
+  using Others = typename ArraysOf<T>::Others;
   Run<Formula, T> run;
-  run.param = tensor.pointer<T>(Column::PARAM) + offset;
-  run.grad = tensor.pointer<const T>(Column::GRAD) + offset;
+  run.param = Weights::weights(tensor, types.param, offset);
+  run.grad = Others::at(tensor, Column::GRAD, types.grad, offset);
   LAYCA_UNROLL
-  for (int k = 0; k < Formula::n_states; ++k) run.states[k] = tensor.pointer<T>(Column::STATE + k) + offset;
+  for (int k = 0; k < Formula::n_states; ++k) {
+    run.states[k] = Others::at(tensor, Column::STATE + k, types.state, offset);
+  }
   LAYCA_UNROLL
-  for (int k = 0; k < max_options; ++k) run.options[k] = static_cast<T>(tensor.options[k]);
-  run.grad_scale = static_cast<T>(tensor.hyper[Hyper::GRAD_SCALE]);
+  for (int k = 0; k < max_options; ++k) run.options[k] = static_cast<Element<T>>(tensor.options[k]);
+  run.grad_scale = static_cast<Element<T>>(tensor.hyper[Hyper::GRAD_SCALE]);
   run.length = static_cast<int>(length);
   return run;
 }
@@ -59,7 +64,7 @@ LAYCA_INLINE Run<Formula, T> make_run(const TensorRow& tensor, std::int64_t offs
 // and `use<whole>` of what that returned.
 template <bool whole, int at_once, class Work>
 LAYCA_INLINE void walk(Work& work, int thread, int begin, int end) {
-  constexpr int width = pack_width<typename Work::Element>, stride = block_threads * width;
+  constexpr int width = pack_width<typename Work::Number>, stride = block_threads * width;
   int start = begin + ((thread - begin / width) & (block_threads - 1)) * width;
   for (; start < end; start += at_once * stride) {
     typename Work::Loaded loaded[at_once];
@@ -78,7 +83,7 @@ LAYCA_INLINE void walk(Work& work, int thread, int begin, int end) {
 
 template <int at_once, class Work>
 LAYCA_INLINE void walk_run(Work& work, int thread, int length, bool aligned) {
-  constexpr int width = pack_width<typename Work::Element>;
+  constexpr int width = pack_width<typename Work::Number>;
   const int whole = aligned ? length / width * width : 0;
   walk<true, at_once>(work, thread, 0, whole);
   if (whole < length) walk<false, 1>(work, thread, whole, length);
@@ -93,28 +98,44 @@ struct Sums {
 template <class Formula, class T, bool steps_only>
 struct Elements {
   static constexpr bool has_grad = Formula::reads_grad || !steps_only;
-  Pack<T> param, grad;
-  Pack<T> states[Formula::n_states > 0 ? Formula::n_states : 1];
+  static constexpr int room = Formula::n_states > 0 ? Formula::n_states : 1;
+
+  // As they lie in memory.
+  struct Loaded {
+    typename ArraysOf<T>::Weights::Loaded param;
+    typename ArraysOf<T>::Others::Loaded grad, states[room];
+  };
+
+  Pack<Element<T>> param, grad, states[room];
 
   template <bool whole>
-  static LAYCA_INLINE Elements load(const Run<Formula, T>& run, int start, int count) {
+  static LAYCA_INLINE Loaded load(const Run<Formula, T>& run, int start, int count) {
     // rotate is the last to read; measure leaves to it all but a gradient that it does without.
     constexpr Reuse reuse = steps_only ? Reuse::NEVER : Reuse::AGAIN;
     constexpr Reuse grad_reuse = Formula::reads_grad ? reuse : Reuse::NEVER;
-    Elements elements;
-    elements.param = cuda::load<whole, reuse>(run.param + start, count);
-    if constexpr (has_grad) elements.grad = cuda::load<whole, grad_reuse>(run.grad + start, count);
+    Loaded loaded;
+    loaded.param = run.param.template load<whole, reuse>(start, count);
+    if constexpr (has_grad) loaded.grad = run.grad.template load<whole, grad_reuse>(start, count);
     LAYCA_UNROLL
     for (int k = 0; k < Formula::n_states; ++k) {
-      elements.states[k] = cuda::load<whole, reuse>(run.states[k] + start, count);
+      loaded.states[k] = run.states[k].template load<whole, reuse>(start, count);
     }
+    return loaded;
+  }
+
+  static LAYCA_INLINE Elements decode(const Run<Formula, T>& run, const Loaded& loaded) {
+    Elements elements;
+    elements.param = run.param.decode(loaded.param);
+    if constexpr (has_grad) elements.grad = run.grad.decode(loaded.grad);
+    LAYCA_UNROLL
+    for (int k = 0; k < Formula::n_states; ++k) elements.states[k] = run.states[k].decode(loaded.states[k]);
     return elements;
   }
 
   // The base step of element i, from states that measure has advanced.
-  LAYCA_INLINE T step(const Run<Formula, T>& run, int i) const {
-    Clean<T> clean;
-    T clean_grad = 0, state[max_states] = {};
+  LAYCA_INLINE Element<T> step(const Run<Formula, T>& run, int i) const {
+    Clean<Element<T>> clean;
+    Element<T> clean_grad = 0, state[max_states] = {};
     if constexpr (Formula::reads_grad) clean_grad = clean.template gradient<Formula>(run.grad_scale * grad.of[i]);
     LAYCA_UNROLL
     for (int k = 0; k < Formula::n_states; ++k) state[k] = states[k].of[i];
@@ -124,41 +145,45 @@ struct Elements {
 
 template <class Formula, class T>
 struct Measure {
-  using Element = T;
-  using Loaded = Elements<Formula, T, false>;
+  using Number = Element<T>;
+  using Read = Elements<Formula, T, false>;
+  using Loaded = typename Read::Loaded;
   const Run<Formula, T> run;
   double n2, d, q;
   int non_finite;
 
   template <bool whole>
   LAYCA_INLINE Loaded load(int start, int count) const {
-    return Loaded::template load<whole>(run, start, count);
+    return Read::template load<whole>(run, start, count);
   }
 
   template <bool whole>
-  LAYCA_INLINE void use(Loaded& loaded, int start, int count) {
+  LAYCA_INLINE void use(const Loaded& loaded, int start, int count) {
+    Read elements = Read::decode(run, loaded);
     LAYCA_UNROLL
-    for (int i = 0; i < pack_width<T>; ++i) {
-      if (whole || i < count) advance(loaded, i);
+    for (int i = 0; i < pack_width<Number>; ++i) {
+      if (whole || i < count) advance(elements, i);
     }
     LAYCA_UNROLL
     for (int k = 0; k < Formula::n_states; ++k) {
-      store<whole, Reuse::AGAIN>(run.states[k] + start, loaded.states[k], count);
+      run.states[k].template store<whole, Reuse::AGAIN>(start, elements.states[k], count);
     }
   }
 
  private:
-  LAYCA_INLINE void advance(Loaded& loaded, int i) {
+  LAYCA_INLINE void advance(Read& elements, int i) {
     using std::fma;
-    Clean<T> clean;
-    T state[max_states] = {};
+    Clean<Number> clean;
+    Number state[max_states] = {};
     LAYCA_UNROLL
-    for (int k = 0; k < Formula::n_states; ++k) state[k] = loaded.states[k].of[i];
-    const T grad = clean.template gradient<Formula>(run.grad_scale * loaded.grad.of[i]);
+    for (int k = 0; k < Formula::n_states; ++k) state[k] = elements.states[k].of[i];
+    const Number grad = clean.template gradient<Formula>(run.grad_scale * elements.grad.of[i]);
     Formula::advance(grad, state, run.options);
     LAYCA_UNROLL
-    for (int k = 0; k < Formula::n_states; ++k) loaded.states[k].of[i] = state[k] = clean(state[k]);
-    const double w = loaded.param.of[i], u = clean(Formula::step(grad, state, run.options));
+    for (int k = 0; k < Formula::n_states; ++k) {
+      elements.states[k].of[i] = state[k] = clean(run.states[k].stored(state[k]));
+    }
+    const double w = elements.param.of[i], u = clean(Formula::step(grad, state, run.options));
     n2 = fma(w, w, n2);
     d = fma(w, u, d);
     q = fma(u, u, q);
@@ -168,56 +193,60 @@ struct Measure {
 
 template <class Formula, class T>
 struct Rotate {
-  using Element = T;
-  using Loaded = Elements<Formula, T, true>;
+  using Number = Element<T>;
+  using Read = Elements<Formula, T, true>;
+  using Loaded = typename Read::Loaded;
   const Run<Formula, T> run;
   const Rotation turn;
 
   template <bool whole>
   LAYCA_INLINE Loaded load(int start, int count) const {
-    return Loaded::template load<whole>(run, start, count);
+    return Read::template load<whole>(run, start, count);
   }
 
   template <bool whole>
-  LAYCA_INLINE void use(Loaded& loaded, int start, int count) const {
+  LAYCA_INLINE void use(const Loaded& loaded, int start, int count) const {
     using std::fma;
-    Pack<T> step, turned;
+    const Read elements = Read::decode(run, loaded);
+    Pack<Number> step, turned;
     LAYCA_UNROLL
-    for (int i = 0; i < pack_width<T>; ++i) step.of[i] = loaded.step(run, i);
+    for (int i = 0; i < pack_width<Number>; ++i) step.of[i] = elements.step(run, i);
     if (turn.mode == Mode::PRECISE) {
       LAYCA_UNROLL
-      for (int i = 0; i < pack_width<T>; ++i) {
-        const double w = loaded.param.of[i], u = step.of[i];
-        turned.of[i] = static_cast<T>(turn.a * w + turn.b * (u - turn.c * w));
+      for (int i = 0; i < pack_width<Number>; ++i) {
+        const double w = elements.param.of[i], u = step.of[i];
+        turned.of[i] = static_cast<Number>(turn.a * w + turn.b * (u - turn.c * w));
       }
     } else {
-      const T a = static_cast<T>(turn.a), b = static_cast<T>(turn.b);
+      const Number a = static_cast<Number>(turn.a), b = static_cast<Number>(turn.b);
       LAYCA_UNROLL
-      for (int i = 0; i < pack_width<T>; ++i) turned.of[i] = fma(a, loaded.param.of[i], b * step.of[i]);
+      for (int i = 0; i < pack_width<Number>; ++i) turned.of[i] = fma(a, elements.param.of[i], b * step.of[i]);
     }
-    store<whole, Reuse::NEVER>(run.param + start, turned, count);
+    run.param.template store<whole, Reuse::NEVER>(start, turned, count);
   }
 };
 
 // Sums up (u - c*w)^2.
 template <class Formula, class T>
 struct OrthogonalSquare {
-  using Element = T;
-  using Loaded = Elements<Formula, T, true>;
+  using Number = Element<T>;
+  using Read = Elements<Formula, T, true>;
+  using Loaded = typename Read::Loaded;
   const Run<Formula, T> run;
   const double c;
   double sum;
 
   template <bool whole>
   LAYCA_INLINE Loaded load(int start, int count) const {
-    return Loaded::template load<whole>(run, start, count);
+    return Read::template load<whole>(run, start, count);
   }
 
   template <bool whole>
-  LAYCA_INLINE void use(Loaded& loaded, int, int count) {
+  LAYCA_INLINE void use(const Loaded& loaded, int, int count) {
+    const Read elements = Read::decode(run, loaded);
     LAYCA_UNROLL
-    for (int i = 0; i < pack_width<T>; ++i) {
-      const double w = loaded.param.of[i], u = loaded.step(run, i);
+    for (int i = 0; i < pack_width<Number>; ++i) {
+      const double w = elements.param.of[i], u = elements.step(run, i);
       if (whole || i < count) sum += (u - c * w) * (u - c * w);
     }
   }
@@ -225,8 +254,8 @@ struct OrthogonalSquare {
 
 // Advance the states of a thread's elements (in place) and sum them up.
 template <class Formula, class T>
-LAYCA_INLINE Sums measure_on_thread(const TileSpan& tile, int thread) {
-  Measure<Formula, T> work{make_run<Formula, T>(tile.tensor, tile.offset, tile.length), 0, 0, 0, 0};
+LAYCA_INLINE Sums measure_on_thread(const Batch& batch, const TileSpan& tile, int thread) {
+  Measure<Formula, T> work{make_run<Formula, T>(batch.types, tile.tensor, tile.offset, tile.length), 0, 0, 0, 0};
   walk_run<packs_at_once>(work, thread, work.run.length, work.run.is_aligned(true));
   return {{work.n2, work.d, work.q, static_cast<double>(work.non_finite)}};
 }
@@ -269,7 +298,7 @@ LAYCA_INLINE Sums measure_again_on_thread(const Batch& batch, const LayerSpan& l
   double sum = 0;
   for (std::int64_t start = 0; start < layer.length; start += batch.tile) {
     const std::int64_t rest = layer.length - start, length = rest < batch.tile ? rest : batch.tile;
-    OrthogonalSquare<Formula, T> work{make_run<Formula, T>(layer.tensor, layer.offset + start, length),
+    OrthogonalSquare<Formula, T> work{make_run<Formula, T>(batch.types, layer.tensor, layer.offset + start, length),
                                       dots.d / dots.n2, 0};
     walk_run<1>(work, thread, work.run.length, work.run.is_aligned(Formula::reads_grad));
     sum += work.sum;
@@ -284,7 +313,7 @@ LAYCA_INLINE void rotate_on_thread(const Batch& batch, std::int64_t index, int t
   const Rotation turn = layer_rotation(batch, tile.layer);
   // KEEP is also the mode of every layer without a gradient.
   if (turn.mode == Mode::KEEP) return;
-  Rotate<Formula, T> work{make_run<Formula, T>(tile.tensor, tile.offset, tile.length), turn};
+  Rotate<Formula, T> work{make_run<Formula, T>(batch.types, tile.tensor, tile.offset, tile.length), turn};
   walk_run<packs_at_once>(work, thread, work.run.length, work.run.is_aligned(Formula::reads_grad));
 }
 
