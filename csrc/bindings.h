@@ -19,10 +19,8 @@ T* pointer(Address address) {
 
 // The type that Python calls `dtype`. Throws std::invalid_argument with what there is.
 inline Type find_type(const std::string& dtype) {
-  static constexpr std::pair<const char*, Type> types[] = {{"float32", Type::FLOAT32},
-                                                           {"float64", Type::FLOAT64},
-                                                           {"bfloat16", Type::BFLOAT16},
-                                                           {"float16", Type::FLOAT16}};
+  static constexpr std::pair<const char*, Type> types[] = {
+      {"float32", Type::FLOAT32}, {"float64", Type::FLOAT64}, {"bfloat16", Type::BFLOAT16}, {"float16", Type::FLOAT16}};
   std::string offered;
   for (const auto& [name, type] : types) {
     if (dtype == name) return type;

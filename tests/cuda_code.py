@@ -17,7 +17,7 @@ from .native_support import ROOT, as_json_lines, disassembly, resource_usage
 
 COMMITTED = ROOT / "tests" / "cuda_resources.json"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-DTYPES = {"f": "float32", "d": "float64"}
+DTYPES = {"f": "float32", "d": "float64", "NS0_6HalvesE": "halves"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def kernel_of(mangled: str, formulas: dict[str, str]) -> Kernel:
     """From ``_ZN5layca4cuda7measureINS_4AdamILb1EEEfEEv...``, or ``...INS_4LionEdEEv...``."""
     verb, length, rest = re.findall(r"^_ZN5layca4cuda\d+([a-z]+)INS_(\d+)(\w+)", mangled)[0]
     name, rest = rest[: int(length)], rest[int(length) :]
-    arguments, dtype = re.findall(r"^(?:I((?:Lb[01]E)+)E)?E([fd]?)E", rest)[0]
+    arguments, dtype = re.findall(r"^(?:I((?:Lb[01]E)+)E)?E(f|d|NS0_6HalvesE|)E", rest)[0]
     return Kernel(verb, formulas[name + arguments], DTYPES.get(dtype, ""))
 
 

@@ -12,7 +12,11 @@ constexpr int warp_threads = 32, warps = block_threads / warp_threads;
 // Blocks that are to share a multiprocessor, as its registers allow: the more arrays a formula has, the more of its
 // loads are in flight in each, and the fewer it takes to keep memory busy. With one more, registers spill.
 template <class Formula, class T>
-constexpr int blocks_at_once = (Formula::n_states > 1 ? 3 : 4) - (sizeof(Element<T>) > 4 ? 1 : 0);
+constexpr int blocks_at_once = (Formula::n_states > 1 ? 3 : 4) - (sizeof(T) > 4 ? 1 : 0);
+
+// 16-bit numbers take further registers as they are decoded.
+template <class Formula>
+constexpr int blocks_at_once<Formula, Halves> = 4 - (Formula::takes_roots ? (Formula::n_states + 1) / 2 : 0);
 
 // finish is short, so that registers decide how many layers are under way.
 template <class T>

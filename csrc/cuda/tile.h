@@ -1,8 +1,8 @@
 // What one thread of a block does: its elements of a tile measured or rotated, its part of a layer's sums.
 //
 // Functions of a thread's number, host and device, so that emulator.cpp can run them where there is no GPU. Every
-// thread takes packs of elements. Where an array does not begin at a multiple of a pack, or a run ends within one, packs
-// are read and written element by element; who takes which elements, and in which order, stays the same.
+// thread takes packs of elements. Where an array does not begin at a multiple of a pack, or a run ends within one,
+// packs are read and written element by element; who takes which elements, and in which order, stays the same.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@
 #include "../batch.h"
 #include "../clean.h"
 #include "../layer.h"
-#include "arrays.h"
+#include "run.h"
 
 namespace layca::cuda {
 
@@ -21,44 +21,6 @@ constexpr int block_threads = 256;
 // Packs of each array that a thread of measure and rotate loads before it uses any of them, so that memory works on all
 // at once.
 constexpr int packs_at_once = 2;
-
-// Where the elements of one tile lie, and what the formula is told about them.
-template <class Formula, class T>
-struct Run {
-  typename ArraysOf<T>::Weights param;
-  typename ArraysOf<T>::Others grad;
-  typename ArraysOf<T>::Others states[max_states];
-  Element<T> options[max_options];
-  Element<T> grad_scale;
-  int length;
-
-  LAYCA_INLINE bool is_aligned(bool with_grad) const {
-    std::uintptr_t bits = param.alignment();
-    if (with_grad) bits |= grad.alignment();
-    LAYCA_UNROLL
-    for (int k = 0; k < Formula::n_states; ++k) bits |= states[k].alignment();
-    return bits % pack_bytes == 0;
-  }
-};
-
-template <class Formula, class T>
-LAYCA_INLINE Run<Formula, T> make_run(const Types& types, const TensorRow& tensor, std::int64_t offset,
-                                      std::int64_t length) {
-  using Weights = typename ArraysOf<T>::Weights;
-  using Others = typename ArraysOf<T>::Others;
-  Run<Formula, T> run;
-  run.param = Weights::weights(tensor, types.param, offset);
-  run.grad = Others::at(tensor, Column::GRAD, types.grad, offset);
-  LAYCA_UNROLL
-  for (int k = 0; k < Formula::n_states; ++k) {
-    run.states[k] = Others::at(tensor, Column::STATE + k, types.state, offset);
-  }
-  LAYCA_UNROLL
-  for (int k = 0; k < max_options; ++k) run.options[k] = static_cast<Element<T>>(tensor.options[k]);
-  run.grad_scale = static_cast<Element<T>>(tensor.hyper[Hyper::GRAD_SCALE]);
-  run.length = static_cast<int>(length);
-  return run;
-}
 
 // One thread's elements [begin, end) of a run; `begin` is the first of a pack. Work has `load<whole>(start, count)`,
 // and `use<whole>` of what that returned.
@@ -94,72 +56,21 @@ struct Sums {
   double of[4];
 };
 
-// Elements of one pack; `steps_only`: without the gradient, unless the step itself is made of it.
-template <class Formula, class T, bool steps_only>
-struct Elements {
-  static constexpr bool has_grad = Formula::reads_grad || !steps_only;
-  static constexpr int room = Formula::n_states > 0 ? Formula::n_states : 1;
-
-  // As they lie in memory.
-  struct Loaded {
-    typename ArraysOf<T>::Weights::Loaded param;
-    typename ArraysOf<T>::Others::Loaded grad, states[room];
-  };
-
-  Pack<Element<T>> param, grad, states[room];
-
-  template <bool whole>
-  static LAYCA_INLINE Loaded load(const Run<Formula, T>& run, int start, int count) {
-    // rotate is the last to read; measure leaves to it all but a gradient that it does without.
-    constexpr Reuse reuse = steps_only ? Reuse::NEVER : Reuse::AGAIN;
-    constexpr Reuse grad_reuse = Formula::reads_grad ? reuse : Reuse::NEVER;
-    Loaded loaded;
-    loaded.param = run.param.template load<whole, reuse>(start, count);
-    if constexpr (has_grad) loaded.grad = run.grad.template load<whole, grad_reuse>(start, count);
-    LAYCA_UNROLL
-    for (int k = 0; k < Formula::n_states; ++k) {
-      loaded.states[k] = run.states[k].template load<whole, reuse>(start, count);
-    }
-    return loaded;
-  }
-
-  static LAYCA_INLINE Elements decode(const Run<Formula, T>& run, const Loaded& loaded) {
-    Elements elements;
-    elements.param = run.param.decode(loaded.param);
-    if constexpr (has_grad) elements.grad = run.grad.decode(loaded.grad);
-    LAYCA_UNROLL
-    for (int k = 0; k < Formula::n_states; ++k) elements.states[k] = run.states[k].decode(loaded.states[k]);
-    return elements;
-  }
-
-  // The base step of element i, from states that measure has advanced.
-  LAYCA_INLINE Element<T> step(const Run<Formula, T>& run, int i) const {
-    Clean<Element<T>> clean;
-    Element<T> clean_grad = 0, state[max_states] = {};
-    if constexpr (Formula::reads_grad) clean_grad = clean.template gradient<Formula>(run.grad_scale * grad.of[i]);
-    LAYCA_UNROLL
-    for (int k = 0; k < Formula::n_states; ++k) state[k] = states[k].of[i];
-    return clean(Formula::step(clean_grad, state, run.options));
-  }
-};
-
 template <class Formula, class T>
-struct Measure {
-  using Number = Element<T>;
-  using Read = Elements<Formula, T, false>;
-  using Loaded = typename Read::Loaded;
-  const Run<Formula, T> run;
-  double n2, d, q;
-  int non_finite;
+struct Measure : Reader<Formula, T, false> {
+  using Read = Reader<Formula, T, false>;
+  using Read::run;
+  using typename Read::Decoded;
+  using typename Read::Loaded;
+  using typename Read::Number;
+  double n2 = 0, d = 0, q = 0;
+  int non_finite = 0;
+
+  LAYCA_INLINE explicit Measure(const Run<Formula, T>& of) : Read{of} {}
 
   template <bool whole>
-  LAYCA_INLINE Loaded load(int start, int count) const {
-    return Read::template load<whole>(run, start, count);
-  }
-
-  template <bool whole>
-  LAYCA_INLINE void use(const Loaded& loaded, int start, int count) {
-    Read elements = Read::decode(run, loaded);
+  LAYCA_INLINE void use(Loaded& loaded, int start, int count) {
+    auto&& elements = Read::decode(loaded);
     LAYCA_UNROLL
     for (int i = 0; i < pack_width<Number>; ++i) {
       if (whole || i < count) advance(elements, i);
@@ -171,7 +82,7 @@ struct Measure {
   }
 
  private:
-  LAYCA_INLINE void advance(Read& elements, int i) {
+  LAYCA_INLINE void advance(Decoded& elements, int i) {
     using std::fma;
     Clean<Number> clean;
     Number state[max_states] = {};
@@ -192,25 +103,22 @@ struct Measure {
 };
 
 template <class Formula, class T>
-struct Rotate {
-  using Number = Element<T>;
-  using Read = Elements<Formula, T, true>;
-  using Loaded = typename Read::Loaded;
-  const Run<Formula, T> run;
+struct Rotate : Reader<Formula, T, true> {
+  using Read = Reader<Formula, T, true>;
+  using Read::run;
+  using typename Read::Loaded;
+  using typename Read::Number;
   const Rotation turn;
 
-  template <bool whole>
-  LAYCA_INLINE Loaded load(int start, int count) const {
-    return Read::template load<whole>(run, start, count);
-  }
+  LAYCA_INLINE Rotate(const Run<Formula, T>& of, const Rotation& by) : Read{of}, turn(by) {}
 
   template <bool whole>
-  LAYCA_INLINE void use(const Loaded& loaded, int start, int count) const {
+  LAYCA_INLINE void use(Loaded& loaded, int start, int count) const {
     using std::fma;
-    const Read elements = Read::decode(run, loaded);
+    auto&& elements = Read::decode(loaded);
     Pack<Number> step, turned;
     LAYCA_UNROLL
-    for (int i = 0; i < pack_width<Number>; ++i) step.of[i] = elements.step(run, i);
+    for (int i = 0; i < pack_width<Number>; ++i) step.of[i] = Read::step(elements, i);
     if (turn.mode == Mode::PRECISE) {
       LAYCA_UNROLL
       for (int i = 0; i < pack_width<Number>; ++i) {
@@ -228,25 +136,21 @@ struct Rotate {
 
 // Sums up (u - c*w)^2.
 template <class Formula, class T>
-struct OrthogonalSquare {
-  using Number = Element<T>;
-  using Read = Elements<Formula, T, true>;
-  using Loaded = typename Read::Loaded;
-  const Run<Formula, T> run;
+struct OrthogonalSquare : Reader<Formula, T, true> {
+  using Read = Reader<Formula, T, true>;
+  using typename Read::Loaded;
+  using typename Read::Number;
   const double c;
-  double sum;
+  double sum = 0;
+
+  LAYCA_INLINE OrthogonalSquare(const Run<Formula, T>& of, double part) : Read{of}, c(part) {}
 
   template <bool whole>
-  LAYCA_INLINE Loaded load(int start, int count) const {
-    return Read::template load<whole>(run, start, count);
-  }
-
-  template <bool whole>
-  LAYCA_INLINE void use(const Loaded& loaded, int, int count) {
-    const Read elements = Read::decode(run, loaded);
+  LAYCA_INLINE void use(Loaded& loaded, int, int count) {
+    auto&& elements = Read::decode(loaded);
     LAYCA_UNROLL
     for (int i = 0; i < pack_width<Number>; ++i) {
-      const double w = elements.param.of[i], u = elements.step(run, i);
+      const double w = elements.param.of[i], u = Read::step(elements, i);
       if (whole || i < count) sum += (u - c * w) * (u - c * w);
     }
   }
@@ -255,7 +159,7 @@ struct OrthogonalSquare {
 // Advance the states of a thread's elements (in place) and sum them up.
 template <class Formula, class T>
 LAYCA_INLINE Sums measure_on_thread(const Batch& batch, const TileSpan& tile, int thread) {
-  Measure<Formula, T> work{make_run<Formula, T>(batch.types, tile.tensor, tile.offset, tile.length), 0, 0, 0, 0};
+  Measure<Formula, T> work(make_run<Formula, T>(batch.types, tile.tensor, tile.offset, tile.length));
   walk_run<packs_at_once>(work, thread, work.run.length, work.run.is_aligned(true));
   return {{work.n2, work.d, work.q, static_cast<double>(work.non_finite)}};
 }
@@ -298,8 +202,8 @@ LAYCA_INLINE Sums measure_again_on_thread(const Batch& batch, const LayerSpan& l
   double sum = 0;
   for (std::int64_t start = 0; start < layer.length; start += batch.tile) {
     const std::int64_t rest = layer.length - start, length = rest < batch.tile ? rest : batch.tile;
-    OrthogonalSquare<Formula, T> work{make_run<Formula, T>(batch.types, layer.tensor, layer.offset + start, length),
-                                      dots.d / dots.n2, 0};
+    OrthogonalSquare<Formula, T> work(make_run<Formula, T>(batch.types, layer.tensor, layer.offset + start, length),
+                                      dots.d / dots.n2);
     walk_run<1>(work, thread, work.run.length, work.run.is_aligned(Formula::reads_grad));
     sum += work.sum;
   }
@@ -313,7 +217,7 @@ LAYCA_INLINE void rotate_on_thread(const Batch& batch, std::int64_t index, int t
   const Rotation turn = layer_rotation(batch, tile.layer);
   // KEEP is also the mode of every layer without a gradient.
   if (turn.mode == Mode::KEEP) return;
-  Rotate<Formula, T> work{make_run<Formula, T>(batch.types, tile.tensor, tile.offset, tile.length), turn};
+  Rotate<Formula, T> work(make_run<Formula, T>(batch.types, tile.tensor, tile.offset, tile.length), turn);
   walk_run<packs_at_once>(work, thread, work.run.length, work.run.is_aligned(Formula::reads_grad));
 }
 
