@@ -1,4 +1,4 @@
-"""16-bit parameters, and unscaling in the step, on a GPU."""
+"""16-bit parameters, and unscaling in the step, on a GPU. For Triton, slow to compile, ``verify`` runs more of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from layca_fast import FusedLayca
 from layca_fast.backends import choose
 
 from . import test_half_state, test_half_training, test_unscaling
-from .gpu_support import GPU, ON_GPU, every_gpu_backend
+from .gpu_support import GPU, GPU_BACKENDS, ON_GPU, every_gpu_backend
 from .support import random_gradients, relative_distance, same_bits
 from .test_half_training import BF16, F32, GRADIENTS, SHAPES, every_base, every_half, groups_of, weights_of
 
@@ -19,46 +19,53 @@ pytestmark = ON_GPU
 
 CPU = torch.device("cpu")
 
+only_cuda = pytest.mark.parametrize("backend", [name for name in GPU_BACKENDS if name == "cuda"])
+
 
 @every_half
 def test_auto_takes_them_where_it_takes_float32(dtype: torch.dtype, seed: int) -> None:
     param = Parameter(torch.randn(40, 30, device=GPU, dtype=dtype))
-    auto, named = (FusedLayca([Parameter(param.detach().clone())], 0.03, backend=name) for name in ("auto", "cuda"))
+    auto, named = (
+        FusedLayca([Parameter(param.detach().clone())], 0.03, backend=name) for name in ("auto", GPU_BACKENDS[0])
+    )
     (row,) = random_gradients([param], 1)
     for optimizer in (auto, named):
         (each,) = optimizer.param_groups[0]["params"]
         each.grad = row[0].clone()
         optimizer.step()
-    assert choose("auto", GPU).name == "cuda"
+    assert choose("auto", GPU).name == GPU_BACKENDS[0]
     assert same_bits(weights_of(auto), weights_of(named))
 
 
 @every_base
-def test_bfloat16_follows_float32_bit_for_bit(base: Mapping[str, Any], seed: int) -> None:
-    test_half_training.test_bfloat16_follows_float32_bit_for_bit("cuda", base, seed)
+@only_cuda
+def test_bfloat16_follows_float32_bit_for_bit(backend: str, base: Mapping[str, Any], seed: int) -> None:
+    test_half_training.test_bfloat16_follows_float32_bit_for_bit(backend, base, seed)
 
 
 @every_base
-@every_gpu_backend
+@only_cuda
 def test_float16_follows_float32(backend: str, base: Mapping[str, Any], seed: int) -> None:
     test_half_training.test_float16_follows_float32(backend, base, seed)
 
 
 @every_base
-@every_gpu_backend
+@only_cuda
 def test_moments_are_rounded_before_the_step_is_made_of_them(backend: str, base: Mapping[str, Any], seed: int) -> None:
     test_half_state.test_moments_of_16_bits_are_rounded_before_the_step_is_made_of_them(backend, base, seed)
 
 
 @pytest.mark.parametrize("types", GRADIENTS.values(), ids=GRADIENTS.keys())
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-def test_gradients_of_any_type(dtype: torch.dtype, types: Any, seed: int) -> None:
-    test_half_training.test_gradients_of_any_type("cuda", dtype, types, seed)
+@only_cuda
+def test_gradients_of_any_type(backend: str, dtype: torch.dtype, types: Any, seed: int) -> None:
+    test_half_training.test_gradients_of_any_type(backend, dtype, types, seed)
 
 
 @every_half
-def test_without_compensation_a_parameter_is_rounded_to_even(dtype: torch.dtype, seed: int) -> None:
-    test_half_training.test_without_compensation_a_parameter_is_rounded_to_even("cuda", dtype, seed)
+@only_cuda
+def test_without_compensation_a_parameter_is_rounded_to_even(backend: str, dtype: torch.dtype, seed: int) -> None:
+    test_half_training.test_without_compensation_a_parameter_is_rounded_to_even(backend, dtype, seed)
 
 
 @every_gpu_backend
@@ -68,7 +75,7 @@ def test_layers_of_weights_that_are_not_finite_keep_every_bit(backend: str, seed
 
 @every_half
 @every_base
-@every_gpu_backend
+@only_cuda
 def test_equals_the_cpu_backend_after_50_steps(
     backend: str, base: Mapping[str, Any], dtype: torch.dtype, seed: int
 ) -> None:
