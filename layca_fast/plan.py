@@ -310,4 +310,4 @@ class Plan:
             )
         if same:
             for _, batch in self.batches:
-                batch.hyperparameters.push()
+                batch.sync_hyperparameters()

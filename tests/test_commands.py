@@ -55,6 +55,34 @@ def test_verify_fails_where_a_backend_is_wrong(
     assert "FAIL" in capsys.readouterr().out
 
 
+def test_verify_keeps_to_the_device_that_it_is_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The torch backend, which also takes GPUs, gets fewer tensors there."""
+    ran: list[tuple[str, str, int]] = []
+
+    def compare(case: verify.Case, backend: str, device: torch.device, seed: int) -> verify.Errors:
+        ran.append((backend, device.type, len(case.shapes)))
+        return verify.Errors()
+
+    pairs = [("torch", "cpu"), ("torch", "cuda"), ("cpu", "cpu"), ("cuda", "cuda")]
+    monkeypatch.setattr(verify, "places", lambda: [(name, torch.device(device)) for name, device in pairs])
+    monkeypatch.setattr(verify, "compare", compare)
+    assert verify.main(["--device", "cuda"]) == 0
+    assert {device for _, device, _ in ran} == {"cuda"}
+    most = {backend: max(tensors for name, _, tensors in ran if name == backend) for backend in ("torch", "cuda")}
+    assert most == {"torch": 300, "cuda": 3000}
+    ran.clear()
+    assert verify.main(["--device", "cpu", "--backend", "torch"]) == 0
+    assert {(backend, device) for backend, device, _ in ran} == {("torch", "cpu")}
+    assert max(tensors for _, _, tensors in ran) == 3000
+    ran.clear()
+    assert verify.main([]) == 0
+    assert {(backend, device) for backend, device, _ in ran} == set(pairs)
+    assert verify.main(["--device", "cuda", "--backend", "cpu"]) == 1
+    assert "no backend that was asked for" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_errors_that_are_nan_fail() -> None:
     errors = verify.Errors()
     errors.add("angle", float("nan"), 1.0)
