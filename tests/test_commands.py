@@ -3,11 +3,13 @@
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from layca_fast import __main__, backends, console, info, verify
+from layca_fast.backends.cuda import CudaBackend
 from layca_fast.backends.torch_ import TorchBackend
 from layca_fast.batch import Batch
 from layca_fast.tables import Coefficient
@@ -102,6 +104,19 @@ def test_the_angle_is_measured_exactly() -> None:
         after = 5 * torch.tensor([angle, 0.0], dtype=torch.float64).cos().sub(torch.tensor([0.0, 1.0]))
         after[1] = 5 * torch.tensor(angle, dtype=torch.float64).sin()
         assert verify.angle_between(before, after) == pytest.approx(angle, rel=1e-12)
+
+
+def test_a_module_newer_than_the_driver_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "CUDA driver version is insufficient for CUDA runtime version"
+    backend = CudaBackend()
+    monkeypatch.setattr(backend._views, "native", SimpleNamespace(device_problem=lambda: said))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = str(backend.missing())
+    assert reason.startswith(f"no device: {said} (the module was built with a newer CUDA")
+    assert "update the driver" in reason
+    monkeypatch.setattr(backend._views, "native", SimpleNamespace(device_problem=lambda: "the driver lists none"))
+    assert backend.missing() == "no device: the driver lists none"
 
 
 def test_info_lists_versions_and_reasons(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
