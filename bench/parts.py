@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,12 +56,16 @@ class Deadline:
         return max(0.0, self._end - time.monotonic() - reserved)
 
 
-def _finish(process: "subprocess.Popen[bytes]", limit: float) -> str:
+def _finish(process: "subprocess.Popen[bytes]", limit: float, left: Callable[[], float]) -> str:
     """Wait for a process that leads a session; what went wrong, or "". None of its children outlives the limit."""
+    start = time.monotonic()
     try:
-        code = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {limit:.0f} seconds"
+        while process.poll() is None:
+            taken = time.monotonic() - start
+            if taken >= limit or left() <= 0:
+                return f"stopped after {taken:.0f} seconds"
+            time.sleep(0.05)
+        code = process.returncode
     finally:
         if process.returncode is None:
             # A test's, a compiler's or a sanitizer's children would go on, and hold the GPU.
@@ -69,9 +74,9 @@ def _finish(process: "subprocess.Popen[bytes]", limit: float) -> str:
     return f"exit code {code}" if code else ""
 
 
-def _run(part: Part, environment: Mapping[str, str], log: Path, limit: float) -> str:
+def _run(part: Part, environment: Mapping[str, str], log: Path, left: Callable[[], float]) -> str:
     """Run one part with its output in ``log``; what went wrong, or ""."""
-    if limit <= 0:
+    if left() <= 0:
         log.touch()
         return "not started: no time was left"
     with log.open("w") as output:
@@ -86,7 +91,7 @@ def _run(part: Part, environment: Mapping[str, str], log: Path, limit: float) ->
             )
         except OSError as error:
             return str(error)
-        return _finish(process, limit)
+        return _finish(process, part.limit, left)
 
 
 def run_part(part: Part, environment: Mapping[str, str], logs: Path, left: Callable[[], float]) -> Outcome:
@@ -95,7 +100,7 @@ def run_part(part: Part, environment: Mapping[str, str], logs: Path, left: Calla
         print(f"==> {part.name}: missing: {part.missing}", flush=True)
         return Outcome(part.name, "missing", 0.0, part.missing)
     log, start = part.log(logs), time.monotonic()
-    problem = _run(part, environment, log, min(part.limit, left()))
+    problem = _run(part, environment, log, left)
     seconds, output = time.monotonic() - start, log.read_text(errors="replace")
     refused = bool(problem) and any(refusal in output for refusal in part.refusals)
     verdict = "missing" if refused else "failed" if problem else "passed"
@@ -112,8 +117,17 @@ def run_parts(
     at_once: int = 1,
 ) -> list[Outcome]:
     """Run all parts, ``at_once`` of them side by side, whatever becomes of each; those named first begin first."""
+    stopped = Event()
+
+    def still_left() -> float:
+        return 0.0 if stopped.is_set() else left()
+
     with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(lambda part: run_part(part, environment, logs, left), parts))
+        try:
+            return list(pool.map(lambda part: run_part(part, environment, logs, still_left), parts))
+        finally:
+            # Control-C reaches only this process, as the parts have sessions of their own.
+            stopped.set()
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:

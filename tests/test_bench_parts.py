@@ -4,10 +4,12 @@ import fcntl
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench.parts import TAIL, Deadline, Part, run_part, run_parts, summary
+from bench import parts
+from bench.parts import TAIL, Deadline, Outcome, Part, run_part, run_parts, summary
 
 HERE = {"PATH": ""}
 
@@ -16,12 +18,15 @@ def python(program: str) -> list[str]:
     return [sys.executable, "-c", program]
 
 
+WAITS = python("import time; time.sleep(60)")
+
+
 def plenty() -> float:
     return 60.0
 
 
 def test_every_part_runs_whatever_becomes_of_the_others(tmp_path: Path) -> None:
-    parts = [
+    listed = [
         Part("one", python("print('fine')"), 60),
         Part("two", python("import sys; print('because'); sys.exit(3)"), 60),
         Part("three", python("import time; print('waits', flush=True); time.sleep(60)"), 3),
@@ -29,8 +34,8 @@ def test_every_part_runs_whatever_becomes_of_the_others(tmp_path: Path) -> None:
         Part("five", ["/no/such/program"], 60),
         Part("six", python("import os; print(os.environ['OURS'])"), 60, environment={"OURS": "mine"}),
     ]
-    done = run_parts(parts, HERE, tmp_path, plenty, at_once=2)
-    assert [each.name for each in done] == [part.name for part in parts]
+    done = run_parts(listed, HERE, tmp_path, plenty, at_once=2)
+    assert [each.name for each in done] == [part.name for part in listed]
     assert [each.verdict for each in done] == ["passed", "failed", "failed", "missing", "failed", "passed"]
     for outcome, said in zip(done, ("fine", "because", "waits", "no such tool", "/no/such", "mine"), strict=True):
         assert said in outcome.output
@@ -63,13 +68,27 @@ def test_children_of_a_part_that_is_stopped_are_stopped_too(tmp_path: Path) -> N
 
 
 def test_what_is_left_of_the_time_limits_every_part(tmp_path: Path) -> None:
-    waits = python("import time; time.sleep(60)")
-    outcome = run_part(Part("late", waits, 60), HERE, tmp_path, lambda: 1.0)
+    outcome = run_part(Part("late", WAITS, 60), HERE, tmp_path, Deadline(1).left)
     assert outcome.verdict == "failed"
     assert "stopped after 1 seconds" in outcome.output
     outcome = run_part(Part("too late", python("print('ran')"), 60), HERE, tmp_path, lambda: 0.0)
     assert outcome.verdict == "failed"
     assert outcome.output.strip() == "not started: no time was left"
+
+
+def test_what_interrupts_the_run_stops_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = parts.run_part
+
+    def interrupted(part: Part, *args: Any) -> Outcome:
+        if part.name == "one":
+            raise KeyboardInterrupt
+        return run(part, *args)
+
+    monkeypatch.setattr(parts, "run_part", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_parts([Part(name, WAITS, 60) for name in ("one", "two", "three")], HERE, tmp_path, plenty, at_once=2)
+    assert time.monotonic() - start < 30
 
 
 def test_a_deadline_counts_down_and_keeps_what_is_reserved() -> None:
