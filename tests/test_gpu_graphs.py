@@ -11,20 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from layca_fast import FusedLayca, backends
+from layca_fast import FusedLayca
 from layca_fast.backends import load
 from layca_fast.upload import SPARES
 
-from .gpu_support import waiting_is_an_error
+from .gpu_support import GPU_BACKENDS, ON_GPU, waiting_is_an_error
 from .support import contents, copy_of, params_of, same_bits, train
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA GPU is needed to capture a CUDA graph"),
-]
+pytestmark = ON_GPU
 
-ON_GPU = [name for name in ("torch", "triton", "cuda") if torch.cuda.is_available() and backends()[name].available]
-gpu_backends = pytest.mark.parametrize("backend", ON_GPU)
+# One that cannot run fails with its reason, and hides nothing.
+gpu_backends = pytest.mark.parametrize("backend", ["torch", *GPU_BACKENDS])
 
 OPTIONS = ({"base": "sgd", "momentum": 0.9, "dampening": 0.2}, {"base": "adam", "amsgrad": True}, {"base": "rmsprop"})
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
