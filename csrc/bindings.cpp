@@ -27,9 +27,8 @@ std::unique_ptr<cpu::Runner> make_view(Address tensors, Address hypers, Address 
                                        std::int64_t tile, const std::string& formula, const std::string& dtype,
                                        const std::string& grad_dtype, const std::string& state_dtype,
                                        const std::optional<std::string>& instructions) {
-  Batch batch = make_batch(tensors, hypers, step_options, layers, dots, coefficients, counts, partials, partial_counts,
-                           n_tensors, n_layers, tile);
-  batch.types = {cpu::find_type(dtype), cpu::find_type(grad_dtype), cpu::find_type(state_dtype)};
+  const Batch batch = make_batch(tensors, hypers, step_options, layers, dots, coefficients, counts, partials,
+                                 partial_counts, n_tensors, n_layers, tile, dtype, grad_dtype, state_dtype);
   return std::make_unique<cpu::Runner>(batch, formula, dtype, instructions.value_or(cpu::instruction_sets().front()));
 }
 

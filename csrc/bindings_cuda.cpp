@@ -22,9 +22,10 @@ std::unique_ptr<cuda::Runner> make_view(Address tensors, Address hypers, Address
                                         Address tiles, Address dots, Address coefficients, Address counts,
                                         Address partials, Address partial_counts, std::int64_t n_tensors,
                                         std::int64_t n_layers, std::int64_t n_tiles, std::int64_t tile,
-                                        const std::string& formula, const std::string& dtype) {
+                                        const std::string& formula, const std::string& dtype,
+                                        const std::string& grad_dtype, const std::string& state_dtype) {
   Batch batch = make_batch(tensors, hypers, step_options, layers, dots, coefficients, counts, partials, partial_counts,
-                           n_tensors, n_layers, tile);
+                           n_tensors, n_layers, tile, dtype, grad_dtype, state_dtype);
   batch.tiles = pointer<const std::int64_t>(tiles);
   batch.n_tiles = n_tiles;
   return std::make_unique<cuda::Runner>(batch, formula, dtype);
@@ -45,7 +46,8 @@ PYBIND11_MODULE(LAYCA_MODULE, module) {
       .def(py::init(&layca::make_view), py::kw_only(), py::arg("tensors"), py::arg("hypers"), py::arg("step_options"),
            py::arg("layers"), py::arg("tiles"), py::arg("dots"), py::arg("coefficients"), py::arg("counts"),
            py::arg("partials"), py::arg("partial_counts"), py::arg("n_tensors"), py::arg("n_layers"),
-           py::arg("n_tiles"), py::arg("tile"), py::arg("formula"), py::arg("dtype"))
+           py::arg("n_tiles"), py::arg("tile"), py::arg("formula"), py::arg("dtype"), py::arg("grad_dtype"),
+           py::arg("state_dtype"))
       .def("measure", &Runner::measure, py::arg("stream"), without_gil)
       .def("coefficients", &Runner::coefficients, py::arg("stream"), without_gil)
       .def("rotate", &Runner::rotate, py::arg("stream"), without_gil)

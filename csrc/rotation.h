@@ -46,6 +46,9 @@ struct Rotation {
 // No direction to turn in below this sine of the angle between weights and step: 4 float32 epsilons.
 constexpr double smallest_sine = 4 * 0x1p-23;
 
+// A layer whose norm is below this part of its radius was set to zero: see layca_fast/formulas.py.
+constexpr double smallest_share = 0x1p-100;
+
 // Below this squared sine the three dots no longer give sigma to full accuracy: it is measured again.
 constexpr double nearly_parallel_sine2 = 1e-2;
 
@@ -87,7 +90,8 @@ LAYCA_HOST_DEVICE inline Rotation rotation(const Dots& dots, double sigma2, doub
   const double sigma = sqrt(sigma2 > 0 ? sigma2 : 0);
   // A NaN compares false everywhere here, so a layer with a non-finite dot never moves.
   const bool moves = lr > 0 && is_finite(lr * lr) && dots.n2 > 0 && is_finite(dots.n2) &&
-                     sigma > smallest_sine * sqrt(dots.q) && sigma > noise * n;
+                     (current || n > smallest_share * radius) && sigma > smallest_sine * sqrt(dots.q) &&
+                     sigma > noise * n;
   if (!moves) return keep_rotation(radius);
 
   const bool unset = radius == 0;

@@ -1,6 +1,6 @@
 """Types of the native module of the CUDA backend: see ``csrc/bindings_cuda.cpp``."""
 
-#: Names of the formulas that it has kernels for, each for float32 and float64.
+#: Names of the formulas that it has kernels for, each for all types of parameters.
 formulas: list[str]
 
 def device_problem() -> str:
@@ -32,6 +32,8 @@ class BatchView:
         tile: int,
         formula: str,
         dtype: str,
+        grad_dtype: str,
+        state_dtype: str,
     ) -> None: ...
     def measure(self, stream: int) -> None: ...
     def coefficients(self, stream: int) -> None: ...

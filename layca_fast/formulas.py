@@ -36,6 +36,10 @@ RULES = {"layca": LAYCA, "hyperball": HYPERBALL}
 #: No direction to turn in below this sine of the angle between weights and step: 4 float32 epsilons.
 SMALLEST_SINE = 4 * 2.0**-23
 
+#: A layer whose norm has fallen below this part of its radius was set to zero: what is left of it, the remainders of
+#: 16-bit weights, has no direction worth restoring, and no float32 factor that would.
+SMALLEST_SHARE = 2.0**-100
+
 #: Below this squared sine the three dots no longer give sigma to full accuracy: it is measured again.
 NEARLY_PARALLEL_SINE2 = 1e-2
 
@@ -234,6 +238,7 @@ def coefficients(n2, d, q, sigma2, lr, radius, weight_decay, rotates, current, r
         & (lr * lr * 0.0 == 0.0)
         & (n2 > 0.0)
         & (n2 - n2 == 0.0)
+        & (current | (n > SMALLEST_SHARE * radius))
         & (sigma > SMALLEST_SINE * sqrt(q))
         & (sigma > noise * n)
     )

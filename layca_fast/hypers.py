@@ -33,7 +33,8 @@ class Hyperparameters:
         self._noise = torch.finfo(dtype).eps / 2
         self._mirror = Mirror(2 * len(self._groups), Hyper.WIDTH, torch.float64, device)
         self._rates: list[tuple[int, Tensor]] = []
-        self._recorded: list[tuple[Mapping[str, Any], Tensor]] = []
+        self._recorded: dict[int, Tensor] = {}
+        self._is_recorded = False
 
     @property
     def table(self) -> Tensor:
@@ -87,11 +88,14 @@ class Hyperparameters:
     def record(self) -> None:
         """While a CUDA graph is captured: take the rates from the tensors that hold them now, and remember these."""
         _, self._rates = self._values()
-        self._recorded += [(self._groups[row // 2][0], value) for row, value in self._rates]
+        self._recorded = dict(self._rates)
+        self._is_recorded = True
 
     def are_recorded(self) -> bool:
-        """Whether the rates of all groups are in the tensors that CUDA graphs take them from."""
-        return all(group["lr"] is value for group, value in self._recorded)
+        """Whether the last CUDA graph takes every rate from where it is now: from the same tensor, or from the host."""
+        rates = dict(self._values()[1])
+        same = rates.keys() == self._recorded.keys() and all(rates[row] is self._recorded[row] for row in rates)
+        return same or not self._is_recorded
 
     def lr_of(self, slot: "Slot") -> Tensor:
         """The rotation rate of ``slot`` in the last step, 0-d on the device."""

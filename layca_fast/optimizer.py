@@ -10,6 +10,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from .bases import BASES, Base, recommended_rate, scaled_rate
+from .caller import warn_caller
 from .capture import is_capturing
 from .checks import check_choice, check_group, check_options, check_parameter, find_base, labelled
 from .compensation import HALVES, join, lost_rotation
@@ -252,10 +253,9 @@ class FusedLayca(Optimizer):
         for group, label, param in labelled(self.param_groups):
             if group["weight_decay"] != 0 and rotates(param, group):
                 self._warned = True
-                warnings.warn(
+                warn_caller(
                     f"weight_decay={group['weight_decay']} is ignored for {label} and every other tensor that rotates: "
-                    "Layca keeps their norms fixed. Set weight_decay=0 there to silence this",
-                    stacklevel=7,
+                    "Layca keeps their norms fixed. Set weight_decay=0 there to silence this"
                 )
                 return
 
@@ -267,7 +267,7 @@ class FusedLayca(Optimizer):
         message = lost_rotation(members)
         if message is not None:
             self._warned_of_types = True
-            warnings.warn(message, stacklevel=7)
+            warn_caller(message)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; every state tensor keeps its dtype and is copied.

@@ -302,12 +302,18 @@ class Plan:
         is to be replaced before the next step.
         """
         same = not stale and groups is self._groups and state is self._state and _signature(groups) == self._signature
-        if self.recorded and not (same and all(batch.hyperparameters.are_recorded() for _, batch in self.batches)):
+        # Graphs of plans before this one go on with the tensors that they recorded, and with the same groups.
+        older = [plan for plan in self._kept if plan._groups is groups]
+        follow = all(plan._rates_are_recorded() for plan in (*older, self))
+        if not follow or (self.recorded and not same):
             raise RuntimeError(
                 "a captured CUDA graph cannot follow what was changed since: it runs the same kernels on the same "
                 "parameters and state, with lr from the tensor that was there (fill that one in place instead). Undo "
                 "the change, or capture the step again after one outside of a capture"
             )
-        if same:
-            for _, batch in self.batches:
+        for plan in (*older, *([self] if same else [])):
+            for _, batch in plan.batches:
                 batch.sync_hyperparameters()
+
+    def _rates_are_recorded(self) -> bool:
+        return all(batch.hyperparameters.are_recorded() for _, batch in self.batches)

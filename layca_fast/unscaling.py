@@ -35,6 +35,8 @@ class LossScale:
             raise TypeError(f"grad_scale={scale!r}: GradScaler sets a tensor of one element; to set it, do so too")
         if scale is not None and scale.numel() != 1:
             raise ValueError(f"grad_scale is a tensor of shape {tuple(scale.shape)}: it must hold one number")
+        if isinstance(found_inf, Tensor) and found_inf.numel() != 1:
+            raise ValueError(f"found_inf is a tensor of shape {tuple(found_inf.shape)}: it must hold one number")
         # Without any gradient GradScaler has nothing to add up, and sets the number 0.
         return cls(scale, found_inf if isinstance(found_inf, Tensor) else None)
 

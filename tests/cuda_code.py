@@ -17,7 +17,8 @@ from .native_support import ROOT, as_json_lines, disassembly, resource_usage
 
 COMMITTED = ROOT / "tests" / "cuda_resources.json"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-DTYPES = {"f": "float32", "d": "float64"}
+#: What kernels are compiled for, by the mangled name: 16-bit parameters have one for all combinations of types.
+DTYPES = {"f": "float32", "d": "float64", "NS0_6HalvesE": "halves"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def kernel_of(mangled: str, formulas: dict[str, str]) -> Kernel:
     """From ``_ZN5layca4cuda7measureINS_4AdamILb1EEEfEEv...``, or ``...INS_4LionEdEEv...``."""
     verb, length, rest = re.findall(r"^_ZN5layca4cuda\d+([a-z]+)INS_(\d+)(\w+)", mangled)[0]
     name, rest = rest[: int(length)], rest[int(length) :]
-    arguments, dtype = re.findall(r"^(?:I((?:Lb[01]E)+)E)?E([fd]?)E", rest)[0]
+    arguments, dtype = re.findall(rf"^(?:I((?:Lb[01]E)+)E)?E({'|'.join(DTYPES)}|)E", rest)[0]
     return Kernel(verb, formulas[name + arguments], DTYPES.get(dtype, ""))
 
 

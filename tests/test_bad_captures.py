@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from layca_fast import FusedLayca, attach
+from layca_fast.plan import Plan
+from layca_fast.tables import Hyper
 
 from .capture_support import record
 from .support import (
@@ -148,6 +150,34 @@ def test_changes_that_a_graph_cannot_follow_are_refused(
     with pytest.raises(error, match=message):
         optimizer.sync_hyperparameters()
     assert same_bits([batch.hypers for _, batch in optimizer._plan.batches], tables)
+
+
+def test_a_rate_that_becomes_a_tensor_is_refused(capturing: Callable[[bool], None], seed: int) -> None:
+    """The graph has it from the host, and looks at no tensor."""
+    optimizer = running(lr=0.1, capturable=True)
+    record(optimizer, capturing)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.3)
+    with pytest.raises(RuntimeError, match="capture the step again"):
+        optimizer.sync_hyperparameters()
+
+
+def test_another_capture_takes_the_rate_from_another_tensor(capturing: Callable[[bool], None], seed: int) -> None:
+    optimizer = running(lr=torch.tensor(0.1), capturable=True)
+    record(optimizer, capturing)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.3)
+    train(optimizer, random_gradients(params_of(optimizer), 2))
+    record(optimizer, capturing)
+    optimizer.sync_hyperparameters()
+
+
+def test_graphs_follow_what_is_reassigned_after_a_new_plan(capturing: Callable[[bool], None], seed: int) -> None:
+    optimizer = running(lr=0.1, capturable=True)
+    record(optimizer, capturing)
+    ((_, recorded),) = optimizer._plan.batches
+    optimizer._plan = Plan(optimizer.param_groups, optimizer.state, previous=optimizer._plan)
+    optimizer.param_groups[0]["lr"] = 0.7
+    optimizer.sync_hyperparameters()
+    assert (recorded.hypers[:, Hyper.LR] == 0.7).all()
 
 
 def test_loading_after_a_capture_asks_for_another_one(capturing: Callable[[bool], None], seed: int) -> None:

@@ -13,12 +13,14 @@ from layca_fast.backends.native import import_native
 from layca_fast.bases import FORMULAS
 
 from . import cuda_code
-from .cuda_code import ARCHITECTURES, Kernel
+from .cuda_code import ARCHITECTURES, DTYPES, Kernel
 from .native_support import states_read
 
 MODULE, REASON = import_native("cuda")
 pytestmark = pytest.mark.skipif(MODULE is None, reason=f"backend 'cuda': {REASON}")
 reads_code = pytest.mark.skipif(cuda_code.cuobjdump() is None, reason="there is no cuobjdump; Triton brings one")
+
+TYPES = dict.fromkeys(("dtype", "grad_dtype", "state_dtype"), "float32")
 
 #: Of csrc/cuda/tile.h: packs that a thread has under way at a time.
 PACKS_AT_ONCE = 2
@@ -58,7 +60,7 @@ def test_a_kernel_that_cannot_be_launched_is_named() -> None:
     names = ("tensors", "hypers", "step_options", "layers", "tiles", "dots", "coefficients", "counts", "partials")
     addresses = dict.fromkeys((*names, "partial_counts"), table.data_ptr())
     sizes = dict.fromkeys(("n_tensors", "n_layers", "n_tiles", "tile"), 1)
-    view = MODULE.BatchView(**addresses, **sizes, formula="adam", dtype="float32")
+    view = MODULE.BatchView(**addresses, **sizes, formula="adam", **TYPES)
     for verb, kernel in (("step", "prepare"), ("coefficients", "finish"), ("rotate", "rotate")):
         with pytest.raises(RuntimeError, match=rf"the CUDA kernel {kernel} \(adam, float32\) could not be launched: "):
             getattr(view, verb)(0)
@@ -68,8 +70,11 @@ def test_a_formula_or_type_without_kernels_is_named() -> None:
     assert MODULE is not None
     names = ("tensors", "hypers", "step_options", "layers", "tiles", "dots", "coefficients", "counts", "partials")
     numbers = dict.fromkeys((*names, "partial_counts", "n_tensors", "n_layers", "n_tiles", "tile"), 0)
-    with pytest.raises(ValueError, match=r"formula='sgd', dtype='int8'.*\(sgd, float32\)"):
-        MODULE.BatchView(**numbers, formula="sgd", dtype="int8")
+    with pytest.raises(ValueError, match=r"formula='adamw', dtype='float32'.*\(sgd, float32\)"):
+        MODULE.BatchView(**numbers, formula="adamw", **TYPES)
+    for name in TYPES:
+        with pytest.raises(ValueError, match="dtype='int8': there are float32 float64 bfloat16 float16"):
+            MODULE.BatchView(**numbers, formula="sgd", **{**TYPES, name: "int8"})
 
 
 @reads_code
@@ -106,22 +111,32 @@ def code() -> dict[str, dict[Kernel, str]]:
         return dict(zip(ARCHITECTURES, map(dict, pool.map(cuda_code.code, ARCHITECTURES)), strict=True))
 
 
-def expected_vectors(kernel: Kernel) -> tuple[int, int]:
-    """16-byte loads and stores of a thread's packs."""
+def expected_vectors(kernel: Kernel) -> dict[int, tuple[int, int]]:
+    """Loads and stores of a thread's packs, by bytes; 8 only where 16-bit numbers come in fours."""
     formula = FORMULAS[kernel.formula]
-    if kernel.verb == "measure":
-        return PACKS_AT_ONCE * (2 + len(formula.states)), PACKS_AT_ONCE * len(formula.states)
-    return PACKS_AT_ONCE * (1 + formula.reads_grad + states_read(formula)), PACKS_AT_ONCE
+    grads, states, moved, turned = 1, len(formula.states), len(formula.states), 0
+    if kernel.verb == "rotate":
+        grads, states, moved, turned = int(formula.reads_grad), states_read(formula), 0, 1
+    loads, stores = {16: 1 + grads + states}, {16: moved + turned}
+    if kernel.dtype == "halves":
+        # Weights in two parts; of what may be float32 or not there is the one load and the other.
+        loads, stores = {16: grads + states, 8: 2 + grads + states}, {16: moved, 8: moved + 2 * turned}
+    return {size: (PACKS_AT_ONCE * loads[size], PACKS_AT_ONCE * stores[size]) for size in loads}
+
+
+#: Those of the tables, which come in numbers of 64 bits, say nothing about caches.
+VECTORS = {16: r"\b{}\.E\S*\.128\b", 8: r"\b{}\.E(?:\.EF\.64\b|\.64\.STRONG)"}
 
 
 @reads_code
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_aligned_packs_move_in_vectors_of_16_bytes(architecture: str, code: dict[str, dict[Kernel, str]]) -> None:
+def test_aligned_packs_move_in_vectors(architecture: str, code: dict[str, dict[Kernel, str]]) -> None:
     found = {kernel: text for kernel, text in code[architecture].items() if kernel.verb in ("measure", "rotate")}
-    assert len(found) == 4 * len(FORMULAS)
+    assert len(found) == 2 * len(DTYPES) * len(FORMULAS)
     for kernel, text in found.items():
-        vectors = [len(re.findall(rf"\b{name}\.E\S*\.128\b", text)) for name in ("LDG", "STG")]
-        assert tuple(vectors) == expected_vectors(kernel), kernel
+        for size, expected in expected_vectors(kernel).items():
+            pattern = VECTORS[size]
+            assert tuple(len(re.findall(pattern.format(name), text)) for name in ("LDG", "STG")) == expected, kernel
 
 
 @reads_code

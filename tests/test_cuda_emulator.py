@@ -4,11 +4,9 @@ The emulator runs what one thread of a kernel runs, thread after thread; it refu
 would take. tests/test_gpu_*.py repeat this on a GPU where there is one.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
-from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +14,14 @@ from torch import Tensor
 
 from layca_fast import FusedLayca
 from layca_fast.backends import load
-from layca_fast.backends.cuda import BACKEND, CudaBackend
+from layca_fast.backends.cuda import BACKEND
 from layca_fast.bases import FORMULAS
 from layca_fast.batch import Batch, Slot
-from layca_fast.tables import Column, Count, Tile
+from layca_fast.tables import Column, Count, Hyper, Tile
 from layca_fast.verify import BASE_OPTIONS, Case, compare
 
-from .native_support import build
+from . import test_unscaling
+from .emulator_support import emulated, emulator  # noqa: F401
 from .support import clones, parameter, random_gradients, relative_distance, rows_by_formula, same_bits, train
 from .test_equivalence import LARGE, cases
 
@@ -30,32 +29,6 @@ CPU = torch.device("cpu")
 ROWS = rows_by_formula(lr=0.05, weight_decay=0.05)
 every_formula = pytest.mark.parametrize("formula", FORMULAS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-@pytest.fixture(scope="module")
-def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The emulator, which has the interface of the CUDA module."""
-    folder = tmp_path_factory.mktemp("emulator")
-    build(folder, "_cuda_emulator")
-    (file,) = folder.glob("_cuda_emulator.*")
-    spec = spec_from_file_location("_cuda_emulator", file)
-    assert spec is not None
-    assert spec.loader is not None
-    emulator = module_from_spec(spec)
-    spec.loader.exec_module(emulator)
-    return emulator
-
-
-@pytest.fixture(autouse=True)
-def emulated(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """backend="cuda" on CPU tensors, as if they were a GPU's."""
-    monkeypatch.setattr(BACKEND._views, "native", module)
-    monkeypatch.setattr(CudaBackend, "missing", lambda self: None)
-    monkeypatch.setattr(CudaBackend, "refuses", lambda self, device: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    yield
-    BACKEND._views._views.clear()
 
 
 def batch_of(
@@ -233,3 +206,46 @@ def test_finish_adds_up_more_tiles_than_a_block_has_threads(seed: int) -> None:
     expected = torch.stack([(w * w).sum(), (w * u).sum(), (u * u).sum()])
     assert batch.n_tiles == 301
     torch.testing.assert_close(batch.dots[0], expected, rtol=1e-12, atol=1e-9)
+
+
+def test_a_gradient_struck_from_the_table_skips_its_tensor(seed: int) -> None:
+    """What unscaling in the step does on the device, where the host does not learn of it."""
+    shapes: list[tuple[int, ...]] = [(40, 30), (7,), (3, 5)]
+    batch = random_batch("adam", shapes)
+    before = twin(batch)
+    full = twin(batch)
+    batch.tensors[1, Column.GRAD] = 0
+    for each in (batch, full):
+        BACKEND.step(each)
+    for index in range(3):
+        expected = before if index == 1 else full
+        assert same_bits(batch.params[index], expected.params[index])
+        assert same_bits(batch.slots[index].states, expected.slots[index].states)
+        assert same_bits(batch.slots[index].step, expected.slots[index].step)
+    assert not same_bits(full.params[1], before.params[1])
+
+
+@every_formula
+def test_the_scale_of_gradients_is_read_at_each_step(formula: str, seed: int) -> None:
+    """By powers of two, which change no digit."""
+    scaled = random_batch(formula, [(40, 30), (7,)])
+    plain = twin(scaled)
+    for factor in (0.25, 8.0):
+        for ours, theirs in zip(scaled.grads, plain.grads, strict=True):
+            assert theirs is not None
+            assert ours is not None
+            ours.copy_(theirs / factor)
+        scaled.hypers[:, Hyper.GRAD_SCALE] = factor
+        for batch in (scaled, plain):
+            BACKEND.step(batch)
+        assert same_bits(results(scaled), results(plain))
+
+
+@test_unscaling.every_option
+@pytest.mark.parametrize("unscaled", [False, True], ids=["unscaled in the step", "after unscale_()"])
+def test_unscaling_in_the_step(options: dict[str, Any], unscaled: bool, seed: int) -> None:
+    test_unscaling.test_the_standard_paths_bits("cuda", options, unscaled, seed)
+
+
+def test_a_skipped_step_leaves_everything_as_it_was(seed: int) -> None:
+    test_unscaling.test_a_skipped_step_leaves_everything_as_it_was("cuda", seed)

@@ -214,6 +214,21 @@ def test_zeros_with_remainders_do_no_harm(backend: str, seed: int) -> None:
     assert optimizer.rotation_stats()[param].broken.tolist() == [0]
 
 
+@native_backends
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_a_layer_that_was_set_to_zero_stays_there(backend: str, dtype: torch.dtype, seed: int) -> None:
+    """What is left of it, remainders or denormal numbers, is nothing to scale up to the old radius."""
+    param = parameter(40, 30, backend=backend, dtype=dtype)
+    optimizer = FusedLayca([param], 0.01, chunks="all", backend=backend)
+    train(optimizer, random_gradients([param], 2))
+    param.data[:20] *= 0 if dtype == BF16 else 1e-40
+    before = param[:20].detach().clone()
+    train(optimizer, random_gradients([param], 2))
+    assert torch.equal(param[:20], before) or not param[:20].any()
+    assert param.isfinite().all()
+    assert param[20:].any(1).all()
+
+
 @every_half
 @native_backends
 def test_a_module_is_cast_mid_run(backend: str, dtype: torch.dtype, seed: int) -> None:

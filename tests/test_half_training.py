@@ -33,7 +33,7 @@ every_half = pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 every_base = pytest.mark.parametrize("base", BASE_OPTIONS, ids=str)
 
 #: The interpreter takes milliseconds per tile.
-STEPS = {"torch": 30, "cpu": 30, "triton": 3}
+STEPS = {"torch": 30, "cpu": 30, "cuda": 30, "triton": 3}
 
 SHAPES = ((17, 31), (6, 5, 7), (33, 40), (37,), ())
 

@@ -93,6 +93,16 @@ def test_the_warning_points_to_the_line_that_called_step(seed: int) -> None:
     assert caught[0].filename == __file__
 
 
+def test_the_warning_points_there_through_a_schedulers_wrapper(seed: int) -> None:
+    param = parameter(3, 4)
+    optimizer = FusedLayca([param], 0.1, weight_decay=0.1, backend="torch")
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    param.grad = torch.randn_like(param)
+    with pytest.warns(UserWarning, match="is ignored") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+
+
 def test_weight_decay_turned_on_mid_run_is_warned_of_and_changes_nothing(seed: int) -> None:
     params = [parameter(3, 4), parameter(3, 4)]
     params[1].data.copy_(params[0].data)

@@ -1,8 +1,6 @@
 #include "registry.h"
 
-#include <array>
 #include <stdexcept>
-#include <utility>
 
 namespace layca::cpu {
 namespace {
@@ -11,9 +9,6 @@ struct InstructionSet {
   const char* name;
   KernelTable table;
 };
-
-constexpr std::array<std::pair<const char*, Type>, 4> types = {
-    {{"float32", Type::FLOAT32}, {"float64", Type::FLOAT64}, {"bfloat16", Type::BFLOAT16}, {"float16", Type::FLOAT16}}};
 
 std::vector<InstructionSet> available() {
   std::vector<InstructionSet> sets;
@@ -26,15 +21,6 @@ std::vector<InstructionSet> available() {
 }
 
 }  // namespace
-
-Type find_type(const std::string& dtype) {
-  std::string offered;
-  for (const auto& [name, type] : types) {
-    if (dtype == name) return type;
-    offered += std::string(" ") + name;
-  }
-  throw std::invalid_argument("no kernels for dtype='" + dtype + "': there are" + offered);
-}
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;

@@ -8,9 +8,6 @@
 
 namespace layca::cpu {
 
-// The type that Python calls `dtype`. Throws std::invalid_argument with what there is.
-Type find_type(const std::string& dtype);
-
 // The kernels of `formula` for parameters of `dtype`, compiled for `instructions`, one of
 // instruction_sets(). Throws std::invalid_argument with what there is.
 Kernels find_kernels(const std::string& formula, const std::string& dtype, const std::string& instructions);

@@ -45,7 +45,8 @@ template <class Formula, class T>
 void measure(const Batch& batch, const Launch&, std::int64_t block) {
   const TileSpan tile = tile_span(batch, block);
   if (!tile.tensor.has_grad()) return;
-  write_partials(batch, block, sum_block([&](int thread) { return measure_on_thread<Formula, T>(tile, thread); }));
+  const auto of_thread = [&](int thread) { return measure_on_thread<Formula, T>(batch, tile, thread); };
+  write_partials(batch, block, sum_block(of_thread));
 }
 
 template <class Formula, class T>

@@ -14,9 +14,13 @@ constexpr int warp_threads = 32, warps = block_threads / warp_threads;
 template <class Formula, class T>
 constexpr int blocks_at_once = (Formula::n_states > 1 ? 3 : 4) - (sizeof(T) > 4 ? 1 : 0);
 
+// 16-bit numbers take further registers as they are decoded.
+template <class Formula>
+constexpr int blocks_at_once<Formula, Halves> = 4 - (Formula::takes_roots ? (Formula::n_states + 1) / 2 : 0);
+
 // finish is short, so that registers decide how many layers are under way.
 template <class T>
-constexpr int finish_blocks_at_once = sizeof(T) > 4 ? 2 : 3;
+constexpr int finish_blocks_at_once = sizeof(Element<T>) > 4 ? 2 : 3;
 
 // Add up the first `lanes` threads of a warp, in an order that never changes; the result is the first one's.
 __device__ inline void sum_warp(Sums& sums, int lanes) {
@@ -49,7 +53,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once<Formula, T>)
     measure(const __grid_constant__ Batch batch) {
   const TileSpan tile = tile_span(batch, blockIdx.x);
   if (!tile.tensor.has_grad()) return;
-  Sums sums = measure_on_thread<Formula, T>(tile, threadIdx.x);
+  Sums sums = measure_on_thread<Formula, T>(batch, tile, threadIdx.x);
   sum_block(sums);
   if (threadIdx.x == 0) write_partials(batch, blockIdx.x, sums);
 }

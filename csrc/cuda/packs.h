@@ -1,6 +1,7 @@
-// Packs of 16 bytes, how they come from memory and go back: as one vector, or element by element. Host and device.
+// Packs of elements, how they come from memory and go back: as one vector, or element by element. Host and device.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -25,6 +26,17 @@ struct alignas(pack_bytes) Pack {
   T of[pack_width<T>];
 };
 
+// As many 16-bit numbers as a pack has of float32, the first in the lower half of the first word: 8 bytes.
+struct alignas(pack_bytes / 2) HalfPack {
+  std::uint32_t words[2];
+
+  LAYCA_INLINE std::uint16_t at(int i) const { return static_cast<std::uint16_t>(words[i / 2] >> (i % 2 * 16)); }
+  // In the order of their places.
+  LAYCA_INLINE void set(int i, std::uint16_t half) {
+    words[i / 2] = (i % 2 == 0 ? 0 : words[i / 2]) | static_cast<std::uint32_t>(half) << (i % 2 * 16);
+  }
+};
+
 // Whether a later kernel of this step reads the memory again. What none does leaves the caches first.
 enum class Reuse { AGAIN, NEVER };
 
@@ -32,20 +44,33 @@ enum class Reuse { AGAIN, NEVER };
 // whether they are global memory.
 #ifdef __CUDA_ARCH__
 
-template <Reuse reuse, class T>
-__device__ inline Pack<T> load_pack(const T* from) {
-  const int4* const address = reinterpret_cast<const int4*>(from);
-  const int4 bits = reuse == Reuse::AGAIN ? __ldcg(address) : __ldcs(address);
-  Pack<T> pack;
+template <int bytes>
+struct Vector;
+template <>
+struct Vector<8> {
+  using Type = int2;
+};
+template <>
+struct Vector<16> {
+  using Type = int4;
+};
+
+template <class AnyPack, Reuse reuse>
+__device__ inline AnyPack load_pack(const void* from) {
+  using Bits = typename Vector<sizeof(AnyPack)>::Type;
+  const Bits* const address = static_cast<const Bits*>(from);
+  const Bits bits = reuse == Reuse::AGAIN ? __ldcg(address) : __ldcs(address);
+  AnyPack pack;
   memcpy(&pack, &bits, sizeof(pack));
   return pack;
 }
 
-template <Reuse reuse, class T>
-__device__ inline void store_pack(T* to, const Pack<T>& pack) {
-  int4 bits;
+template <Reuse reuse, class AnyPack>
+__device__ inline void store_pack(void* to, const AnyPack& pack) {
+  using Bits = typename Vector<sizeof(AnyPack)>::Type;
+  Bits bits;
   memcpy(&bits, &pack, sizeof(pack));
-  reuse == Reuse::AGAIN ? __stcg(reinterpret_cast<int4*>(to), bits) : __stcs(reinterpret_cast<int4*>(to), bits);
+  reuse == Reuse::AGAIN ? __stcg(static_cast<Bits*>(to), bits) : __stcs(static_cast<Bits*>(to), bits);
 }
 
 // Through the first-level cache: the next elements of the pack are in the same line.
@@ -61,20 +86,20 @@ __device__ inline void store_element(T* to, T value) {
 
 #else
 
-inline void expect_aligned(const void* address) {
-  if (reinterpret_cast<std::uintptr_t>(address) % pack_bytes != 0) throw std::logic_error("a misaligned pack");
+inline void expect_aligned(const void* address, std::size_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) throw std::logic_error("a misaligned pack");
 }
 
-template <Reuse reuse, class T>
-inline Pack<T> load_pack(const T* from) {
-  expect_aligned(from);
-  return *reinterpret_cast<const Pack<T>*>(from);
+template <class AnyPack, Reuse reuse>
+inline AnyPack load_pack(const void* from) {
+  expect_aligned(from, sizeof(AnyPack));
+  return *static_cast<const AnyPack*>(from);
 }
 
-template <Reuse reuse, class T>
-inline void store_pack(T* to, const Pack<T>& pack) {
-  expect_aligned(to);
-  *reinterpret_cast<Pack<T>*>(to) = pack;
+template <Reuse reuse, class AnyPack>
+inline void store_pack(void* to, const AnyPack& pack) {
+  expect_aligned(to, sizeof(AnyPack));
+  *static_cast<AnyPack*>(to) = pack;
 }
 
 template <Reuse reuse, class T>
@@ -93,7 +118,7 @@ inline void store_element(T* to, T value) {
 template <bool whole, Reuse reuse, class T>
 LAYCA_INLINE Pack<T> load(const T* from, int count) {
   if constexpr (whole) {
-    return load_pack<reuse>(from);
+    return load_pack<Pack<T>, reuse>(from);
   } else {
     Pack<T> pack;
     LAYCA_UNROLL
@@ -110,6 +135,30 @@ LAYCA_INLINE void store(T* to, const Pack<T>& pack, int count) {
     LAYCA_UNROLL
     for (int i = 0; i < pack_width<T>; ++i) {
       if (i < count) store_element<reuse>(to + i, pack.of[i]);
+    }
+  }
+}
+
+template <bool whole, Reuse reuse>
+LAYCA_INLINE HalfPack load_halves(const std::uint16_t* from, int count) {
+  if constexpr (whole) {
+    return load_pack<HalfPack, reuse>(from);
+  } else {
+    HalfPack pack;
+    LAYCA_UNROLL
+    for (int i = 0; i < pack_width<float>; ++i) pack.set(i, i < count ? load_element<reuse>(from + i) : 0);
+    return pack;
+  }
+}
+
+template <bool whole, Reuse reuse>
+LAYCA_INLINE void store_halves(std::uint16_t* to, const HalfPack& pack, int count) {
+  if constexpr (whole) {
+    store_pack<reuse>(to, pack);
+  } else {
+    LAYCA_UNROLL
+    for (int i = 0; i < pack_width<float>; ++i) {
+      if (i < count) store_element<reuse>(to + i, pack.at(i));
     }
   }
 }

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "../base_steps.h"
+#include "arrays.h"
 
 namespace layca::cuda {
 namespace {
@@ -16,6 +17,8 @@ Table make_table(FormulaList<Formula...>) {
   Table table;
   ((table[{Formula::name, "float32"}] = kernels_of<Formula, float>()), ...);
   ((table[{Formula::name, "float64"}] = kernels_of<Formula, double>()), ...);
+  ((table[{Formula::name, "bfloat16"}] = kernels_of<Formula, Halves>()), ...);
+  ((table[{Formula::name, "float16"}] = kernels_of<Formula, Halves>()), ...);
   return table;
 }
 

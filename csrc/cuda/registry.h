@@ -17,7 +17,8 @@ struct Kernels {
 template <class Formula, class T>
 Kernels kernels_of();
 
-// The kernels of `formula` for `dtype` ("float32" or "float64"). Throws std::invalid_argument with the names on offer.
+// The kernels of `formula` for parameters of `dtype`: "float32", "float64", "bfloat16" or "float16". Throws
+// std::invalid_argument with the names on offer.
 Kernels find_kernels(const std::string& formula, const std::string& dtype);
 
 std::vector<std::string> formula_names();

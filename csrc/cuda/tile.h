@@ -1,7 +1,7 @@
 // What one thread of a block does: its elements of a tile measured or rotated, its part of a layer's sums.
 //
 // Functions of a thread's number, host and device, so that emulator.cpp can run them where there is no GPU. Every
-// thread takes packs of 16 bytes. Where an array does not begin at a multiple of 16 bytes, or a run ends within a pack,
+// thread takes packs of elements. Where an array does not begin at a multiple of a pack, or a run ends within one,
 // packs are read and written element by element; who takes which elements, and in which order, stays the same.
 #pragma once
 
@@ -12,7 +12,7 @@
 #include "../batch.h"
 #include "../clean.h"
 #include "../layer.h"
-#include "packs.h"
+#include "run.h"
 
 namespace layca::cuda {
 
@@ -22,44 +22,11 @@ constexpr int block_threads = 256;
 // at once.
 constexpr int packs_at_once = 2;
 
-// Where the elements of one tile lie, and what the formula is told about them.
-template <class Formula, class T>
-struct Run {
-  T* param;
-  const T* grad;
-  T* states[max_states];
-  T options[max_options];
-  T grad_scale;
-  int length;
-
-  LAYCA_INLINE bool is_aligned(bool with_grad) const {
-    std::uintptr_t bits = reinterpret_cast<std::uintptr_t>(param);
-    if (with_grad) bits |= reinterpret_cast<std::uintptr_t>(grad);
-    LAYCA_UNROLL
-    for (int k = 0; k < Formula::n_states; ++k) bits |= reinterpret_cast<std::uintptr_t>(states[k]);
-    return bits % pack_bytes == 0;
-  }
-};
-
-template <class Formula, class T>
-LAYCA_INLINE Run<Formula, T> make_run(const TensorRow& tensor, std::int64_t offset, std::int64_t length) {
-  Run<Formula, T> run;
-  run.param = tensor.pointer<T>(Column::PARAM) + offset;
-  run.grad = tensor.pointer<const T>(Column::GRAD) + offset;
-  LAYCA_UNROLL
-  for (int k = 0; k < Formula::n_states; ++k) run.states[k] = tensor.pointer<T>(Column::STATE + k) + offset;
-  LAYCA_UNROLL
-  for (int k = 0; k < max_options; ++k) run.options[k] = static_cast<T>(tensor.options[k]);
-  run.grad_scale = static_cast<T>(tensor.hyper[Hyper::GRAD_SCALE]);
-  run.length = static_cast<int>(length);
-  return run;
-}
-
 // One thread's elements [begin, end) of a run; `begin` is the first of a pack. Work has `load<whole>(start, count)`,
 // and `use<whole>` of what that returned.
 template <bool whole, int at_once, class Work>
 LAYCA_INLINE void walk(Work& work, int thread, int begin, int end) {
-  constexpr int width = pack_width<typename Work::Element>, stride = block_threads * width;
+  constexpr int width = pack_width<typename Work::Number>, stride = block_threads * width;
   int start = begin + ((thread - begin / width) & (block_threads - 1)) * width;
   for (; start < end; start += at_once * stride) {
     typename Work::Loaded loaded[at_once];
@@ -78,7 +45,7 @@ LAYCA_INLINE void walk(Work& work, int thread, int begin, int end) {
 
 template <int at_once, class Work>
 LAYCA_INLINE void walk_run(Work& work, int thread, int length, bool aligned) {
-  constexpr int width = pack_width<typename Work::Element>;
+  constexpr int width = pack_width<typename Work::Number>;
   const int whole = aligned ? length / width * width : 0;
   walk<true, at_once>(work, thread, 0, whole);
   if (whole < length) walk<false, 1>(work, thread, whole, length);
@@ -89,76 +56,45 @@ struct Sums {
   double of[4];
 };
 
-// Elements of one pack; `steps_only`: without the gradient, unless the step itself is made of it.
-template <class Formula, class T, bool steps_only>
-struct Elements {
-  static constexpr bool has_grad = Formula::reads_grad || !steps_only;
-  Pack<T> param, grad;
-  Pack<T> states[Formula::n_states > 0 ? Formula::n_states : 1];
-
-  template <bool whole>
-  static LAYCA_INLINE Elements load(const Run<Formula, T>& run, int start, int count) {
-    // rotate is the last to read; measure leaves to it all but a gradient that it does without.
-    constexpr Reuse reuse = steps_only ? Reuse::NEVER : Reuse::AGAIN;
-    constexpr Reuse grad_reuse = Formula::reads_grad ? reuse : Reuse::NEVER;
-    Elements elements;
-    elements.param = cuda::load<whole, reuse>(run.param + start, count);
-    if constexpr (has_grad) elements.grad = cuda::load<whole, grad_reuse>(run.grad + start, count);
-    LAYCA_UNROLL
-    for (int k = 0; k < Formula::n_states; ++k) {
-      elements.states[k] = cuda::load<whole, reuse>(run.states[k] + start, count);
-    }
-    return elements;
-  }
-
-  // The base step of element i, from states that measure has advanced.
-  LAYCA_INLINE T step(const Run<Formula, T>& run, int i) const {
-    Clean<T> clean;
-    T clean_grad = 0, state[max_states] = {};
-    if constexpr (Formula::reads_grad) clean_grad = clean.template gradient<Formula>(run.grad_scale * grad.of[i]);
-    LAYCA_UNROLL
-    for (int k = 0; k < Formula::n_states; ++k) state[k] = states[k].of[i];
-    return clean(Formula::step(clean_grad, state, run.options));
-  }
-};
-
 template <class Formula, class T>
-struct Measure {
-  using Element = T;
-  using Loaded = Elements<Formula, T, false>;
-  const Run<Formula, T> run;
-  double n2, d, q;
-  int non_finite;
+struct Measure : Reader<Formula, T, false> {
+  using Read = Reader<Formula, T, false>;
+  using Read::run;
+  using typename Read::Decoded;
+  using typename Read::Loaded;
+  using typename Read::Number;
+  double n2 = 0, d = 0, q = 0;
+  int non_finite = 0;
 
-  template <bool whole>
-  LAYCA_INLINE Loaded load(int start, int count) const {
-    return Loaded::template load<whole>(run, start, count);
-  }
+  LAYCA_INLINE explicit Measure(const Run<Formula, T>& of) : Read{of} {}
 
   template <bool whole>
   LAYCA_INLINE void use(Loaded& loaded, int start, int count) {
+    auto&& elements = Read::decode(loaded);
     LAYCA_UNROLL
-    for (int i = 0; i < pack_width<T>; ++i) {
-      if (whole || i < count) advance(loaded, i);
+    for (int i = 0; i < pack_width<Number>; ++i) {
+      if (whole || i < count) advance(elements, i);
     }
     LAYCA_UNROLL
     for (int k = 0; k < Formula::n_states; ++k) {
-      store<whole, Reuse::AGAIN>(run.states[k] + start, loaded.states[k], count);
+      run.states[k].template store<whole, Reuse::AGAIN>(start, elements.states[k], count);
     }
   }
 
  private:
-  LAYCA_INLINE void advance(Loaded& loaded, int i) {
+  LAYCA_INLINE void advance(Decoded& elements, int i) {
     using std::fma;
-    Clean<T> clean;
-    T state[max_states] = {};
+    Clean<Number> clean;
+    Number state[max_states] = {};
     LAYCA_UNROLL
-    for (int k = 0; k < Formula::n_states; ++k) state[k] = loaded.states[k].of[i];
-    const T grad = clean.template gradient<Formula>(run.grad_scale * loaded.grad.of[i]);
+    for (int k = 0; k < Formula::n_states; ++k) state[k] = elements.states[k].of[i];
+    const Number grad = clean.template gradient<Formula>(run.grad_scale * elements.grad.of[i]);
     Formula::advance(grad, state, run.options);
     LAYCA_UNROLL
-    for (int k = 0; k < Formula::n_states; ++k) loaded.states[k].of[i] = state[k] = clean(state[k]);
-    const double w = loaded.param.of[i], u = clean(Formula::step(grad, state, run.options));
+    for (int k = 0; k < Formula::n_states; ++k) {
+      elements.states[k].of[i] = state[k] = clean(run.states[k].stored(state[k]));
+    }
+    const double w = elements.param.of[i], u = clean(Formula::step(grad, state, run.options));
     n2 = fma(w, w, n2);
     d = fma(w, u, d);
     q = fma(u, u, q);
@@ -167,57 +103,54 @@ struct Measure {
 };
 
 template <class Formula, class T>
-struct Rotate {
-  using Element = T;
-  using Loaded = Elements<Formula, T, true>;
-  const Run<Formula, T> run;
+struct Rotate : Reader<Formula, T, true> {
+  using Read = Reader<Formula, T, true>;
+  using Read::run;
+  using typename Read::Loaded;
+  using typename Read::Number;
   const Rotation turn;
 
-  template <bool whole>
-  LAYCA_INLINE Loaded load(int start, int count) const {
-    return Loaded::template load<whole>(run, start, count);
-  }
+  LAYCA_INLINE Rotate(const Run<Formula, T>& of, const Rotation& by) : Read{of}, turn(by) {}
 
   template <bool whole>
   LAYCA_INLINE void use(Loaded& loaded, int start, int count) const {
     using std::fma;
-    Pack<T> step, turned;
+    auto&& elements = Read::decode(loaded);
+    Pack<Number> step, turned;
     LAYCA_UNROLL
-    for (int i = 0; i < pack_width<T>; ++i) step.of[i] = loaded.step(run, i);
+    for (int i = 0; i < pack_width<Number>; ++i) step.of[i] = Read::step(elements, i);
     if (turn.mode == Mode::PRECISE) {
       LAYCA_UNROLL
-      for (int i = 0; i < pack_width<T>; ++i) {
-        const double w = loaded.param.of[i], u = step.of[i];
-        turned.of[i] = static_cast<T>(turn.a * w + turn.b * (u - turn.c * w));
+      for (int i = 0; i < pack_width<Number>; ++i) {
+        const double w = elements.param.of[i], u = step.of[i];
+        turned.of[i] = static_cast<Number>(turn.a * w + turn.b * (u - turn.c * w));
       }
     } else {
-      const T a = static_cast<T>(turn.a), b = static_cast<T>(turn.b);
+      const Number a = static_cast<Number>(turn.a), b = static_cast<Number>(turn.b);
       LAYCA_UNROLL
-      for (int i = 0; i < pack_width<T>; ++i) turned.of[i] = fma(a, loaded.param.of[i], b * step.of[i]);
+      for (int i = 0; i < pack_width<Number>; ++i) turned.of[i] = fma(a, elements.param.of[i], b * step.of[i]);
     }
-    store<whole, Reuse::NEVER>(run.param + start, turned, count);
+    run.param.template store<whole, Reuse::NEVER>(start, turned, count);
   }
 };
 
 // Sums up (u - c*w)^2.
 template <class Formula, class T>
-struct OrthogonalSquare {
-  using Element = T;
-  using Loaded = Elements<Formula, T, true>;
-  const Run<Formula, T> run;
+struct OrthogonalSquare : Reader<Formula, T, true> {
+  using Read = Reader<Formula, T, true>;
+  using typename Read::Loaded;
+  using typename Read::Number;
   const double c;
-  double sum;
+  double sum = 0;
 
-  template <bool whole>
-  LAYCA_INLINE Loaded load(int start, int count) const {
-    return Loaded::template load<whole>(run, start, count);
-  }
+  LAYCA_INLINE OrthogonalSquare(const Run<Formula, T>& of, double part) : Read{of}, c(part) {}
 
   template <bool whole>
   LAYCA_INLINE void use(Loaded& loaded, int, int count) {
+    auto&& elements = Read::decode(loaded);
     LAYCA_UNROLL
-    for (int i = 0; i < pack_width<T>; ++i) {
-      const double w = loaded.param.of[i], u = loaded.step(run, i);
+    for (int i = 0; i < pack_width<Number>; ++i) {
+      const double w = elements.param.of[i], u = Read::step(elements, i);
       if (whole || i < count) sum += (u - c * w) * (u - c * w);
     }
   }
@@ -225,8 +158,8 @@ struct OrthogonalSquare {
 
 // Advance the states of a thread's elements (in place) and sum them up.
 template <class Formula, class T>
-LAYCA_INLINE Sums measure_on_thread(const TileSpan& tile, int thread) {
-  Measure<Formula, T> work{make_run<Formula, T>(tile.tensor, tile.offset, tile.length), 0, 0, 0, 0};
+LAYCA_INLINE Sums measure_on_thread(const Batch& batch, const TileSpan& tile, int thread) {
+  Measure<Formula, T> work(make_run<Formula, T>(batch.types, tile.tensor, tile.offset, tile.length));
   walk_run<packs_at_once>(work, thread, work.run.length, work.run.is_aligned(true));
   return {{work.n2, work.d, work.q, static_cast<double>(work.non_finite)}};
 }
@@ -269,8 +202,8 @@ LAYCA_INLINE Sums measure_again_on_thread(const Batch& batch, const LayerSpan& l
   double sum = 0;
   for (std::int64_t start = 0; start < layer.length; start += batch.tile) {
     const std::int64_t rest = layer.length - start, length = rest < batch.tile ? rest : batch.tile;
-    OrthogonalSquare<Formula, T> work{make_run<Formula, T>(layer.tensor, layer.offset + start, length),
-                                      dots.d / dots.n2, 0};
+    OrthogonalSquare<Formula, T> work(make_run<Formula, T>(batch.types, layer.tensor, layer.offset + start, length),
+                                      dots.d / dots.n2);
     walk_run<1>(work, thread, work.run.length, work.run.is_aligned(Formula::reads_grad));
     sum += work.sum;
   }
@@ -284,7 +217,7 @@ LAYCA_INLINE void rotate_on_thread(const Batch& batch, std::int64_t index, int t
   const Rotation turn = layer_rotation(batch, tile.layer);
   // KEEP is also the mode of every layer without a gradient.
   if (turn.mode == Mode::KEEP) return;
-  Rotate<Formula, T> work{make_run<Formula, T>(tile.tensor, tile.offset, tile.length), turn};
+  Rotate<Formula, T> work(make_run<Formula, T>(batch.types, tile.tensor, tile.offset, tile.length), turn);
   walk_run<packs_at_once>(work, thread, work.run.length, work.run.is_aligned(Formula::reads_grad));
 }
 

@@ -11,9 +11,6 @@ from .native import Views
 if TYPE_CHECKING:
     from .._cpu import BatchView
 
-#: Types of what the tables point to, beside the parameters'.
-DTYPES = ("grad_dtype", "state_dtype")
-
 
 class CpuBackend(Backend):
     """Layers that fit in a core's cache are done whole by one thread; larger ones are shared by all threads.
@@ -37,8 +34,7 @@ class CpuBackend(Backend):
         return None if device.type == "cpu" else "it runs on CPU tensors only"
 
     def _view(self, batch: Batch) -> "BatchView":
-        types = {name: str(getattr(batch, name)).removeprefix("torch.") for name in DTYPES}
-        return self._views.of(batch, **types, instructions=self.instructions)
+        return self._views.of(batch, instructions=self.instructions)
 
     def measure(self, batch: Batch) -> None:
         self._view(batch).measure(torch.get_num_threads())

@@ -13,6 +13,9 @@ from ..batch import Batch
 
 View = TypeVar("View")
 
+#: Types of what the tables point to.
+DTYPES = ("dtype", "grad_dtype", "state_dtype")
+
 #: Tables of a batch that all kernels walk.
 TABLES = (
     *("tensors", "hypers", "step_options", "layers"),
@@ -54,7 +57,7 @@ class Views(Generic[View]):
                 n_layers=batch.n_layers,
                 tile=batch.tile,
                 formula=batch.formula.name,
-                dtype=str(batch.dtype).removeprefix("torch."),
+                **{name: str(getattr(batch, name)).removeprefix("torch.") for name in DTYPES},
             )
             views[batch.grad_dtype] = view
         return view
