@@ -2,7 +2,8 @@
 
 The machine needs Python with torch and Triton, nvcc, CMake and Ninja, and no network. What else Python needs (pybind11,
 pytest with pluggy, iniconfig and packaging, hypothesis with sortedcontainers) may lie as wheels in a folder: --wheels.
-A part that fails does not stop the others; the exit code is then 1, and the last line names what failed.
+A part that fails does not stop the others; the exit code is then 1, and the last line names what failed. All of it
+together keeps to --minutes: a part for which no time is left has failed.
 """
 
 import argparse
@@ -14,49 +15,28 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-ROOT = Path(__file__).parents[1]
-
-#: Characters of a part's output that the results keep, from its end.
-TAIL = 4000
+from .parts import ROOT, Deadline, Outcome, Part, run_parts, summary
 
 PYTHON = sys.executable
 
 #: Where CUDA's programs lie if they are not on the PATH.
 TOOLKIT = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
+#: Seconds that are kept for what runs after the proofs: the tests that need the GPU's memory for themselves, benches.
+FOR_LARGE_TESTS, FOR_BENCHES = 45.0, 150.0
 
-@dataclass(frozen=True)
-class Part:
-    """A command, and the seconds that it may take. ``missing``: why it cannot run here; "" if it can."""
+#: Tests that fill much of the GPU's memory.
+LARGE_TESTS = "tests/test_gpu_large.py"
 
-    name: str
-    command: Sequence[str]
-    limit: float
-    missing: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    def log(self, folder: Path) -> Path:
-        """Where its output goes."""
-        return folder / f"{''.join(letter if letter.isalnum() else '_' for letter in self.name)}.log"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a part: "passed", "failed" or "missing"; the end of its output."""
-
-    name: str
-    verdict: str
-    seconds: float
-    output: str
+PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--maxfail=20")
 
 
 def unpack_wheels(folder: Path, site: Path) -> list[str]:
@@ -66,41 +46,6 @@ def unpack_wheels(folder: Path, site: Path) -> list[str]:
         with ZipFile(wheel) as archive:
             archive.extractall(site)
     return [wheel.name for wheel in wheels]
-
-
-def run_part(part: Part, environment: Mapping[str, str], logs: Path) -> Outcome:
-    """Run one part, its output in a file; print what became of it."""
-    log = part.log(logs)
-    if part.missing:
-        print(f"==> {part.name}: missing: {part.missing}", flush=True)
-        return Outcome(part.name, "missing", 0.0, part.missing)
-    start = time.monotonic()
-    with log.open("w") as output:
-        try:
-            done = subprocess.run(
-                part.command,
-                cwd=ROOT,
-                env={**environment, **part.environment},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=part.limit,
-            )
-            code: object = done.returncode
-        except subprocess.TimeoutExpired:
-            code = f"stopped after {part.limit:.0f} seconds"
-        except OSError as error:
-            code = str(error)
-    seconds, tail = time.monotonic() - start, log.read_text(errors="replace")[-TAIL:]
-    verdict = "passed" if code == 0 else "failed"
-    last = "" if code == 0 else f" ({code})\n{tail}"
-    print(f"==> {part.name}: {verdict} in {seconds:.0f} s{last}", flush=True)
-    return Outcome(part.name, verdict, seconds, tail if code == 0 else f"{tail}\n{code}")
-
-
-def run_parts(parts: Sequence[Part], environment: Mapping[str, str], logs: Path, at_once: int = 1) -> list[Outcome]:
-    """Run all parts, ``at_once`` of them side by side, whatever becomes of each."""
-    with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(lambda part: run_part(part, environment, logs), parts))
 
 
 def building(folder: Path, environment: Mapping[str, str]) -> list[Part]:
@@ -145,63 +90,81 @@ def sanitizer(tool: str, path: str) -> Part:
     command = [str(program), "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
     command += [PYTHON, "-m", "bench.gpu_small"]
     # torch would take memory in blocks of megabytes, in which no access beyond a tensor is noticed.
-    return Part(f"compute-sanitizer {tool}", command, 200, missing, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    whole_blocks = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Part(f"compute-sanitizer {tool}", command, 200, missing, whole_blocks, ("Device not supported",))
 
 
 def proofs(path: str) -> list[Part]:
-    """What shows that the numbers are right, the longest first."""
+    """What shows that the numbers are right; first what takes longest, under the sanitizer."""
     finds = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'torch finds no GPU')"
     tests = sorted(str(test.relative_to(ROOT)) for test in (ROOT / "tests").glob("test_gpu_*.py"))
-    pytest = [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--maxfail=20"]
     verify = [PYTHON, "-m", "layca_fast", "verify", "--backend"]
+    devices = {"torch": "cuda", "triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
     return [
-        # Without it the tests would be skipped, which is no proof.
-        Part("torch finds a GPU", [PYTHON, "-c", finds], 60),
+        *(sanitizer(tool, path) for tool in ("racecheck", "memcheck", "synccheck")),
         *(
-            Part(f"pytest -m gpu -k '{which}' {test}", [*pytest, "-k", which, test], 200)
+            Part(f"pytest -m gpu -k '{which}' {test}", [*PYTEST, "-k", which, test], 200)
             for test in tests
+            if test != LARGE_TESTS
             for which in ("triton", "not triton")
         ),
-        *(Part(f"verify {backend}", [*verify, backend], 200) for backend in ("torch", "triton", "cuda", "cpu")),
-        sanitizer("memcheck", path),
-        sanitizer("racecheck", path),
+        *(
+            Part(f"verify {backend}", [*verify, backend, "--device", device], 200)
+            for backend, device in devices.items()
+        ),
+        # Without it the tests would be skipped, which is no proof.
+        Part("torch finds a GPU", [PYTHON, "-c", finds], 60),
     ]
 
 
-def first_line(*command: str) -> str:
-    """What a command prints first, or last if it is nvcc; "not found" if it does not run."""
+def said_by(*command: str, path: str) -> list[str]:
+    """The lines that a command on ``path`` prints; "not found" if it does not run or says nothing."""
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return "not found"
-    return said[-1] if command[0] == "nvcc" else said[0]
+        done = subprocess.run(
+            command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ["not found"]
+    return done.stdout.strip().splitlines() or ["not found"]
 
 
-def facts() -> dict[str, str]:
-    """Where and with what this ran."""
+def _told(fact: Callable[[], str]) -> str:
+    # Whatever goes wrong here, the results that took minutes must still be written.
+    try:
+        return fact()
+    except Exception as error:
+        return f"unknown ({type(error).__name__}: {error})"
+
+
+def _gpu() -> str:
     import torch
 
-    from layca_fast import __version__
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
 
+
+def _version_of(module: str) -> str:
     try:
-        import triton
-
-        triton_version = str(triton.__version__)
+        return str(import_module(module).__version__)
     except ImportError:
-        triton_version = "not installed"
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-        "gpu": gpu,
-        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "nvcc": first_line("nvcc", "--version"),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-        "layca_fast": __version__,
-        "commit": first_line("git", "rev-parse", "HEAD"),
+        return "not installed"
+
+
+def facts(path: str) -> dict[str, str]:
+    """Where and with what this ran; programs are looked for on ``path``."""
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    found: dict[str, Callable[[], str]] = {
+        "date": lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "gpu": _gpu,
+        "driver": lambda: said_by(*driver, path=path)[0],
+        "nvcc": lambda: said_by("nvcc", "--version", path=path)[-1],
+        "torch": lambda: _version_of("torch"),
+        "triton": lambda: _version_of("triton"),
+        "python": platform.python_version,
+        "system": lambda: f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "layca_fast": lambda: _version_of("layca_fast"),
+        "commit": lambda: said_by("git", "-C", str(ROOT), "rev-parse", "HEAD", path=path)[0],
     }
+    return {name: _told(fact) for name, fact in found.items()}
 
 
 def results_file(gpu: str) -> Path:
@@ -210,25 +173,23 @@ def results_file(gpu: str) -> Path:
     return ROOT / "bench" / "results" / f"gpu_{name}.json"
 
 
-def run_all(environment: Mapping[str, str], folder: Path, measurements: Path) -> list[Outcome]:
-    """Every part in its order; what only has to be right runs side by side, what is timed runs alone."""
-    done = run_parts(building(folder, environment), environment, folder)
+def run_all(environment: Mapping[str, str], folder: Path, measurements: Path, deadline: Deadline) -> list[Outcome]:
+    """Every part in its order; what only has to be right runs side by side, what is timed or large runs alone."""
+
+    def before_the_last() -> float:
+        return deadline.left(FOR_LARGE_TESTS + FOR_BENCHES)
+
+    done = run_parts(building(folder, environment), environment, folder, before_the_last)
     print(f"Modules: {', '.join(install_modules(folder)) or 'none'}", flush=True)
     # A few threads each: the CPU's part of these is small.
-    done += run_parts(proofs(environment["PATH"]), {**environment, "OMP_NUM_THREADS": "2"}, folder, at_once=8)
+    few_threads = {**environment, "OMP_NUM_THREADS": "2"}
+    done += run_parts(proofs(environment["PATH"]), few_threads, folder, before_the_last, at_once=8)
+    large = Part(f"pytest -m gpu {LARGE_TESTS}", [*PYTEST, LARGE_TESTS], 120)
+    done += run_parts([large], environment, folder, lambda: deadline.left(FOR_BENCHES))
     benches = Part("benches", [PYTHON, "-m", "bench.gpu_tables", "--out", str(measurements)], 240)
-    done += run_parts([benches], environment, folder)
+    done += run_parts([benches], environment, folder, deadline.left)
     print(benches.log(folder).read_text(errors="replace"), flush=True)
     return done
-
-
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """One line: what failed, what is missing."""
-    by_verdict = {
-        verdict: [each.name for each in outcomes if each.verdict == verdict] for verdict in ("failed", "missing")
-    }
-    said = [f"{verdict}: {', '.join(names)}" for verdict, names in by_verdict.items() if names]
-    return "; ".join(said) or "everything passed"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -236,7 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--wheels", type=Path, help="folder of wheels of pure Python to use beside what is installed")
     parser.add_argument("--out", type=Path, help="JSON file of results (default: bench/results/gpu_NAME.json)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything together (default 8)")
     args = parser.parse_args(argv)
+    deadline = Deadline(60 * args.minutes)
     with tempfile.TemporaryDirectory() as temporary:
         folder, measurements = Path(temporary), Path(temporary) / "measurements.json"
         site = folder / "site"
@@ -248,9 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "PYTHONUNBUFFERED": "1",
             "PATH": os.pathsep.join((os.environ["PATH"], *TOOLKIT)),
         }
-        outcomes = run_all(environment, folder, measurements)
+        outcomes = run_all(environment, folder, measurements, deadline)
         measured: dict[str, Any] = json.loads(measurements.read_text()) if measurements.exists() else {}
-    found = facts()
+    found = facts(environment["PATH"])
     out = args.out or results_file(found["gpu"])
     report = {**found, "wheels": wheels, "parts": [asdict(each) for each in outcomes], **measured}
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -173,8 +173,10 @@ def run(
     for timer, rows in tables(plan, device, rounds, limit):
         measured += [{"timer": timer, **asdict(row)} for row in rows]
         found.update({(timer, row.base, row.model, row.provider): row for row in rows})
-        # After each, so that what is measured stays if a later one fails.
-        out.write_text(json.dumps({"goals": outcomes(found), "rows": measured}), encoding="utf-8")
+        # After each, and at once, so that what is measured stays if a later one fails or time is up.
+        unfinished = out.with_name(f"{out.name}.unfinished")
+        unfinished.write_text(json.dumps({"goals": outcomes(found), "rows": measured}), encoding="utf-8")
+        unfinished.replace(out)
     results = outcomes(found)
     show_goals(results)
     return results

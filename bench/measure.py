@@ -1,13 +1,12 @@
 """``measure``: every provider of a base on one model, as rows."""
 
-import gc
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from .plan import free_memory, in_batches, sift
+from .plan import free_memory, in_batches, release_memory, sift
 from .providers import Provider, providers, yardstick
 from .rows import Row, environment, quartiles
 from .runner import COPY, Contestant, Copy, Model, Timer, interleave, seconds_of
@@ -95,8 +94,8 @@ def measure(
         tell(f"{name}, {base}: {rounds} rounds of {', '.join(each.name for each in batch)}")
         for row in _batch_rows(batch, model, rounds, limit, timer, common):
             rows.setdefault(row.provider, row)
-        # Optimizers hold reference cycles through their hooks, and their states would crowd out the next batch.
-        gc.collect()
+        # The states of this batch would crowd out the next.
+        release_memory(device)
     for each in candidates:
         if each.name in skipped:
             moved = each.bytes_per_parameter * dtype.itemsize / 4

@@ -1,5 +1,6 @@
 """Which providers run on a model, in which batches, and why the others do not."""
 
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,16 @@ from .runner import LARGEST_COPY
 MEMORY_SHARE = 0.9
 
 
+def release_memory(device: torch.device) -> None:
+    """Give back what nothing uses any more: optimizers hold reference cycles through their hooks, and torch keeps."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on ``device``; half of the machine's where its system does not tell."""
+    release_memory(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")

@@ -8,18 +8,19 @@ its step is made of, and writes w.
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layca_fast import FusedLayca, attach, backends
+from layca_fast import FusedLayca, __version__, attach, backends
 from layca_fast.backends import load
 
 from . import by_hand
@@ -88,7 +89,13 @@ MODULES = {
 
 
 def _named_version(package: str) -> str:
-    return f"{package} {version(package)}"
+    # Our own code may run from its folder, and others may lie on the path, without ever having been installed.
+    if package == "layca_fast":
+        return f"{package} {__version__}"
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"{package} {getattr(sys.modules.get(MODULES[package]), '__version__', 'of unknown version')}"
 
 
 def yardstick(base: str) -> str:

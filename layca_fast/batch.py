@@ -19,7 +19,7 @@ from .formulas import RULES
 from .hypers import Hyperparameters
 from .tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Layer, Tile
 from .unscaling import LossScale, ScaledTables
-from .upload import Mirror
+from .upload import SPARES, Mirror
 from .watch import Entries, Layouts, addresses, all_there, column, gradients
 
 
@@ -109,8 +109,7 @@ class Batch:
         self.counts = torch.zeros(self.n_layers, Count.WIDTH, dtype=torch.int64, device=self._home)
 
         self.hyperparameters = Hyperparameters(self.slots, self.dtype, self._home)
-        recorded = any(slot.group.get("capturable") for slot in self.slots)
-        self._tensor_mirror = Mirror(len(self.slots), Column.WIDTH, torch.int64, self._home, recorded)
+        self._tensor_mirror = Mirror(len(self.slots), Column.WIDTH, torch.int64, self._home)
         self.first_layers = list(accumulate((slot.layers for slot in self.slots[:-1]), initial=0))
         table = self._tensor_mirror
         table.set_column(Column.NUMEL, column([slot.param.numel() for slot in self.slots]))
@@ -163,6 +162,21 @@ class Batch:
                 "the device does not have the hyperparameters of the step being captured: before the capture, take the "
                 "first step of every tensor, and call optimizer.sync_hyperparameters() after any later change"
             )
+        if not self._tensor_mirror.can_record():
+            raise RuntimeError(
+                "no memory is ready for another CUDA graph, and a capture must not take any: call "
+                f"optimizer.sync_hyperparameters() before the capture, after every {SPARES} captures at least, and "
+                "after setting capturable=True in a group"
+            )
+
+    def sync_hyperparameters(self) -> None:
+        """Outside of captures: what the next captures and replays need of the host."""
+        self._keep_spares()
+        self.hyperparameters.push()
+
+    def _keep_spares(self) -> None:
+        if self.hyperparameters.capturable:
+            self._tensor_mirror.keep_spares()
 
     def refresh(self, loss_scale: LossScale | None = None, capturing: bool = False) -> None:
         """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone).
@@ -182,6 +196,7 @@ class Batch:
             table.record()
             self.hyperparameters.record()
         else:
+            self._keep_spares()
             table.push()
             self.hyperparameters.push()
         self.fetch(loss_scale)

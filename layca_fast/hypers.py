@@ -41,6 +41,11 @@ class Hyperparameters:
         """The copy on the device."""
         return self._mirror.device_tensor
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a step of any of the groups may be captured."""
+        return any(group.get("capturable") for group, _ in self._groups)
+
     def _is_for_the_device(self, lr: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether a rate is to be copied from device to device: reading it here could make the host wait."""
         return lr.device.type != "cpu" or bool(group.get("capturable") and self.table.device.type == "cpu")

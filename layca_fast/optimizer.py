@@ -208,7 +208,7 @@ class FusedLayca(Optimizer):
         Parameters and state are modified in place; parameters without a gradient are left alone, bit for bit, as all
         are at lr = 0. ``closure``, if given, is called first with gradients enabled, and its loss returned. Does not
         wait for a GPU, but for the first step of a tensor, which looks for layers whose weights are all zero, and where
-        the GPU is two steps behind.
+        the GPU is 16 steps behind and gradients or hyperparameters change at each.
         """
         loss = None
         for group in self.param_groups:

@@ -313,7 +313,7 @@ class Plan:
             )
         for plan in (*older, *([self] if same else [])):
             for _, batch in plan.batches:
-                batch.hyperparameters.push()
+                batch.sync_hyperparameters()
 
     def _rates_are_recorded(self) -> bool:
         return all(batch.hyperparameters.are_recorded() for _, batch in self.batches)

@@ -1,7 +1,7 @@
 """Tables that are written on the host, cell by cell, and read on a device."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -9,40 +9,79 @@ from torch import Tensor
 #: Graphs that may be captured in a row, without a step between them, for which buffers are kept ready.
 SPARES = 4
 
+#: Pinned buffers that a table has from the start, and at most: so many steps may be queued before the host waits.
+READY, MOST = 4, 16
+
+
+class Event(Protocol):
+    """What is asked of a torch.cuda.Event."""
+
+    def query(self) -> bool:
+        """Whether all that it was recorded after is done; also if it never was recorded."""
+
+    def record(self, stream: Any) -> None:
+        """Mark the present end of the stream's work."""
+
+    def synchronize(self) -> None:
+        """Wait until query() is True."""
+
+
+class Buffers:
+    """Buffers that copies to a device read, each guarded by an event; ``make`` returns a new one with its event."""
+
+    def __init__(self, make: Callable[[], tuple[Tensor, Event]]) -> None:
+        self._make = make
+        # In the order of their last use.
+        self._all = [make() for _ in range(READY)]
+
+    def take(self) -> tuple[Tensor, Event]:
+        """A buffer that no copy is reading any more. Waits, for the oldest, only where :data:`MOST` are being read."""
+        index = next((i for i, (_, copied) in enumerate(self._all) if copied.query()), None)
+        if index is None and len(self._all) < MOST:
+            self._all.append(self._make())
+            return self._all[-1]
+        if index is None:
+            index = 0
+            self._all[index][1].synchronize()
+        self._all.append(self._all.pop(index))
+        return self._all[-1]
+
 
 class Mirror:
     """A (rows, columns) table on the host and its copy on ``device``, refreshed only where something changed.
 
-    On the CPU both are one tensor. On CUDA the host side is two pinned buffers that take turns, each guarded by an
-    event: a copy that is still in flight is never overwritten, and the host does not wait for the current step.
+    On the CPU both are one tensor. On CUDA the host side is a few pinned buffers (:class:`Buffers`): a copy that is
+    still in flight is never overwritten, and the host waits only where it is :data:`MOST` changed steps ahead.
 
     A CUDA graph that has recorded a copy repeats it from the same buffer, so each has one of its own, which is kept as
-    long as the table; ``recorded`` keeps some ready, as not every version of torch has pinned memory during a capture.
+    long as the table. :meth:`keep_spares` has some ready, as a capture must not allocate pinned memory.
     """
 
-    def __init__(
-        self, rows: int, columns: int, dtype: torch.dtype, device: torch.device, recorded: bool = False
-    ) -> None:
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         # Named, because the user may have set another default device.
         self._host = torch.zeros(rows, columns, dtype=dtype, device="cpu")
         self._cached: dict[int, Any] = {}
         self._changed = True
         self._on_host = device.type == "cpu"
         self.device_tensor = self._host if self._on_host else torch.zeros(rows, columns, dtype=dtype, device=device)
-        self._pinned: list[tuple[Tensor, torch.cuda.Event]] = []
         self._graphs: list[Tensor] = []
         self._spares: list[Tensor] = []
-        self._recorded = recorded
-        if device.type == "cuda":
-            self._pinned = [(self._pinned_buffer(), torch.cuda.Event()) for _ in range(2)]
-            self._make_spares()
+        self._buffers = Buffers(self._guarded_buffer) if device.type == "cuda" else None
 
     def _pinned_buffer(self) -> Tensor:
         return torch.zeros_like(self._host).pin_memory()
 
-    def _make_spares(self) -> None:
-        while self._recorded and len(self._spares) < SPARES:
+    def _guarded_buffer(self) -> tuple[Tensor, Event]:
+        return self._pinned_buffer(), torch.cuda.Event()
+
+    def keep_spares(self) -> None:
+        """Outside of captures: have buffers ready for the graphs that may be captured next."""
+        while not self._on_host and len(self._spares) < SPARES:
             self._spares.append(self._pinned_buffer())
+
+    def can_record(self) -> bool:
+        """Whether :meth:`record` has what it needs."""
+        return self._on_host or bool(self._spares)
 
     def set_column(self, column: int, values: bytes) -> None:
         """Write one column, int64 numbers, if they differ from what was written there last."""
@@ -74,22 +113,22 @@ class Mirror:
         self._changed = False
         if self._on_host:
             return
-        if not self._pinned:
+        if self._buffers is None:
             self.device_tensor.copy_(self._host)
             return
-        self._make_spares()
-        buffer, copied = self._pinned[0]
-        self._pinned.reverse()
-        copied.synchronize()
+        buffer, copied = self._buffers.take()
         buffer.copy_(self._host)
         self.device_tensor.copy_(buffer, non_blocking=True)
         copied.record(torch.cuda.current_stream(self.device_tensor.device))
 
     def record(self) -> None:
-        """While a CUDA graph is captured: let every replay of it put the present table on the device."""
+        """While a CUDA graph is captured: let every replay of it put the present table on the device.
+
+        Call it only where :meth:`can_record`.
+        """
         if self._on_host:
             return
-        buffer = self._spares.pop() if self._spares else self._pinned_buffer()
+        buffer = self._spares.pop()
         buffer.copy_(self._host)
         self._graphs.append(buffer)
         self.device_tensor.copy_(buffer, non_blocking=True)

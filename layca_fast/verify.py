@@ -199,8 +199,11 @@ def describe_base(options: Mapping[str, Any]) -> tuple[str, Formula]:
     return formula.name if formula.name.startswith(base.name) else f"{base.name} ({formula.name})", formula
 
 
-def cases(interpreted: bool) -> Iterator[Case]:
-    """The rows of the table. Interpreted kernels take milliseconds per tile, so they get fewer and shorter ones."""
+def cases(interpreted: bool, many: int = 3000) -> Iterator[Case]:
+    """The rows of the table, one of them with so ``many`` tensors.
+
+    Interpreted kernels take milliseconds per tile, so they get fewer and shorter ones.
+    """
     steps = 10 if interpreted else 50
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for options in BASE_OPTIONS:
@@ -214,7 +217,7 @@ def cases(interpreted: bool) -> Iterator[Case]:
         yield Case("chunks=all, radius=current", ((12, 30), (5, 4, 7)), slices, dtype, steps)
         plain = {**momentum, "rotate": False, "weight_decay": 0.1}
         yield Case("no rotation, weight decay", ODD_SHAPES, plain, dtype, steps)
-        small = ((10, 10),) * (20 if interpreted else 3000)
+        small = ((10, 10),) * (20 if interpreted else many)
         yield Case(f"{len(small)} small tensors", small, momentum, dtype, min(steps, 10))
         large: Shape = (300, 333) if interpreted else (1024, 4099)
         yield Case(f"{math.prod(large) / 1e6:.1f} M weights", (large,), momentum, dtype, 5)
@@ -242,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; returns 1 if any row failed."""
     parser = argparse.ArgumentParser(prog="python -m layca_fast verify", description=__doc__)
     parser.add_argument("--backend", action="append", help="only this backend (may be repeated)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="only on tensors there (default: everywhere)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and gradients (default 0)")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -252,10 +256,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--backend {name} cannot run here: {status.reason}")
     rows, failed = [], 0
     for name, device in places():
-        if args.backend and name not in args.backend:
+        if (args.backend and name not in args.backend) or args.device not in (None, device.type):
             continue
         interpreted = name == "triton" and interpreting()
-        for case in cases(interpreted):
+        # There this backend launches dozens of kernels for every tensor.
+        few = name == "torch" and device.type == "cuda"
+        for case in cases(interpreted, 300) if few else cases(interpreted):
             errors = compare(case, name, device, args.seed)
             failed += not errors.passed
             place = "interpreter" if interpreted else device.type
@@ -267,5 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, status in backends().items():
         if not status.available:
             print(f"not run: {name} ({status.reason})")
+    if not rows:
+        print("no backend that was asked for takes tensors on the device that was asked for")
     print(f"{len(rows) - failed} of {len(rows)} cases passed")
     return 1 if failed or not rows else 0

@@ -1,11 +1,15 @@
 """What the tests that need a GPU share."""
 
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
@@ -51,3 +55,40 @@ def ready(backend: str, shapes: Sequence[tuple[int, ...]] = SHAPES, **options: A
         optimizer.step()
     give(optimizer, weights(shapes))
     return optimizer
+
+
+def _set_sync_debug_mode(mode: str) -> None:
+    with warnings.catch_warnings():
+        # torch says so once a process, after it has set the mode.
+        warnings.filterwarnings("ignore", message=".*prototype feature")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """What makes the host wait for the GPU raises, as far as torch notices it."""
+    try:
+        _set_sync_debug_mode("error")
+        yield
+    finally:
+        _set_sync_debug_mode("default")
+
+
+#: Our kernels, by a part of what the profiler calls them: C++'s names with namespaces and template arguments, Triton's
+#: with what it specialized them for.
+_KERNEL = re.compile(r"(?<![A-Za-z_])(prepare|measure|finish|rotate)(?![A-Za-z]*[a-z])")
+
+
+def kernels_and_others(events: Iterable[Any]) -> tuple[list[str], list[str]]:
+    """What the profiler saw on the GPU: the names of our kernels, sorted, and all else but copies of tables to it."""
+    kernels, others = [], []
+    for event in events:
+        # The profiler marks the time of a step, which torch gives a name, on the GPU as well.
+        if event.device_type != DeviceType.CUDA or event.is_user_annotation:
+            continue
+        found = _KERNEL.search(event.name)
+        if found:
+            kernels.append(found[1])
+        elif not event.name.startswith("Memcpy HtoD"):
+            others.append(event.name)
+    return sorted(kernels), others

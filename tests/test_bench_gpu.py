@@ -1,10 +1,12 @@
 """What ``make gpu`` is made of, on the CPU: its parts, its tables on tiny models, its goals and its file of results."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -12,10 +14,12 @@ from zipfile import ZipFile
 import pytest
 import torch
 
+import layca_fast
 from bench import gpu, gpu_small, gpu_tables
-from bench.gpu import Outcome, Part
 from bench.gpu_tables import LARGE, TABLES, goals, outcomes
 from bench.measure import measure
+from bench.parts import Deadline, Outcome
+from bench.plan import free_memory
 from bench.providers import Provider, providers, yardstick
 from bench.rows import Row
 from bench.runner import COPY, host_seconds_of, seconds_of
@@ -84,29 +88,6 @@ def test_goals_are_held_against_what_was_measured(seed: int) -> None:
     assert by_name({"FusedLayca cuda": 1.0})[share]["reached"]
 
 
-def python(program: str) -> list[str]:
-    return [sys.executable, "-c", program]
-
-
-def test_every_part_runs_whatever_becomes_of_the_others(tmp_path: Path) -> None:
-    parts = [
-        Part("one", python("print('fine')"), 60),
-        Part("two", python("import sys; print('because'); sys.exit(3)"), 60),
-        Part("three", python("import time; print('waits', flush=True); time.sleep(60)"), 3),
-        Part("four", python("print('never')"), 60, missing="no such tool"),
-        Part("five", ["/no/such/program"], 60),
-        Part("six", python("import os; print(os.environ['OURS'])"), 60, environment={"OURS": "mine"}),
-    ]
-    done = gpu.run_parts(parts, {"PATH": ""}, tmp_path, at_once=2)
-    assert [each.name for each in done] == [part.name for part in parts]
-    assert [each.verdict for each in done] == ["passed", "failed", "failed", "missing", "failed", "passed"]
-    for outcome, said in zip(done, ("fine", "because", "waits", "no such tool", "/no/such", "mine"), strict=True):
-        assert said in outcome.output
-    assert "stopped after 3 seconds" in done[2].output
-    assert gpu.summary(done) == "failed: two, three, five; missing: four"
-    assert gpu.summary(done[:1]) == "everything passed"
-
-
 def test_wheels_are_used_without_pip(tmp_path: Path) -> None:
     with ZipFile(tmp_path / "brought_along-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("brought_along/__init__.py", "VALUE = 'here'")
@@ -114,7 +95,9 @@ def test_wheels_are_used_without_pip(tmp_path: Path) -> None:
     site = tmp_path / "site"
     assert gpu.unpack_wheels(tmp_path, site) == ["brought_along-1-py3-none-any.whl"]
     program = "import brought_along, importlib.metadata as m; print(brought_along.VALUE, m.version('brought_along'))"
-    done = subprocess.run(python(program), env={"PYTHONPATH": str(site)}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={"PYTHONPATH": str(site)}, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["here", "1"]
 
 
@@ -135,7 +118,9 @@ def test_modules_that_were_not_built_leave_no_old_ones_behind(tmp_path: Path, mo
 def test_one_file_holds_what_was_found(
     verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run_all(environment: dict[str, str], folder: Path, measurements: Path) -> Sequence[Outcome]:
+    def run_all(*args: Any) -> Sequence[Outcome]:
+        _, _, measurements, deadline = args
+        assert 0 < deadline.left() <= 8 * 60
         measurements.write_text(json.dumps({"goals": [1], "rows": [2]}))
         return [Outcome("verify", verdict, 1.5, "said so"), Outcome("compute-sanitizer", "missing", 0.0, "not found")]
 
@@ -151,16 +136,94 @@ def test_one_file_holds_what_was_found(
     assert ("failed: verify" in last) == (verdict == "failed")
 
 
+def test_results_are_written_even_if_facts_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise RuntimeError("the GPU fell off the bus")
+
+    monkeypatch.setattr(gpu, "run_all", lambda *args: [Outcome("verify", "passed", 1.5, "said so")])
+    monkeypatch.setattr(gpu, "_gpu", broken)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    assert gpu.main([]) == 0
+    (out,) = (tmp_path / "bench" / "results").iterdir()
+    report = json.loads(out.read_text())
+    assert "the GPU fell off the bus" in report["gpu"]
+    assert report["torch"] == torch.__version__
+    assert report["parts"][0]["output"] == "said so"
+
+
+def test_programs_are_looked_for_on_the_path_of_the_parts(tmp_path: Path) -> None:
+    for name, says in {"nvcc": "echo one; echo release 13.0", "nvidia-smi": "true", "git": "exit 3"}.items():
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{says}\n")
+        program.chmod(0o755)
+    found = gpu.facts(str(tmp_path))
+    assert (found["nvcc"], found["driver"], found["commit"]) == ("release 13.0", "not found", "not found")
+    assert gpu.facts("")["nvcc"] == "not found"
+
+
 def test_the_parts_cover_what_must_be_proven() -> None:
-    names = [part.name for part in gpu.proofs("")]
-    for test in ("tests/test_gpu_numbers.py", "tests/test_gpu_step.py"):
+    """Every file with a test for a GPU; under the sanitizer first; what needs the memory for itself apart."""
+    parts = gpu.proofs("")
+    names = [part.name for part in parts]
+    marked = {f"tests/{file.name}" for file in (gpu.ROOT / "tests").glob("test_*.py") if on_gpu(file)}
+    assert gpu.LARGE_TESTS in marked
+    assert len(marked) >= 4
+    assert {name.split()[-1] for name in names if name.startswith("pytest")} == marked - {gpu.LARGE_TESTS}
+    for test in marked - {gpu.LARGE_TESTS}:
         assert {f"pytest -m gpu -k '{which}' {test}" for which in ("triton", "not triton")} <= set(names)
-    assert {f"verify {backend}" for backend in ("cuda", "triton", "cpu", "torch")} <= set(names)
-    tools = [part for part in gpu.proofs("") if part.name.startswith("compute-sanitizer")]
-    assert [(part.name.split()[1], part.missing) for part in tools] == [
-        ("memcheck", "compute-sanitizer was not found"),
-        ("racecheck", "compute-sanitizer was not found"),
+    devices = {part.command[-3]: part.command[-1] for part in parts if part.name.startswith("verify")}
+    assert devices == {"cuda": "cuda", "triton": "cuda", "torch": "cuda", "cpu": "cpu"}
+    assert [(part.name, part.missing) for part in parts[:3]] == [
+        (f"compute-sanitizer {tool}", "compute-sanitizer was not found")
+        for tool in ("racecheck", "memcheck", "synccheck")
     ]
+
+
+def on_gpu(file: Path) -> bool:
+    return bool(re.search(r"^(pytestmark = \[?\*?ON_GPU|\W*pytest\.mark\.gpu)", file.read_text(), re.MULTILINE))
+
+
+def test_time_is_kept_for_what_runs_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[tuple[str, float]] = []
+
+    def run_parts(parts: Any, environment: Any, logs: Path, left: Any, at_once: int = 1) -> list[Outcome]:
+        for part in parts:
+            part.log(logs).touch()
+            allowed.append((part.name, left()))
+        return []
+
+    monkeypatch.setattr(gpu, "run_parts", run_parts)
+    monkeypatch.setattr(gpu, "install_modules", lambda folder: [])
+    gpu.run_all({"PATH": ""}, tmp_path, tmp_path / "none.json", Deadline(400))
+    *before, large, benches = allowed
+    assert {name for name, _ in before} >= {"configure", "verify cuda", "compute-sanitizer memcheck"}
+    assert {round(left) for _, left in before} == {400 - 45 - 150}
+    assert (large[0], round(large[1])) == (f"pytest -m gpu {gpu.LARGE_TESTS}", 400 - 150)
+    assert (benches[0], round(benches[1])) == ("benches", 400)
+
+
+def test_memory_is_given_back_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (calls.append("mem_get_info"), (5, 9))[1])
+    assert free_memory(torch.device("cuda")) == 5
+    assert calls == ["empty_cache", "mem_get_info"]
+
+
+def test_versions_of_packages_that_were_never_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the code runs from its folder: what is installed has metadata, what lies on the path has none."""
+
+    def hidden(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("bench.providers.version", hidden)
+    ran = [each for each in eager("momentum", CPU) if not each.skipped]
+    versions = {each.package: each.package_version for each in ran}
+    assert versions["layca_fast"] == f"layca_fast {layca_fast.__version__}"
+    assert versions["torch"] == f"torch {torch.__version__}"
+    monkeypatch.delitem(sys.modules, "optimi", raising=False)
+    assert replace(ran[0], package="torch-optimi").package_version == "torch-optimi of unknown version"
 
 
 def test_what_the_sanitizer_watches_steps(seed: int) -> None:

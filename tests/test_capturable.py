@@ -1,7 +1,7 @@
 """capturable=True without a GPU: what a CUDA graph would repeat is run again here, on CPU tensors, by itself.
 
 The same code path as on a GPU: rates, hyperparameters and step counts are read from the device's tables alone. What
-only a GPU can show is in test_cuda_graphs.py.
+only a GPU can show is in test_gpu_graphs.py.
 """
 
 from collections.abc import Callable
@@ -189,8 +189,9 @@ def test_capturable_goes_with_the_groups(seed: int) -> None:
 def test_a_graph_keeps_the_table_of_addresses_that_it_recorded(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Whatever eager steps upload and other graphs record in between; pageable memory stands in for pinned."""
     monkeypatch.setattr(Mirror, "_pinned_buffer", lambda mirror: torch.zeros_like(mirror._host))
-    mirror = Mirror(3, 2, torch.int64, torch.device("cpu"), recorded=True)
+    mirror = Mirror(3, 2, torch.int64, torch.device("cpu"))
     monkeypatch.setattr(mirror, "_on_host", False)
+    mirror.keep_spares()
     mirror.device_tensor = torch.zeros(3, 2, dtype=torch.int64)
     columns = [torch.randint(1, 2**40, (3,)).tolist() for _ in range(4)]
 

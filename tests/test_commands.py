@@ -3,11 +3,13 @@
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from layca_fast import __main__, backends, console, info, verify
+from layca_fast.backends.cuda import CudaBackend
 from layca_fast.backends.torch_ import TorchBackend
 from layca_fast.batch import Batch
 from layca_fast.tables import Coefficient
@@ -55,6 +57,34 @@ def test_verify_fails_where_a_backend_is_wrong(
     assert "FAIL" in capsys.readouterr().out
 
 
+def test_verify_keeps_to_the_device_that_it_is_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The torch backend, which also takes GPUs, gets fewer tensors there."""
+    ran: list[tuple[str, str, int]] = []
+
+    def compare(case: verify.Case, backend: str, device: torch.device, seed: int) -> verify.Errors:
+        ran.append((backend, device.type, len(case.shapes)))
+        return verify.Errors()
+
+    pairs = [("torch", "cpu"), ("torch", "cuda"), ("cpu", "cpu"), ("cuda", "cuda")]
+    monkeypatch.setattr(verify, "places", lambda: [(name, torch.device(device)) for name, device in pairs])
+    monkeypatch.setattr(verify, "compare", compare)
+    assert verify.main(["--device", "cuda"]) == 0
+    assert {device for _, device, _ in ran} == {"cuda"}
+    most = {backend: max(tensors for name, _, tensors in ran if name == backend) for backend in ("torch", "cuda")}
+    assert most == {"torch": 300, "cuda": 3000}
+    ran.clear()
+    assert verify.main(["--device", "cpu", "--backend", "torch"]) == 0
+    assert {(backend, device) for backend, device, _ in ran} == {("torch", "cpu")}
+    assert max(tensors for _, _, tensors in ran) == 3000
+    ran.clear()
+    assert verify.main([]) == 0
+    assert {(backend, device) for backend, device, _ in ran} == set(pairs)
+    assert verify.main(["--device", "cuda", "--backend", "cpu"]) == 1
+    assert "no backend that was asked for" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_errors_that_are_nan_fail() -> None:
     errors = verify.Errors()
     errors.add("angle", float("nan"), 1.0)
@@ -74,6 +104,19 @@ def test_the_angle_is_measured_exactly() -> None:
         after = 5 * torch.tensor([angle, 0.0], dtype=torch.float64).cos().sub(torch.tensor([0.0, 1.0]))
         after[1] = 5 * torch.tensor(angle, dtype=torch.float64).sin()
         assert verify.angle_between(before, after) == pytest.approx(angle, rel=1e-12)
+
+
+def test_a_module_newer_than_the_driver_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "CUDA driver version is insufficient for CUDA runtime version"
+    backend = CudaBackend()
+    monkeypatch.setattr(backend._views, "native", SimpleNamespace(device_problem=lambda: said))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = str(backend.missing())
+    assert reason.startswith(f"no device: {said} (the module was built with a newer CUDA")
+    assert "update the driver" in reason
+    monkeypatch.setattr(backend._views, "native", SimpleNamespace(device_problem=lambda: "the driver lists none"))
+    assert backend.missing() == "no device: the driver lists none"
 
 
 def test_info_lists_versions_and_reasons(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,28 +185,3 @@ def test_the_backend_of_a_group_may_change_mid_run(start: str, seed: int) -> Non
             give(each, grads)
             each.step()
     assert_alike(optimizer, twin, 2e-6)
-
-
-ELEMENTS = 2**31 + 2**20 + 5
-
-
-def _free_bytes() -> int:
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-
-
-@pytest.mark.skipif(_free_bytes() < 60e9, reason="takes 60 GB of a GPU's memory")
-@every_gpu_backend
-def test_a_tensor_of_more_than_two_to_the_31_elements(backend: str, seed: int) -> None:
-    rate = 0.05
-    param = Parameter(torch.randn(ELEMENTS, 1, device=GPU))
-    param.grad = torch.randn(ELEMENTS, 1, device=GPU)
-    before = param.detach().clone()
-    FusedLayca([param], rate, momentum=0.9, backend=backend).step()
-    dots = torch.zeros(3, dtype=torch.float64, device=GPU)
-    for old, new in zip(before.split(2**27), param.detach().split(2**27), strict=True):
-        w, v = old.double(), new.double()
-        dots += torch.stack([(w * w).sum(), (w * v).sum(), (v * v).sum()])
-        assert bool((old != new).double().mean() > 0.99), "some part of the tensor was not reached"
-    n2, cross, m2 = dots.tolist()
-    assert m2 / n2 == pytest.approx(1, abs=1e-6)
-    assert cross / (n2 * m2) ** 0.5 == pytest.approx(1 / (1 + rate**2) ** 0.5, abs=1e-8)

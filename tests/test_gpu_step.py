@@ -1,22 +1,32 @@
 """What a step asks of GPU and host: no waiting, no allocation, few launches, the caller's stream and device."""
 
 import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from layca_fast import FusedLayca, backends
 from layca_fast.backends import choose
 from layca_fast.verify import BASE_OPTIONS
 
-from .gpu_support import GPU, GPU_BACKENDS, ON_GPU, SHAPES, every_gpu_backend, give, on, ready, weights
+from .gpu_support import (
+    GPU,
+    GPU_BACKENDS,
+    ON_GPU,
+    SHAPES,
+    every_gpu_backend,
+    give,
+    kernels_and_others,
+    on,
+    ready,
+    waiting_is_an_error,
+    weights,
+)
 from .support import contents, params_of, same_bits
 
-#: torch warns that its detection of waiting, and its profiler, may miss something.
+#: torch warns that its profiler may miss something.
 pytestmark = [*ON_GPU, pytest.mark.filterwarnings("default")]
 
 every_base = pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
@@ -31,30 +41,42 @@ def test_auto_takes_the_first_backend_that_runs() -> None:
     assert available[: len(GPU_BACKENDS)] == list(GPU_BACKENDS)
 
 
-@pytest.fixture
-def forbid_waiting() -> Iterator[Callable[[], None]]:
-    """Call it, and from then on what makes the host wait for the GPU raises."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
-
-
-def test_waiting_is_noticed(forbid_waiting: Callable[[], None]) -> None:
+def test_waiting_is_noticed() -> None:
     number = torch.ones((), device=GPU)
-    forbid_waiting()
-    with pytest.raises(RuntimeError, match="synchroniz"):
+    with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
         number.item()
+    assert torch.cuda.get_sync_debug_mode() == 0
 
 
 @every_base
 @every_gpu_backend
-def test_a_step_does_not_wait_for_the_gpu(
-    backend: str, options: dict[str, Any], seed: int, forbid_waiting: Callable[[], None]
-) -> None:
+def test_a_step_does_not_wait_for_the_gpu(backend: str, options: dict[str, Any], seed: int) -> None:
     optimizer = ready(backend, **options)
-    forbid_waiting()
-    for step in range(4):
-        optimizer.param_groups[0]["lr"] = 0.01 * (step + 1)
-        optimizer.step()
+    with waiting_is_an_error():
+        for step in range(4):
+            optimizer.param_groups[0]["lr"] = 0.01 * (step + 1)
+            optimizer.step()
+
+
+@every_gpu_backend
+def test_the_host_may_be_many_steps_ahead_under_a_schedule(backend: str, seed: int) -> None:
+    """torch does not notice who waits for an event, so the clock does; and no step takes the rate of another."""
+    ours, theirs = (ready(backend, momentum=0.9) for _ in range(2))
+    copy_run(ours, theirs)
+    rates = torch.linspace(0.01, 0.06, 6).tolist()
+    torch.cuda.synchronize()
+    busy = torch.cuda.Event()
+    torch.cuda._sleep(20 * A_WHILE)
+    busy.record()
+    for rate in rates:
+        ours.param_groups[0]["lr"] = rate
+        ours.step()
+    assert not busy.query(), "the host waited for the GPU"
+    for rate in rates:
+        torch.cuda.synchronize()
+        theirs.param_groups[0]["lr"] = rate
+        theirs.step()
+    assert same_bits(contents(ours), contents(theirs))
 
 
 def copy_run(source: FusedLayca, target: FusedLayca) -> None:
@@ -68,17 +90,16 @@ def copy_run(source: FusedLayca, target: FusedLayca) -> None:
 
 
 @every_gpu_backend
-def test_a_rate_on_the_gpu_is_not_read_by_the_host(backend: str, seed: int, forbid_waiting: Callable[[], None]) -> None:
+def test_a_rate_on_the_gpu_is_not_read_by_the_host(backend: str, seed: int) -> None:
     rate = torch.tensor(0.03, device=GPU)
     ours, theirs = (ready(backend, lr=lr, momentum=0.9) for lr in (rate, 0.03))
     copy_run(ours, theirs)
-    forbid_waiting()
-    # A number that float32 holds exactly.
-    rate.fill_(0.25)
-    theirs.param_groups[0]["lr"] = 0.25
-    for optimizer in (ours, theirs):
-        optimizer.step()
-    torch.cuda.set_sync_debug_mode("default")
+    with waiting_is_an_error():
+        # A number that float32 holds exactly.
+        rate.fill_(0.25)
+        theirs.param_groups[0]["lr"] = 0.25
+        for optimizer in (ours, theirs):
+            optimizer.step()
     assert same_bits(contents(ours), contents(theirs))
 
 
@@ -93,25 +114,21 @@ def test_nothing_is_allocated_after_the_first_step(backend: str, options: dict[s
     assert torch.cuda.memory_stats(GPU)["allocation.all.allocated"] == before
 
 
-def kernels_of_a_step(optimizer: FusedLayca) -> list[str]:
-    """Names of the kernels that one step launches."""
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        optimizer.step()
-        torch.cuda.synchronize()
-    events = [event.name for event in recorded.events() if event.device_type == DeviceType.CUDA]
-    return sorted(name for name in events if not name.lower().startswith(("mem", "activity", "context")))
-
-
 @every_base
 @every_gpu_backend
 def test_the_number_of_launches_does_not_depend_on_that_of_tensors(
     backend: str, options: dict[str, Any], seed: int
 ) -> None:
-    few, many = (ready(backend, shapes, **options) for shapes in (SHAPES[:3], SHAPES * 30))
-    counts = [len(kernels_of_a_step(optimizer)) for optimizer in (few, many)]
-    counted = "step" in next(iter(few.state.values()))
-    assert counts == [3 + counted] * 2
+    for shapes in (SHAPES[:3], SHAPES * 30):
+        optimizer = ready(backend, shapes, **options)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+            optimizer.step()
+            torch.cuda.synchronize()
+        kernels, others = kernels_and_others(recorded.events())
+        counted = "step" in next(iter(optimizer.state.values()))
+        assert kernels == sorted(["measure", "finish", "rotate", *["prepare"] * counted])
+        assert others == []
 
 
 @every_gpu_backend

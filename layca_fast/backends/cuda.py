@@ -45,6 +45,9 @@ class CudaBackend(Backend):
         if not torch.cuda.is_available():
             return "no device: torch finds no GPU"
         problem: str = self._views.native.device_problem()
+        if "driver version is insufficient" in problem:
+            problem += " (the module was built with a newer CUDA than the driver knows: update the driver, or build it "
+            problem += "with an older CUDA)"
         return f"no device: {problem}" if problem else None
 
     def refuses(self, device: torch.device) -> str | None:

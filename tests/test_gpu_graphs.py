@@ -3,8 +3,7 @@
 What of this needs no GPU is tested on CPU tensors in test_capturable.py and test_unscaling.py.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,18 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from layca_fast import FusedLayca, backends
+from layca_fast import FusedLayca
 from layca_fast.backends import load
+from layca_fast.upload import SPARES
 
+from .gpu_support import GPU_BACKENDS, ON_GPU, waiting_is_an_error
 from .support import contents, copy_of, params_of, same_bits, train
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA GPU is needed to capture a CUDA graph"),
-]
+pytestmark = ON_GPU
 
-ON_GPU = [name for name in ("torch", "triton", "cuda") if torch.cuda.is_available() and backends()[name].available]
-gpu_backends = pytest.mark.parametrize("backend", ON_GPU)
+# One that cannot run fails with its reason, and hides nothing.
+gpu_backends = pytest.mark.parametrize("backend", ["torch", *GPU_BACKENDS])
 
 OPTIONS = ({"base": "sgd", "momentum": 0.9, "dampening": 0.2}, {"base": "adam", "amsgrad": True}, {"base": "rmsprop"})
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -59,15 +57,6 @@ def captured_step(optimizer: FusedLayca) -> torch.cuda.CUDAGraph:
         torch.zeros((), device="cuda").add_(1)
         optimizer.step()
     return graph
-
-
-@contextmanager
-def waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @every_option
@@ -180,6 +169,25 @@ def test_a_capture_without_a_gradient_is_an_error_and_moves_nothing(backend: str
         captured_step(optimizer)
     torch.cuda.synchronize()
     assert same_bits(contents(optimizer), before)
+
+
+@gpu_backends
+def test_more_captures_than_there_is_memory_ready_for_are_refused(backend: str, seed: int) -> None:
+    """Clearly and in time; what was captured before stays good."""
+    params = gpu_params()
+    optimizer = FusedLayca(params, 0.1, momentum=0.9, backend=backend, capturable=True)
+    train(optimizer, random_gradients(params, 1))
+    graphs = [captured_step(optimizer) for _ in range(SPARES)]
+    before = contents(optimizer)
+    with pytest.raises(RuntimeError, match=r"sync_hyperparameters\(\) before the capture"):
+        captured_step(optimizer)
+    torch.cuda.synchronize()
+    assert same_bits(contents(optimizer), before)
+    optimizer.sync_hyperparameters()
+    for graph in (*graphs, captured_step(optimizer)):
+        before = copy_of(params)
+        graph.replay()
+        assert not torch.equal(params[0], before[0])
 
 
 @gpu_backends
