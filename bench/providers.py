@@ -157,6 +157,7 @@ def layca_skipped(name: str, device: torch.device) -> str:
 def _layca_providers(base: str, device: torch.device) -> Iterator[Provider]:
     state = 4 * BUFFERS[base]
     # w and g: 8, m: 8, v: 8; then w: 8 and, without state g, else m and v, 4 each.
+    # (The CPU's adam reads the steps that it has kept instead of m and v, as far as they are still in a cache.)
     moved = {"sgd": 20, "momentum": 28, "adam": 40}[base]
     for name in ("cuda", "triton", "cpu", "torch"):
         yield Provider(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from layca_fast import FusedLayca
 
+from .host_support import Recorder
 from .support import (
     clones,
     contents,
@@ -26,7 +27,6 @@ from .support import (
     same_bits,
     train,
 )
-from .test_host import Recorder
 
 OPTIONS = (
     {"base": "sgd"},
