@@ -2,9 +2,12 @@
 
 import os
 import random
+import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,13 +20,30 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seed", type=int, default=None, help="seed of all random inputs (default: fresh)")
+    parser.addoption("--seed", default="code", help="of all random inputs: a number, 'fresh', or 'code' (the default)")
+
+
+def seed_of_code() -> int:
+    """New with every change of the code, and the same wherever that code is tested, so that a failure can be met again."""
+    root = Path(__file__).parent.parent
+    sources = [path for folder in ("layca_fast", "csrc", "tests") for path in (root / folder).rglob("*.*")]
+    sources = sorted(path for path in sources if path.suffix in (".py", ".h", ".cuh", ".cpp", ".cu"))
+    return zlib.crc32(b"".join(path.read_bytes() for path in sources)) >> 1
+
+
+def chosen_seed(option: str) -> int:
+    if option == "code":
+        return seed_of_code()
+    return random.SystemRandom().randrange(2**31) if option == "fresh" else int(option)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # A worker of pytest-xdist has the seed of the run.
-    chosen = getattr(config, "workerinput", {}).get("layca_seed", config.getoption("--seed"))
-    config.layca_seed = random.SystemRandom().randrange(2**31) if chosen is None else chosen
+    chosen = getattr(config, "workerinput", {}).get("layca_seed")
+    option = config.getoption("--seed")
+    config.layca_seed = chosen_seed(option) if chosen is None else chosen
+    hypothesis.settings.register_profile("repeatable", derandomize=option == "code", database=None)
+    hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.hookimpl(optionalhook=True)
