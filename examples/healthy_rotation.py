@@ -54,7 +54,7 @@ def plain_sgd(params: Iterable[Parameter]) -> Optimizer:
 CASES = (
     Case("far too small: lr 3⁻⁷", layca(3**-7)),
     Case("healthy: lr 3⁻³", layca(RATE)),
-    Case("far too large: lr 3", layca(3.0)),
+    Case("far too large: lr 1", layca(1.0)),
     Case("first layers only: lr 3⁻³, alpha −0.6", layca(RATE, -0.6)),
     Case("last layers only: lr 3⁻³, alpha 0.6", layca(RATE, 0.6)),
     Case("SGD: lr 1", plain_sgd),
@@ -105,7 +105,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         [case.title, f"{run.accuracy[-1]:.3f}", f"{min(run.rotation[-1]):.3f}", f"{max(run.rotation[-1]):.3f}"]
         for case, run in results
     ]
-    print_table("Layer rotation", ["training", "test accuracy", "least rotated layer", "most rotated layer"], rows)
+    print_table(
+        "Rotation of the layers at the end: 1 - cos(w, w0), least and most",
+        ["training", "test accuracy", "least", "most"],
+        rows,
+    )
     draw(options.out, results)
     print(f"figure: {options.out}")
 
