@@ -73,7 +73,7 @@ def draw(path: Path, results: Sequence[tuple[Case, Run]]) -> None:
             for layer, curve in enumerate(curves.T):
                 axes.plot(curve, color=colours[layer], linewidth=1.2)
             axes.set_title(f"{case.title}\ntest accuracy {run.accuracy[-1]:.3f}")
-            axes.set_ylim(0, 1.05)
+            axes.set_ylim(0, 1.1)
             axes.set_xlim(0, len(curves) - 1)
         for axes in panels[:, 0]:
             axes.set_ylabel(r"$1-\cos(w_t, w_0)$")
