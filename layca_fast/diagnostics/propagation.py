@@ -88,8 +88,8 @@ def _check_inputs(inputs: Any) -> None:
 
 
 def _note(seen: _Seen, name: str, layer: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> None:
-    # What follows may overwrite the layer's input in place.
-    seen.inputs.append(first_of(args, kwargs, f"the input of layer {name!r}").detach().clone())
+    # Nothing overwrites it in place: the layer itself needs it for its weight's gradient.
+    seen.inputs.append(first_of(args, kwargs, f"the input of layer {name!r}").detach())
     output.register_hook(partial(_keep, seen.gradients, len(seen.inputs) - 1))
 
 

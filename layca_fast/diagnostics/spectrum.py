@@ -34,7 +34,7 @@ class Spectrum:
         if not 0.0 < p <= 1.0:
             raise ValueError(f"p={p!r}: must lie in 0 < p <= 1, the share of the spectrum to look at")
         d = len(self.eigenvalues)
-        # 0.1 * 30 is above 3 in floating point, by less than any p that is meant so.
+        # 0.07 * 100 is above 7 in floating point.
         chosen = float(self.eigenvalues[math.ceil(round(p * d, 9)) - 1])
         if chosen > d * torch.finfo(torch.float64).eps * self.largest:
             return self.largest / chosen
