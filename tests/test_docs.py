@@ -5,11 +5,22 @@ import importlib.util
 import io
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import distributed
 
 from .docs_support import PAGES, ROOT, anchors, blocks, check_command, commands, figures, prose
+
+
+@pytest.fixture
+def own_processes() -> Iterator[None]:
+    """A page that fails between init_process_group and its end must not leave a group to other tests."""
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -24,7 +35,7 @@ PRINTED = "printed"
 
 @pages
 def test_python_blocks_run_in_order(
-    page: Path, seed: int, one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, seed: int, one_thread: None, own_processes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one namespace per page and an empty folder; what they print is what the page shows."""
     monkeypatch.chdir(tmp_path)
