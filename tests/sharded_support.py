@@ -1,5 +1,6 @@
 """What cases of sharded training share: where they run, and how weights of shards compare with whole ones."""
 
+import datetime
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,13 @@ def cases_of(world: int) -> dict[str, Case]:
 
 def names() -> list[tuple[int, str]]:
     return [(world, name) for name, (worlds, _) in _CASES.items() for world in worlds]
+
+
+def start(rank: int, world: int, meeting: Path) -> None:
+    """Make this process one of ``world``, which find one another through the file ``meeting``."""
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timeout)
 
 
 # What cases share.

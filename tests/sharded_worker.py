@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import sharded_checkpoints, sharded_layers, sharded_training  # noqa: F401  (they add their cases)
-from .sharded_support import Place, cases_of
+from . import sharded_checkpoints, sharded_killed, sharded_layers, sharded_training  # noqa: F401  (they add their cases)
+from .sharded_support import Place, cases_of, start
 
 #: Checkpoints are written by two processes, and read by other numbers.
 WORLDS = (2, 1, 3, 4)
@@ -27,15 +27,7 @@ def run(rank: int, world: int, folder: Path, seed: int) -> None:
     warnings.simplefilter("error")
     # torch.distributed warns of its own calls.
     warnings.filterwarnings("ignore", module=r"torch\.")
-    torch.set_num_threads(1)
-    meeting = folder / f"meeting-{world}"
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{meeting}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=120),
-    )
+    start(rank, world, folder / f"meeting-{world}")
     outcomes = {}
     for name, case in cases_of(world).items():
         torch.manual_seed(seed)
@@ -62,6 +54,8 @@ def main() -> None:
             process.start()
         for process in processes:
             process.join()
+    (folder / "killed").mkdir()
+    sharded_killed.run(folder / "killed", seed)
 
 
 if __name__ == "__main__":
