@@ -46,6 +46,15 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("repeatable")
 
 
+#: The files that take longest, those of few and long tests before others: at the end one core would wait for them.
+FIRST = ("triton_compile", "instructions", "equivalence", "build", "killed_runs", "cuda_compile", "half_training")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     node.workerinput["layca_seed"] = node.config.layca_seed
