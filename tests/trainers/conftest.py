@@ -8,6 +8,8 @@ ALLOWED = (
     r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",
     # Lightning advises processes for data that is a list in memory.
     r"ignore:The 'train_dataloader' does not have many workers:UserWarning",
+    # Lightning's table of the model's size counts no 16-bit numbers.
+    r"ignore:Precision bf16-mixed is not supported by the model summary:UserWarning",
     # A run resumed with its checkpoints in another folder, so that it cannot touch those of the first.
     r"ignore:The dirpath has changed from:UserWarning",
 )

@@ -1,11 +1,14 @@
 """What the trainers are compared with: a small classifier, and a training loop written by hand."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from layca_fast.verify import angle_between, angle_tolerance, layers_of
 
 from ..support import params_of
 
@@ -35,8 +38,12 @@ def train_by_hand(
     clip: float | None = None,
     autocast: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    pause: bool = False,
 ) -> list[bool]:
-    """Train on the means of ``accumulate`` batches. Returns, for every step, whether ``scaler`` let it be taken."""
+    """Train on the means of ``accumulate`` batches. Returns, for every step, whether ``scaler`` let it be taken.
+
+    ``pause``: the schedule stands still where it did not.
+    """
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     taken = []
     for first in range(0, len(batches), accumulate):
@@ -52,5 +59,14 @@ def train_by_hand(
         scaler.step(optimizer)
         scaler.update()
         taken.append(scaler.get_scale() >= scale)
-        scheduler.step()
+        if taken[-1] or not pause:
+            scheduler.step()
     return taken
+
+
+def assert_turned(before: Tensor, after: Tensor, rate: float) -> None:
+    """By atan(rate), as precisely as ``python -m layca_fast verify`` asks."""
+    angle = math.atan(rate)
+    (old,), (new,) = layers_of(before, 1), layers_of(after, 1)
+    tolerance = angle_tolerance(after.dtype, angle, after.numel())
+    assert abs(angle_between(old, new) / angle - 1) <= tolerance

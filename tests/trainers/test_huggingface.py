@@ -1,4 +1,4 @@
-"""The Trainer of Hugging Face transformers: its steps are those of a loop written by hand, and it resumes bit for bit."""
+"""The Trainer of Hugging Face: it takes the steps of a loop written by hand, and resumes bit for bit."""
 
 import copy
 from pathlib import Path

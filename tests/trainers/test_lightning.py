@@ -1,4 +1,4 @@
-"""Lightning: automatic and manual optimization take the steps of a loop written by hand, and runs resume bit for bit."""
+"""Lightning: automatic and manual optimization take the steps of a loop by hand, and runs resume bit for bit."""
 
 import copy
 import math
