@@ -70,3 +70,8 @@ def assert_turned(before: Tensor, after: Tensor, rate: float) -> None:
     (old,), (new,) = layers_of(before, 1), layers_of(after, 1)
     tolerance = angle_tolerance(after.dtype, angle, after.numel())
     assert abs(angle_between(old, new) / angle - 1) <= tolerance
+
+
+def rotating(optimizer: Optimizer) -> int:
+    """How many tensors have turned, whoever turned them."""
+    return sum("radius" in state for state in optimizer.state_dict()["state"].values())

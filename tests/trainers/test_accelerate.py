@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from layca_fast import FusedLayca, attach
 
 from ..support import copy_of, same_bits
-from .loops import Batch, classifier, labelled_points, overflowing_scaler, train_by_hand
+from .loops import Batch, classifier, labelled_points, overflowing_scaler, rotating, train_by_hand
 
 CLIP, STEPS = 0.05, 6
 
@@ -125,3 +125,4 @@ def test_a_resumed_run_is_the_uninterrupted_one(precision: str, make: Any, tmp_p
     resumed.accelerator.load_state(str(tmp_path))
     assert resumed.epoch(batches) == taken
     assert same_bits(resumed.everything(), whole.everything())
+    assert rotating(whole.optimizer) == 2

@@ -1,18 +1,21 @@
 """The Trainer of Hugging Face: it takes the steps of a loop written by hand, and resumes bit for bit."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from layca_fast import FusedLayca, layer_groups
+from layca_fast import FusedLayca, attach, layer_groups
 
 from ..support import copy_of, same_bits
+from .loops import rotating
 
 STEPS, CLIP = 6, 0.05
 
@@ -36,8 +39,24 @@ def sentences() -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
 
 
-def trainer_for(model: nn.Module, data: list[dict[str, Tensor]], folder: Path, **options: Any) -> Trainer:
-    optimizer = FusedLayca(layer_groups(model), 0.02, base="adam")
+def fused(model: nn.Module) -> Optimizer:
+    return FusedLayca(layer_groups(model), 0.02, base="adam")
+
+
+def attached(model: nn.Module) -> Optimizer:
+    optimizer = torch.optim.AdamW(layer_groups(model, lr=0.02), 0.02, weight_decay=0)
+    attach(optimizer)
+    return optimizer
+
+
+def trainer_for(
+    model: nn.Module,
+    data: list[dict[str, Tensor]],
+    folder: Path,
+    make: Callable[[nn.Module], Optimizer] = fused,
+    **options: Any,
+) -> Trainer:
+    optimizer = make(model)
     scheduler = LinearLR(optimizer, 1.0, 0.1, total_iters=STEPS)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -69,7 +88,7 @@ def test_its_steps_are_those_of_a_loop_by_hand(bf16: bool, tmp_path: Path, seed:
     trainer.train()
 
     assert len(batches) == 2 * STEPS
-    optimizer = FusedLayca(layer_groups(twin), 0.02, base="adam")
+    optimizer = fused(twin)
     scheduler = LinearLR(optimizer, 1.0, 0.1, total_iters=STEPS)
     twin.train()
     for pair in zip(batches[::2], batches[1::2], strict=True):
@@ -89,6 +108,7 @@ RESUMED = (
     pytest.param(torch.float32, {}, id="float32"),
     pytest.param(torch.float32, {"bf16": True, "gradient_accumulation_steps": 2}, id="bf16, accumulated"),
     pytest.param(torch.bfloat16, {}, id="bfloat16 weights"),
+    pytest.param(torch.float32, {"make": attached}, id="attached to AdamW"),
 )
 
 
@@ -109,3 +129,4 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert same_bits(everything(resumed), everything(whole))
     remainders = [state for state in resumed.optimizer.state_dict()["state"].values() if "remainder" in state]
     assert bool(remainders) == (dtype == torch.bfloat16)
+    assert rotating(whole.optimizer) == 2 * 7 + 1

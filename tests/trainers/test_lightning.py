@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,30 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
 
-from layca_fast import FusedLayca, layer_groups
+from layca_fast import FusedLayca, attach, layer_groups
 from layca_fast.stats import RotationStats
 
 from ..support import copy_of, norm_of, same_bits
-from .loops import Batch, classifier, labelled_points, overflowing_scaler, train_by_hand
+from .loops import Batch, classifier, labelled_points, overflowing_scaler, rotating, train_by_hand
 
 CLIP, STEPS = 0.05, 6
+Make = Callable[[nn.Module], Optimizer]
 
 
-def optimizer_for(model: nn.Module, **options: Any) -> FusedLayca:
+def fused(model: nn.Module, **options: Any) -> Optimizer:
     return FusedLayca(layer_groups(model), 0.05, momentum=0.9, dampening=0.2, **options)
 
 
+def attached(model: nn.Module) -> Optimizer:
+    optimizer = torch.optim.AdamW(layer_groups(model, lr=0.05), 0.05, weight_decay=0)
+    attach(optimizer)
+    return optimizer
+
+
 class Automatic(lightning.LightningModule):
-    def __init__(self, model: nn.Module, **options: Any) -> None:
+    def __init__(self, model: nn.Module, make: Make = fused) -> None:
         super().__init__()
-        self.model, self.options = model, options
+        self.model, self.make = model, make
 
     def loss(self, batch: Batch) -> Tensor:
         inputs, labels = batch
@@ -41,7 +50,7 @@ class Automatic(lightning.LightningModule):
         return self.loss(batch)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = optimizer_for(self.model, **self.options)
+        optimizer = self.make(self.model)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": ExponentialLR(optimizer, 0.9), "interval": "step"},
@@ -51,8 +60,8 @@ class Automatic(lightning.LightningModule):
 class Manual(Automatic):
     """Accumulates two batches, and clips."""
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:
-        super().__init__(model, **options)
+    def __init__(self, model: nn.Module, make: Make = fused) -> None:
+        super().__init__(model, make)
         self.automatic_optimization = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -104,13 +113,14 @@ PRECISIONS = {
 def by_hand(
     model: nn.Module,
     batches: list[Batch],
+    make: Make = fused,
     dtype: torch.dtype = torch.float32,
     scales: bool = False,
     **options: Any,
 ) -> tuple[Any, list[bool]]:
     """Everything after training ``model``, and which steps were taken."""
     model.to(dtype)
-    optimizer = optimizer_for(model)
+    optimizer = make(model)
     scheduler = ExponentialLR(optimizer, 0.9)
     batches = [(inputs.to(dtype), labels) for inputs, labels in batches]
     scaler = overflowing_scaler() if scales else None
@@ -136,21 +146,38 @@ def test_its_steps_are_those_of_a_loop_by_hand(
 def test_what_unscales_in_the_step_is_skipped_there_and_not_clipped(tmp_path: Path, seed: int) -> None:
     model, batches = classifier(), labelled_points(STEPS)
     twin = copy.deepcopy(model)
+    unscaling = partial(fused, unscale_in_step=True)
     trainer = trainer_for(tmp_path, precision="16-mixed")
-    trainer.fit(Automatic(model, unscale_in_step=True), loader(batches))
+    trainer.fit(Automatic(model, unscaling), loader(batches))
     expected, taken = by_hand(twin, batches, autocast=torch.float16, scales=True)
     assert taken == [True, True, False] * 2
     assert same_bits(everything(trainer), expected)
 
     clipping = trainer_for(tmp_path, precision="16-mixed", gradient_clip_val=CLIP)
     with pytest.raises(RuntimeError, match="FusedLayca, does not allow for gradient clipping"):
-        clipping.fit(Automatic(classifier(), unscale_in_step=True), loader(batches))
+        clipping.fit(Automatic(classifier(), unscaling), loader(batches))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_an_attached_optimizer_steps_as_by_hand(
+    kind: type[Automatic], options: dict[str, Any], tmp_path: Path, seed: int
+) -> None:
+    """Automatic optimization makes the gradients in a closure, inside of the step."""
+    model, batches = classifier(), labelled_points(2 * STEPS)
+    twin = copy.deepcopy(model)
+    trainer = trainer_for(tmp_path, **options)
+    trainer.fit(kind(model, attached), loader(batches))
+    expected, _ = by_hand(twin, batches, attached, accumulate=2, clip=CLIP)
+    assert same_bits(everything(trainer), expected)
+
+
+RESUMED = [*((precision, fused) for precision in PRECISIONS), ("32-true", attached)]
+
+
+@pytest.mark.parametrize(("precision", "make"), RESUMED)
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_a_resumed_run_is_the_uninterrupted_one(
-    kind: type[Automatic], options: dict[str, Any], precision: str, tmp_path: Path, seed: int
+    kind: type[Automatic], options: dict[str, Any], precision: str, make: Make, tmp_path: Path, seed: int
 ) -> None:
     """Bit for bit, from the end of an epoch of four steps: Lightning resumes the data of a loader only from there."""
     batches = labelled_points(8)
@@ -159,13 +186,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     def run(name: str, checkpoint: Path | None = None) -> lightning.Trainer:
         checkpoints = ModelCheckpoint(tmp_path / name, filename="{epoch}", save_top_k=-1)
         trainer = trainer_for(tmp_path, callbacks=[checkpoints], enable_checkpointing=True, **options)
-        trainer.fit(kind(classifier()), loader(batches), ckpt_path=checkpoint)
+        trainer.fit(kind(classifier(), make), loader(batches), ckpt_path=checkpoint)
         return trainer
 
     whole = run("whole")
     resumed = run("resumed", tmp_path / "whole" / "epoch=0.ckpt")
     assert resumed.global_step == whole.global_step == 12
     assert same_bits(everything(resumed), everything(whole))
+    assert rotating(whole.optimizers[0]) == 2
 
 
 class Watching(Manual):
