@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 from layca_fast import FusedLayca, attach, layer_groups
 
@@ -130,3 +131,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     remainders = [state for state in resumed.optimizer.state_dict()["state"].values() if "remainder" in state]
     assert bool(remainders) == (dtype == torch.bfloat16)
     assert rotating(whole.optimizer) == 2 * 7 + 1
+
+
+def test_types_of_transformers_own_and_the_trainers_own_schedule(tmp_path: Path, seed: int) -> None:
+    """As docs/trainers.md has it of GPT-2, whose matrices are Conv1D and whose head is its embedding."""
+    config = GPT2Config(vocab_size=24, n_positions=8, n_embd=16, n_layer=2, n_head=2)
+    model = GPT2LMHeadModel(config)
+    optimizer = FusedLayca(layer_groups(model, rotate=[Conv1D]), 0.02)
+    rates: list[float] = []
+    optimizer.register_step_post_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=4, save_strategy="no", report_to=[])
+    Trainer(model, arguments, train_dataset=sentences(), optimizers=(optimizer, None)).train()
+    assert rates == pytest.approx([0.02, 0.015, 0.01, 0.005])
+    matrices = {param for module in model.modules() if isinstance(module, Conv1D) for param in [module.weight]}
+    assert {param for param, state in optimizer.state.items() if "radius" in state} == matrices
+    assert len(matrices) == 2 * 4
