@@ -1,6 +1,6 @@
 """From param groups to batches: which tensors are stepped, by which backend, with which state."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from .checks import (
     have_zero_layers,
     labelled,
 )
-from .compensation import is_compensated, state_dtype
+from .compensation import HALVES, fits, is_compensated, state_dtype
 from .layout import layers_are_dense
 from .unscaling import LossScale
 from .watch import gradients, same_objects
@@ -88,13 +88,15 @@ class _Member:
         return torch.empty_like(self.param, dtype=dtype, memory_format=form).copy_(old)
 
     def _remainder(self, old: Tensor | None) -> Tensor:
-        if old is not None and old.dtype != torch.bfloat16:
+        if old is not None and old.dtype not in HALVES:
             raise ValueError(
                 f"the state 'remainder' of {describe(self.label, self.param)} has dtype {old.dtype}: it holds raw bits "
-                "in a bfloat16 tensor, which no conversion keeps. Restore it as it was saved, or drop it: "
-                "del optimizer.state[parameter]['remainder']"
+                "in a tensor of the parameter's 16-bit type, which no conversion keeps. Restore it as it was saved, or "
+                "drop it: del optimizer.state[parameter]['remainder']"
             )
-        return self._buffer("remainder", old, torch.bfloat16)
+        # The parameter was cast from another type since: its remainder completed what the cast has rounded.
+        kept = old if fits(old, self.param, self.group) else None
+        return self._buffer("remainder", kept, self.param.dtype)
 
     def _step_count(self, old: Any, buffers: Sequence[str]) -> Tensor:
         if not buffers:
@@ -126,13 +128,19 @@ class _Member:
         return old.to(device=home, dtype=torch.float64).contiguous()
 
 
-def _members(groups: Sequence[Mapping[str, Any]], state: State) -> Iterator[_Member]:
-    """Every parameter that has a gradient, or all the state that it needs, checked. Modifies nothing."""
+def _members(groups: Sequence[Mapping[str, Any]], state: State, stepped: Set[int]) -> Iterator[_Member]:
+    """Every parameter that has a gradient, or all the state that it needs, checked. Modifies nothing.
+
+    ``stepped``: the ids of those that the plan before had. Of the ones that need no state these count as well.
+    """
     for group, label, param in labelled(groups):
         formula, turning = find_base(group["base"]).formula(group), rotates(param, group)
         needed = (*formula.states, *(("step",) * formula.counts_steps), *(("radius",) * turning))
+        needed += ("remainder",) * is_compensated(param.dtype, group)
         has = state.get(param, {})
-        if param.grad is None and (not needed or any(has.get(name) is None for name in needed)):
+        # What needs no state goes on from plan to plan: a bias whose gradient comes and goes would change it every time.
+        settled = all(has.get(name) is not None for name in needed) and (needed or id(param) in stepped)
+        if param.grad is None and not settled:
             continue
         check_parameter(param, label)
         check_memory(param, label)
@@ -150,6 +158,14 @@ def _members(groups: Sequence[Mapping[str, Any]], state: State) -> Iterator[_Mem
                 )
             backend = choose("torch", param.device)
         yield _Member(param, group, label, backend, formula, turning, layers, dense)
+
+
+def _drop_remainders(groups: Sequence[Mapping[str, Any]], state: State) -> None:
+    """Of a time when a parameter had another type, or was to be compensated: later they would complete other weights."""
+    for group, _, param in labelled(groups):
+        has = state.get(param, {})
+        if not fits(has.get("remainder"), param, group):
+            has.pop("remainder", None)
 
 
 def _check_norms(members: Sequence[_Member]) -> None:
@@ -197,10 +213,12 @@ class Plan:
                 "the step being captured would have to create or change state: take a step before the capture, with "
                 "gradients for the same parameters (one at lr = 0 moves nothing)"
             )
-        members = list(_members(groups, state))
+        stepped = set() if previous is None else {id(slot.param) for _, slot, _ in previous.rows()}
+        members = list(_members(groups, state, stepped))
         states = [member.new_states(state.get(member.param, {})) for member in members]
         _check_norms([m for m in members if m.rotates and "radius" not in state.get(m.param, {})])
 
+        _drop_remainders(groups, state)
         self._groups, self._state = groups, state
         self._signature = _signature(groups)
         self._params = [list(group["params"]) for group in groups]
@@ -213,9 +231,6 @@ class Plan:
             fresh = any(old.get(name) is None for name in member.formula.states)
             if tensors:
                 state[member.param].update(tensors)
-            if "remainder" not in tensors:
-                # Of a time when the parameter had 16 bits: later it would complete other weights.
-                old.pop("remainder", None)
             slot = Slot(
                 param=member.param,
                 group=member.group,
