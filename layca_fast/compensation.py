@@ -13,8 +13,8 @@ parameter's now is has left behind is known by its own.
   the weight is off by 2**-41 at most, halfway between two float16 numbers by 2**-40. Over 1,000 steps these roundings
   add up to 8e-12 per weight: within 1e-6 of the norm of a layer whose root mean square is 1e-5 or more. No remainder of
   16 bits does better: the parameter itself holds only 8 bits of a weight of 1e-5, 4 of one of 1e-6. A float32 copy
-  would, for two more bytes to keep per weight, which both passes read, and it would silently undo what is written to the
-  parameter from outside. From 65520 on the parameter is infinite, as in any float16 training.
+  would, for two more bytes to keep per weight, which both passes read, and it would silently undo what is written to
+  the parameter from outside. From 65520 on the parameter is infinite, as in any float16 training.
 
 Where somebody else writes to the parameter, the old remainder stays: the weight is then within half an ulp of what was
 written, and not finite where that was not.

@@ -138,7 +138,7 @@ def _members(groups: Sequence[Mapping[str, Any]], state: State, stepped: Set[int
         needed = (*formula.states, *(("step",) * formula.counts_steps), *(("radius",) * turning))
         needed += ("remainder",) * is_compensated(param.dtype, group)
         has = state.get(param, {})
-        # What needs no state goes on from plan to plan: a bias whose gradient comes and goes would change it every time.
+        # What needs no state stays from plan to plan: a bias whose gradient comes and goes would change it every time.
         settled = all(has.get(name) is not None for name in needed) and (needed or id(param) in stepped)
         if param.grad is None and not settled:
             continue
@@ -161,7 +161,7 @@ def _members(groups: Sequence[Mapping[str, Any]], state: State, stepped: Set[int
 
 
 def _drop_remainders(groups: Sequence[Mapping[str, Any]], state: State) -> None:
-    """Of a time when a parameter had another type, or was to be compensated: later they would complete other weights."""
+    """Those of a time when the parameter had another type, or was compensated: they would complete other weights."""
     for group, _, param in labelled(groups):
         has = state.get(param, {})
         if not fits(has.get("remainder"), param, group):

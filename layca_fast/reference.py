@@ -148,8 +148,8 @@ def weight_of(param: Tensor, remainder: Tensor) -> Tensor:
     Such a parameter trains as a float32 one that starts from the same numbers, so its specification is the step below
     on these weights. The remainder is a signed 16-bit integer, as raw bits in a tensor of the parameter's shape and
     type. Of bfloat16 it counts steps between neighbouring float32 numbers, away from zero where it is positive; of
-    float16 it counts parts of the distance between neighbouring float16 numbers, 2**16 of them. What is not finite has no
-    remainder.
+    float16 it counts parts of the distance between neighbouring float16 numbers, 2**16 of them. What is not finite has
+    no remainder.
     """
     count = remainder.view(torch.int16).long()
     if param.dtype == torch.bfloat16:

@@ -51,4 +51,5 @@ def test_a_killed_run_resumes_bit_for_bit(backend: str, seed: int, tmp_path: Pat
     finally:
         torch.set_num_threads(threads)
     assert same_bits(dict(saved["model"]), dict(model.state_dict()))
+    assert sum("remainder" in state for state in saved["optimizer"]["state"].values()) == 2
     assert same_bits(saved["optimizer"]["state"], optimizer.state_dict()["state"])
