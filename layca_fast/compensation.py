@@ -1,8 +1,8 @@
 """16-bit parameters: what their type cannot hold of a weight is kept beside them, in the state ``remainder``.
 
 A pair (parameter, remainder) stands for one float32, the weight. The remainder is a signed 16-bit integer, kept as raw
-bits in a tensor of the parameter's type: collectives refuse int16, and a remainder that another type than the
-parameter's now is has left behind is known by its own.
+bits in a tensor of the parameter's type: collectives refuse int16, and after a cast of the parameter the type says that
+it completed another one.
 
 - bfloat16 is the upper half of a float32: float32 bits = (bfloat16 bits << 16) + remainder. The parameter is that
   float32 rounded, halves away from zero, and the pair is the float32 exactly. From 1.99609375 * 2**127 on the parameter
