@@ -107,6 +107,9 @@ def _check_parser(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     is_module = words[1] == "-m"
     name, arguments = (words[2], words[3:]) if is_module else (str(ROOT / words[1]), words[2:])
     monkeypatch.setattr(sys, "argv", [name, *arguments])
+    if not is_module:
+        # As Python does, for what lies beside the script.
+        monkeypatch.syspath_prepend(str(Path(name).parent))
     monkeypatch.chdir(ROOT)
     try:
         with warnings.catch_warnings():

@@ -27,6 +27,10 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 #: Python blocks that no test runs: how many for each reason. A new one has to be put here, too.
 NOT_RUN: dict[str, int] = {}
 
+#: Pages whose blocks need the trainers' packages, with the number of their blocks: make test-trainers runs them, by
+#: tests/trainers/test_recipes.py, and CI runs that.
+RUN_BY_TRAINERS = {"trainers.md": 6}
+
 #: Blocks that run only in part without a GPU.
 NEED_A_GPU = {"README.md": 1}
 
@@ -42,7 +46,7 @@ def test_python_blocks_run_in_order(
     namespace: dict[str, object] = {"__name__": page.stem}
     output = ""
     for block in blocks(page):
-        if block.language == "python" and not block.note.startswith("not run"):
+        if block.language == "python" and page.name not in RUN_BY_TRAINERS and not block.note.startswith("not run"):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(compile(block.text, block.place, "exec"), namespace)
             output = printed.getvalue()
@@ -72,7 +76,11 @@ def test_blocks_that_no_test_runs_are_counted() -> None:
     every = [(page.name, block) for page in PAGES for block in blocks(page)]
     notes = Counter(block.note for _, block in every if block.note.startswith("not run"))
     assert notes == {f"not run: {reason}": count for reason, count in NOT_RUN.items()}
-    assert Counter(name for name, block in every if "cuda.is_available()" in block.text) == NEED_A_GPU
+    ours = [(name, block) for name, block in every if name not in RUN_BY_TRAINERS]
+    assert Counter(name for name, block in ours if "cuda.is_available()" in block.text) == NEED_A_GPU
+    theirs = Counter(name for name, block in every if name in RUN_BY_TRAINERS and block.language == "python")
+    assert theirs == RUN_BY_TRAINERS
+    assert "make test-trainers" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 @pages
