@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .bases import BASES, Base, recommended_rate, scaled_rate
 from .caller import warn_caller
 from .capture import is_capturing
-from .checks import check_choice, check_group, check_options, check_parameter, find_base, labelled
+from .checks import check_choice, check_group, check_options, check_parameter, find_base, labelled, named
 from .compensation import HALVES, join, lost_rotation
 from .loading import adopt, check_shapes, is_foreign, restore_types
 from .plan import Plan, rotates
@@ -331,4 +331,6 @@ class FusedLayca(Optimizer):
         """What the last step did to each tensor, by parameter; empty before the first. Does not wait for a device."""
         if self._plan is None:
             return {}
-        return {slot.param: rotation_stats(batch, slot, rows) for batch, slot, rows in self._plan.rows()}
+        names = {param: name for _, name, param in named(self.param_groups)}
+        rows = [(*row, names.get(row[1].param, "")) for row in self._plan.rows()]
+        return {slot.param: rotation_stats(batch, slot, layers, name) for batch, slot, layers, name in rows}
