@@ -84,6 +84,8 @@ class Reference:
         self._layers = layers
         self._backend = backend
         self.kept: list[Tensor] = []
+        #: How the weights lay when memory was taken for copies of them, and when they were last compared.
+        self._copied: list[tuple[object, ...]] = []
         self._made_for: list[tuple[object, ...]] = []
         self._pairs: Pairs | None = None
         #: Squared norms of the layers when they were copied, summed over shards, (layers,) float64.
@@ -91,12 +93,13 @@ class Reference:
 
     def set(self, weights: Sequence[Tensor]) -> None:
         """Copy the weights, into the memory of the last copies where there are any."""
-        if self.kept and self._made_for == _layout(weights):
+        layout = _layout(weights)
+        if self.kept and layout == self._copied:
             for kept, weight in zip(self.kept, weights, strict=True):
                 kept.copy_(weight, non_blocking=True)
             return
         self.kept = [self._view.keep(weight) for weight in weights]
-        self._pairs = None
+        self._copied, self._pairs = layout, None
 
     def dots(self, weights: Sequence[Tensor]) -> Tensor:
         """<w,w>, <w,v> and <v,v> of each layer, w the weights and v the copies: (layers, 3) float64."""
