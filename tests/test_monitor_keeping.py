@@ -145,7 +145,7 @@ def test_weights_may_move_and_change_their_type(keep: str, change: Any, seed: in
 def test_error_of_a_sketch_is_as_it_says(structure: str, seed: int) -> None:
     """Over 200 layers: no bias, and a standard deviation of (1 - cos^2)/sqrt(size), whatever columns are large.
 
-    Limits are five standard errors, which one seed in a million passes.
+    Limits are five standard errors, which one seed in a million passes, and the bias of any correlation of 61 pairs.
     """
     layers, length, size = 200, 64 * 40, largest_prime(64)
     scale = torch.ones(length)
