@@ -96,7 +96,11 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     with path.open(encoding="utf-8", newline="") as file:
-        for line in csv.DictReader(file):
+        lines = csv.DictReader(file)
+        lacking = {"step", "layer", *QUANTITIES}.difference(lines.fieldnames or ())
+        if lacking and lines.fieldnames is not None:
+            raise KeyError(f"no columns {sorted(lacking)}")
+        for line in lines:
             row = rows.setdefault(line["step"], {"step": int(line["step"]), **{name: {} for name in QUANTITIES}})
             for name in QUANTITIES:
                 row[name][line["layer"]] = _number(line[name])

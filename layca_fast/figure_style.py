@@ -9,7 +9,8 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-DPI = 300
+#: In files, and in what draws a figure itself, such as TensorBoard.
+DPI, SCREEN_DPI = 300, 200
 
 STYLE: Mapping[Any, Any] = {
     "font.size": 8,
@@ -37,7 +38,7 @@ def new_figure(size: tuple[float, float], path: Path | None) -> Iterator[Figure]
     Neither pyplot's figures nor matplotlib's settings are touched.
     """
     with matplotlib.rc_context(dict(STYLE)):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size, dpi=SCREEN_DPI, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
         if path is not None:

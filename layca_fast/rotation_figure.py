@@ -39,7 +39,7 @@ def _shared(rows: Sequence[Sequence[str]]) -> int:
 def short_names(names: Sequence[str]) -> list[str]:
     """The names without the parts, between dots, that all of them begin or end with, and not too long."""
     parts = [name.split(".") for name in names]
-    spare = min(len(each) for each in parts) - 1
+    spare = min(len(each) for each in parts) - 1 if len(parts) > 1 else 0
     ahead = min(_shared(parts), spare)
     behind = min(_shared([each[::-1] for each in parts]), spare - ahead)
     if ahead and any(each[ahead][:1].isdigit() for each in parts):

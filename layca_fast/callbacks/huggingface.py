@@ -47,9 +47,7 @@ class RotationCallback(TrainerCallback):  # type: ignore[misc]
             paths = [_folder(args, step) / name for name in names]
             path = next((path for path in paths if path.exists()), None)
             if path is None:
-                warnings.warn(
-                    f"{paths[-1]} is missing: rotation is measured from the weights at step {step}", stacklevel=2
-                )
+                warnings.warn(f"{paths[-1]} is missing: rotation counts from the weights at step {step}", stacklevel=2)
             else:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
         self._recorder.start(model, step, saved)
