@@ -11,6 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from .curves import QUANTITIES, Curves
 from .figure_style import new_figure
@@ -100,6 +101,10 @@ def _scale(axes: Axes, curves: Curves, quantity: str) -> None:
         axes.set_ylim(0, max(1.0, 1.02 * values.max(initial=0.0)))
         return
     axes.set_yscale("log")
+    if quantity == "norm":
+        # As plain numbers: norms are rarely far from 1.
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
     positive = values[values > 0]
     if len(positive):
         axes.set_ylim(positive.min() / 1.3, positive.max() * 1.3)
