@@ -37,13 +37,16 @@ def _mixed(words: Tensor) -> Tensor:
     return words ^ (words >> 16)
 
 
-def signs(key: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Random signs of the elements from position ``first``, a multiple of WORD: (count,) float32 of -1 and 1."""
+def sign_bits(key: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Random signs of the elements from position ``first``, a multiple of WORD, as the sign bits of floats.
+
+    (count,) int32: all other bits are zero.
+    """
     words = torch.arange(first // WORD, -(-(first + count) // WORD), dtype=torch.int64, device=device)
     # Positions beyond 2**37 would repeat: no layer is as long.
-    words = _mixed(_mixed(words & 0xFFFFFFFF) ^ key)
-    bits = (words.unsqueeze(1) >> torch.arange(WORD, dtype=torch.int64, device=device)) & 1
-    return (1 - 2 * bits.to(torch.float32)).flatten()[:count]
+    words = _mixed(_mixed(words & 0xFFFFFFFF) ^ key).to(torch.int32)
+    bits = words.unsqueeze(1) << torch.arange(WORD, dtype=torch.int32, device=device)
+    return bits.bitwise_and_(-(2**31)).flatten()[:count]
 
 
 def key_of(seed: int, name: str, layer: int, shard: Sequence[int]) -> int:
@@ -85,14 +88,19 @@ class Projection:
         # Whole rows of the sums, and whole words of the signs.
         step = max(block // (WORD * length), 1) * WORD * length
         for first in range(0, elements.numel(), step):
-            part = elements[first : first + step].double()
-            # Along rows of one length, torch adds up in an order that does not depend on the number of threads.
-            square += _fold(part * part, length).sum(0).sum()
-            sums += _fold(part * signs(key, first, len(part), part.device), length).sum(0)
+            part = elements[first : first + step]
+            # Along columns, torch adds up in an order that does not depend on the number of threads.
+            wide = part.double()
+            square += _fold(wide * wide, length).sum(0).sum()
+            flips = sign_bits(key, first, len(part), part.device)
+            signed = (part.float().view(torch.int32) ^ flips).view(torch.float32)
+            sums += _fold(signed, length).sum(0, dtype=torch.float64)
         return sums, square
 
 
 def _fold(part: Tensor, length: int) -> Tensor:
     """(rows, length), the last row filled up with zeros."""
     missing = -len(part) % length
-    return torch.nn.functional.pad(part, (0, missing)).view(-1, length)
+    if missing:
+        part = torch.nn.functional.pad(part, (0, missing))
+    return part.view(-1, length)
