@@ -19,6 +19,23 @@ def _layout(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
     return [(each.data_ptr(), each.shape, each.stride(), each.dtype, each.device) for each in tensors]
 
 
+class _Locals:
+    """What this process has of the weights, checked again whenever their memory is another."""
+
+    def __init__(self, watched: Sequence[Watched]) -> None:
+        self._watched = watched
+        self._checked: list[tuple[object, ...]] = []
+
+    def take(self) -> list[Tensor]:
+        tensors = [each.local() for each in self._watched]
+        layout = _layout(tensors)
+        if layout != self._checked:
+            for each in self._watched:
+                each.check()
+            self._checked = layout
+        return tensors
+
+
 class View(Protocol):
     """The form in which weights are compared: as they are, or projected."""
 
@@ -33,11 +50,11 @@ class Whole:
     """The weights as they are, of which copies are kept as ``keep`` says."""
 
     def __init__(self, watched: Sequence[Watched], keep: str) -> None:
-        self._watched = watched
+        self._locals = _Locals(watched)
         self._keep = keep
 
     def take(self) -> tuple[list[Tensor], Tensor | None]:
-        return [each.local() for each in self._watched], None
+        return self._locals.take(), None
 
     def keep(self, tensor: Tensor) -> Tensor:
         # In the same order of dimensions, so that both are walked as one run of memory.
@@ -54,6 +71,7 @@ class Sketched:
 
     def __init__(self, watched: Sequence[Watched], size: int, seed: int) -> None:
         self._watched = watched
+        self._locals = _Locals(watched)
         self._projection = Projection(largest_prime(size), seed)
         self._sketches = [self._new_sketch(each, each.local()) for each in watched]
 
@@ -63,7 +81,7 @@ class Sketched:
 
     def take(self) -> tuple[list[Tensor], Tensor | None]:
         squares = []
-        weights = [each.local() for each in self._watched]
+        weights = self._locals.take()
         home = home_of(weights)
         for index, (each, weight) in enumerate(zip(self._watched, weights, strict=True)):
             if self._sketches[index].device != scalar_device(weight.device):

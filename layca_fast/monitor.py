@@ -64,10 +64,10 @@ class RotationMonitor:
             rotate, and tensors of two or more dimensions in modules of types that it does not know; packed weights as
             the layers that they hold. Of an optimizer: what rotates by its groups' ``rotate`` and ``chunks``, or has
             two or more dimensions; names are those of its groups, or "group.index".
-        keep: where and how w_0 is kept. "device": a copy beside the weights. "cpu": in (pinned) host memory, brought
-            over piece by piece at each record. "bfloat16": a copy of 2 bytes a weight, off by at most 1.96e-3 radians,
+        keep: where and how w_0 is kept. "device": a copy beside the weights. "cpu": in pinned host memory, brought over
+            piece by piece at each record. "bfloat16": a copy of 2 bytes a weight, off by at most 1.96e-3 radians,
             so that a curve at the angle theta is off by 1.96e-3 * sin(theta) + 2e-6 at most. "sketch": about
-            ``sketch_size`` float32 numbers per layer; the curve is then an estimate: see below.
+            ``sketch_size`` float32 numbers per layer, and as many to work in; the curve is an estimate: see below.
         every: measure at every so many-th call of :meth:`record`.
         layers: names of parameters to watch instead, also of one dimension; shell wildcards (``"*.attn.*"``) work.
         per_step: also measure the angle to the weights of the record before, which with ``every=1`` is the rotation of
@@ -158,11 +158,13 @@ class RotationMonitor:
                 f"step={step!r}: the last one was {self.step}, and steps go up; reset() starts anew from the present "
                 "weights"
             )
-        before, self.step = self.step, step
-        if step // self.every == before // self.every:
+        if step // self.every == self.step // self.every:
+            self.step = step
             return False
         with torch.no_grad():
-            self._measure(*self._view.take())
+            weights, squares = self._view.take()
+            self.step = step
+            self._measure(weights, squares)
         return True
 
     def _measure(self, weights: Sequence[Tensor], squares: Tensor | None, first: bool = False) -> None:

@@ -31,12 +31,16 @@ class Watched:
     layers: int
 
     def local(self) -> Tensor:
-        """What this process has of the weights: a plain tensor that shares their memory. Raises as check_parameter."""
+        """What this process has of the weights: a plain tensor that shares their memory."""
         param: Any = self.param.detach()
         tensor: Tensor = param.to_local() if is_dtensor(param) else param
+        return tensor
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError, naming the parameter, where that tensor cannot be read."""
+        tensor = self.local()
         check_parameter(tensor, f"parameter {self.name!r}")
         check_memory(tensor, f"parameter {self.name!r}")
-        return tensor
 
     @property
     def layer_names(self) -> list[str]:
@@ -82,7 +86,7 @@ def _watched(name: str, param: Tensor, chunks: int | str) -> Watched:
     # A shard of the first dimension holds parts of layers that nothing marks.
     layers = 1 if _is_split_along_layers(param) else count_layers(param, chunks, f"parameter {name!r}")
     watched = Watched(name, param, layers)
-    watched.local()
+    watched.check()
     return watched
 
 

@@ -67,3 +67,14 @@ def test_what_cannot_be_watched_is_an_error_that_names_it(seed: int) -> None:
         RotationMonitor(nn.Linear(3, 3, device="meta"))
     with pytest.raises(TypeError, match=r"parameter 'weight'.* is complex"):
         RotationMonitor(nn.Linear(3, 3, dtype=torch.complex64))
+
+
+def test_weights_without_memory_are_an_error_at_the_record(seed: int) -> None:
+    """As sharded training leaves them between uses; the records so far stay."""
+    model = nn.Linear(3, 4)
+    monitor = RotationMonitor(model)
+    model.weight.data = torch.randn(4, 3)
+    model.weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"the memory of parameter 'weight' .* was freed"):
+        monitor.record()
+    assert monitor.curves.steps == [0]
