@@ -86,7 +86,7 @@ class Sketched:
         for index, (each, weight) in enumerate(zip(self._watched, weights, strict=True)):
             if self._sketches[index].device != scalar_device(weight.device):
                 self._sketches[index] = self._new_sketch(each, weight)
-            found = self._projection.run(weight, each.name, each.shard, self._sketches[index])
+            found = self._projection.run(weight, each.layer_names, each.shard, self._sketches[index])
             squares.append(found.to(home, non_blocking=True))
         return self._sketches, torch.cat(squares)
 

@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from .backends.names import MODULES
 from .checks import check_choice
 from .curves import QUANTITIES, Curves
+from .distributed import Reduction
 from .formulas import orthogonal_square
 from .keeping import KEEPS, Reference, Sketched, View, Whole
-from .watched import Reduction, watched_layers
+from .watched import watched_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,8 +86,8 @@ class RotationMonitor:
     Angles below about 1e-7 are lost in rounding.
 
     DTensor parameters, as of FSDP2: each process measures its shards, and the dots are added up by one float64
-    all-reduce per mesh dimension that shards, so **all processes must record at the same steps**. A tensor sharded
-    along its first dimension counts as one layer. Its state_dict holds this process's shards.
+    all-reduce per mesh dimension that shards, so **all processes must record at the same steps**; each has all curves.
+    A state_dict holds this process's shards: save one per process, and load it on the same mesh.
 
     Layers that are all zero or not finite, at the start or now, have no angle: NaN.
 
@@ -124,7 +125,8 @@ class RotationMonitor:
         self._view: View = (
             Sketched(self._watched, sketch_size, seed) if keep == "sketch" else Whole(self._watched, keep)
         )
-        self._reduction = Reduction(self._watched)
+        self._layout = [(each.layers, each.groups) for each in self._watched]
+        self._reduction: Reduction | None = None
         counts = [each.layers for each in self._watched]
         self._start = Reference(self._view, counts, backend)
         self._before = Reference(self._view, counts, backend) if self.per_step else None
@@ -172,9 +174,8 @@ class RotationMonitor:
         tables = [reference.dots(weights) for reference in references]
         if squares is not None:
             tables.append(squares.unsqueeze(1))
-        table = torch.cat(tables, dim=1)
-        self._reduction.run(table)
-        square = table[:, 0] if squares is None else table[:, -1]
+        table = self._summed(torch.cat(tables, dim=1))
+        square = (table[:, 0] if squares is None else table[:, -1]).clone()
         if first:
             for reference in references:
                 reference.squares = square
@@ -188,6 +189,16 @@ class RotationMonitor:
             self._before.squares = square
         self._steps.append(self.step)
         self._pending.append(torch.stack([rotation, turned, square.sqrt()]))
+
+    def _summed(self, table: Tensor) -> Tensor:
+        """The dots of whole layers from those of the shards here, (layers, columns) float64."""
+        if not self.is_sharded:
+            return table
+        if self._reduction is None:
+            self._reduction = Reduction(self._layout, table.shape[1], table.device)
+        self._reduction.table.copy_(table)
+        self._reduction.run()
+        return self._reduction.table.to(table.device)
 
     @property
     def curves(self) -> Curves:
@@ -210,7 +221,7 @@ class RotationMonitor:
     @property
     def is_sharded(self) -> bool:
         """Whether other processes have parts of the layers, so that all of them must record and save."""
-        return any(each.shard_groups for each in self._watched)
+        return any(each.groups for each in self._watched)
 
     def attach(self, optimizer: Optimizer | None = None) -> "RotationMonitor":
         """Record after every step of ``optimizer`` (None: the one that the monitor was made for); returns the monitor.

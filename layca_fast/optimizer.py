@@ -15,8 +15,10 @@ from .capture import is_capturing
 from .checks import check_choice, check_group, check_options, check_parameter, find_base, labelled, named
 from .compensation import HALVES, join, lost_rotation
 from .loading import adopt, check_shapes, is_foreign, restore_types
-from .plan import Plan, rotates
-from .stats import RotationStats, rotation_stats
+from .members import rotates
+from .plan import Plan
+from .sharding import local_of, wrap
+from .stats import RotationStats, joined, rotation_stats
 from .unscaling import LossScale
 
 #: What every group holds whatever its base is.
@@ -325,12 +327,15 @@ class FusedLayca(Optimizer):
         remainder = self.state.get(param, {}).get("remainder")
         if remainder is None or param.dtype not in HALVES:
             return param.detach().clone()
-        return join(param.detach(), remainder)
+        return wrap(join(local_of(param).detach(), local_of(remainder)), param)
 
     def rotation_stats(self) -> dict[Tensor, RotationStats]:
-        """What the last step did to each tensor, by parameter; empty before the first. Does not wait for a device."""
-        if self._plan is None:
-            return {}
+        """What the last step did to each tensor, by parameter; empty before the first. Does not wait for a device.
+
+        Of a DTensor: to the layers that this process has something of. Their elements are counted here, not summed.
+        """
         names = {param: name for _, name, param in named(self.param_groups)}
-        rows = [(*row, names.get(row[1].param, "")) for row in self._plan.rows()]
-        return {slot.param: rotation_stats(batch, slot, layers, name) for batch, slot, layers, name in rows}
+        found: dict[Tensor, list[RotationStats]] = {}
+        for batch, slot, rows in [] if self._plan is None else self._plan.rows():
+            found.setdefault(slot.owner, []).append(rotation_stats(batch, slot, rows, names.get(slot.owner, "")))
+        return {param: joined(parts) for param, parts in found.items()}

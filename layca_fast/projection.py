@@ -49,9 +49,9 @@ def sign_bits(key: int, first: int, count: int, device: torch.device) -> Tensor:
     return bits.bitwise_and_(-(2**31)).flatten()[:count]
 
 
-def key_of(seed: int, name: str, layer: int, shard: Sequence[int]) -> int:
+def key_of(seed: int, name: str, shard: Sequence[int]) -> int:
     """A 32-bit number that decides all signs of one shard of one layer."""
-    return zlib.crc32(repr((seed, name, layer, tuple(shard))).encode())
+    return zlib.crc32(repr((seed, name, tuple(shard))).encode())
 
 
 class Projection:
@@ -65,8 +65,8 @@ class Projection:
         """How many numbers each layer of ``weight`` gives: its elements as they are, where they are no more."""
         return min(self.size, weight.numel() // layers)
 
-    def run(self, weight: Tensor, name: str, shard: Sequence[int], out: Tensor) -> Tensor:
-        """Write the projection of each layer of ``weight`` to ``out``, (layers, length) float32.
+    def run(self, weight: Tensor, names: Sequence[str], shard: Sequence[int], out: Tensor) -> Tensor:
+        """Write the projection of each layer of ``weight``, called ``names``, to ``out``, (layers, length) float32.
 
         Returns the squared norms of the layers themselves, (layers,) float64. Where a layer is not finite, so are both.
         """
@@ -76,7 +76,7 @@ class Projection:
             return row_sums(matrix.double().square())
         squares = torch.zeros(len(out), dtype=torch.float64, device=matrix.device)
         for layer, elements in enumerate(matrix):
-            key = key_of(self._seed, name, layer, shard)
+            key = key_of(self._seed, names[layer], shard)
             sums, squares[layer] = self._project(elements, key, out.shape[1])
             out[layer] = sums
         return squares

@@ -1,6 +1,7 @@
 """What the last step did to each layer, from the numbers that the kernels have anyway."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -65,3 +66,11 @@ def rotation_stats(batch: Batch, slot: Slot, rows: slice, name: str) -> Rotation
         no_direction=counts[:, Count.NO_DIRECTION],
         broken=counts[:, Count.BROKEN],
     )
+
+
+def joined(parts: Sequence[RotationStats]) -> RotationStats:
+    """The stats of a tensor whose layers are in several slots, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [field.name for field in fields(RotationStats) if field.name != "name"]
+    return RotationStats(parts[0].name, *(torch.cat([getattr(each, name) for each in parts]) for name in tensors))

@@ -1,93 +1,69 @@
 """Which tensors a RotationMonitor watches, under which names, and how they are spread over processes."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checks import check_memory, check_parameter, count_layers, named
 from .groups import trainable_entries
-from .plan import rotates
+from .members import rotates
 from .roles import EMBEDDINGS
+from .sharding import Piece, is_sharded, local_of, sharding_of
 
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is a DTensor. Who never imported these has none, and need not wait for the import."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
 class Watched:
-    """One parameter, which holds ``layers`` layers as equal slices of its first dimension."""
+    """One parameter, or of one that is cut into pieces the piece of a layer. ``layer_names`` has one per layer.
+
+    ``groups``: the processes over which the dots of its shards add up, a group per dimension of the mesh.
+    """
 
     name: str
     param: Tensor
-    layers: int
+    layer_names: tuple[str, ...]
+    piece: Piece
+    groups: "tuple[ProcessGroup, ...]"
+
+    @property
+    def layers(self) -> int:
+        """How many it holds, as equal slices of its first dimension."""
+        return len(self.layer_names)
 
     def local(self) -> Tensor:
         """What this process has of the weights: a plain tensor that shares their memory."""
-        param: Any = self.param.detach()
-        tensor: Tensor = param.to_local() if is_dtensor(param) else param
-        return tensor
+        return self.piece.of(local_of(self.param).detach())
 
     def check(self) -> None:
         """Raise TypeError or ValueError, naming the parameter, where that tensor cannot be read."""
-        tensor = self.local()
-        check_parameter(tensor, f"parameter {self.name!r}")
-        check_memory(tensor, f"parameter {self.name!r}")
-
-    @property
-    def layer_names(self) -> list[str]:
-        """One name per layer: the parameter's, with an index where it holds several."""
-        return [self.name] if self.layers == 1 else [f"{self.name}[{index}]" for index in range(self.layers)]
-
-    def _sharding_dims(self) -> list[int]:
-        param: Any = self.param
-        return [dim for dim, placement in enumerate(param.placements) if not placement.is_replicate()]
-
-    @property
-    def shard_groups(self) -> list[Any]:
-        """The process groups over which the dots of its shards add up, one per mesh dimension that shards it."""
-        param: Any = self.param
-        return [param.device_mesh.get_group(dim) for dim in self._sharding_dims()] if is_dtensor(param) else []
+        check_parameter(self.param, f"parameter {self.name!r}")
+        check_memory(self.param, f"parameter {self.name!r}")
 
     @property
     def shard(self) -> tuple[int, ...]:
         """Which of its shards this process has: the same for all that have the same; () where it is whole."""
-        param: Any = self.param
-        if not is_dtensor(param):
+        if not is_sharded(self.param):
             return ()
-        coordinate = param.device_mesh.get_coordinate()
-        return tuple(coordinate[dim] for dim in self._sharding_dims())
+        coordinate = self.param.device_mesh.get_coordinate()
+        placements = enumerate(self.param.placements)
+        return tuple(coordinate[dim] for dim, each in placements if not each.is_replicate()) if coordinate else ()
 
 
-def _check_placements(name: str, param: Any) -> None:
-    """Raise ValueError for a DTensor whose elements are sums over processes, of which none has a weight."""
-    if any(placement.is_partial() for placement in param.placements):
-        raise ValueError(
-            f"parameter {name!r} has placements {tuple(param.placements)}: partial sums are no weights; redistribute "
-            "it to Shard or Replicate"
-        )
-
-
-def _is_split_along_layers(param: Any) -> bool:
-    return is_dtensor(param) and any(getattr(placement, "dim", None) == 0 for placement in param.placements)
-
-
-def _watched(name: str, param: Tensor, chunks: int | str) -> Watched:
-    if is_dtensor(param):
-        _check_placements(name, param)
-    # A shard of the first dimension holds parts of layers that nothing marks.
-    layers = 1 if _is_split_along_layers(param) else count_layers(param, chunks, f"parameter {name!r}")
-    watched = Watched(name, param, layers)
-    watched.check()
-    return watched
+def _watched(name: str, param: Tensor, chunks: int | str) -> list[Watched]:
+    label = f"parameter {name!r}"
+    check_parameter(param, label)
+    check_memory(param, label)
+    layers = count_layers(param, chunks, label)
+    names = (name,) if layers == 1 else tuple(f"{name}[{index}]" for index in range(layers))
+    sharding = sharding_of(param, layers, label, know_all=True)
+    pieces = [(names[piece.first : piece.first + piece.layers], piece) for piece in sharding.pieces]
+    return [Watched(name, param, some, piece, sharding.groups) for some, piece in pieces]
 
 
 def _of_model(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
@@ -148,30 +124,4 @@ def watched_layers(source: nn.Module | Optimizer, layers: Iterable[str] | None) 
             f"model_or_optimizer: no parameter of this {type(source).__name__} has two or more dimensions; name those "
             "to watch: layers=['...']"
         )
-    return [_watched(name, param, chunks) for name, param, chunks in chosen]
-
-
-class Reduction:
-    """Adds up the dots of layers whose shards lie on several processes, in one collective per mesh dimension."""
-
-    def __init__(self, watched: Sequence[Watched]) -> None:
-        members: dict[tuple[int, ...], tuple[list[Any], list[int]]] = {}
-        row = 0
-        for each in watched:
-            groups = each.shard_groups
-            if groups:
-                # Processes agree on the order, as they do on that of the parameters.
-                _, rows = members.setdefault(tuple(map(id, groups)), (groups, []))
-                rows.extend(range(row, row + each.layers))
-            row += each.layers
-        self._members = [(groups, torch.tensor(rows, dtype=torch.int64)) for groups, rows in members.values()]
-
-    def run(self, table: Tensor) -> None:
-        """Add up the rows of ``table``, (layers, columns) float64, in place."""
-        for number, (groups, rows) in enumerate(self._members):
-            rows = rows.to(table.device, non_blocking=True)
-            self._members[number] = groups, rows
-            part = table.index_select(0, rows)
-            for group in groups:
-                torch.distributed.all_reduce(part, group=group)
-            table.index_copy_(0, rows, part)
+    return [each for name, param, chunks in chosen for each in _watched(name, param, chunks)]

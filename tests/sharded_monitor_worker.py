@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
@@ -21,34 +21,41 @@ from .support import same_bits
 
 WORLD = 2
 
-#: Shape, placements on a mesh of (1, 2): uneven shards, an empty one, none, shards of the last dimension, of both.
-CASES: tuple[tuple[tuple[int, ...], tuple[Placement, ...]], ...] = (
-    ((5, 40), (Replicate(), Shard(0))),
-    ((1, 300), (Replicate(), Shard(0))),
-    ((7, 9), (Replicate(), Replicate())),
-    ((6, 50), (Replicate(), Shard(1))),
-    ((4, 6, 30), (Shard(0), Shard(2))),
+#: Shape, chunks, placements on a mesh of (1, 2): uneven shards, an empty one, none, shards of the last dimension, of
+#: both, and layers that are cut through, or lie on one process alone.
+CASES: tuple[tuple[tuple[int, ...], int | str, tuple[Placement, ...]], ...] = (
+    ((5, 40), 1, (Replicate(), Shard(0))),
+    ((1, 300), 1, (Replicate(), Shard(0))),
+    ((7, 9), 1, (Replicate(), Replicate())),
+    ((6, 50), 3, (Replicate(), Shard(1))),
+    ((4, 6, 30), 1, (Shard(0), Shard(2))),
+    ((6, 20), 3, (Replicate(), Shard(0))),
+    ((6, 20), 2, (Replicate(), Shard(0))),
+    ((5, 20), "all", (Replicate(), Shard(0))),
 )
 
+#: The layer of the third tensor, which all processes have as a whole.
+REPLICA = 2
 
-def rotated(weights: list[Tensor], share: float) -> list[Tensor]:
-    return [weight + share * torch.randn_like(weight) for weight in weights]
+
+def optimizer_of(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    groups = zip(params, CASES, strict=True)
+    return torch.optim.SGD([{"params": [param], "chunks": chunks} for param, (_, chunks, _) in groups], 0.1)
 
 
 def watched_twice(keep: str, sketch_size: int) -> tuple[RotationMonitor, RotationMonitor]:
     """A monitor of shards and one of the same weights as they are, through the same three records."""
     mesh = init_device_mesh("cpu", (1, WORLD))
-    weights = [torch.randn(shape) for shape, _ in CASES]
-    sharded = [
-        nn.Parameter(distribute_tensor(w, mesh, list(placed))) for w, (_, placed) in zip(weights, CASES, strict=True)
-    ]
+    layouts = [list(placements) for _, _, placements in CASES]
+    weights = [torch.randn(shape) for shape, _, _ in CASES]
+    sharded = [nn.Parameter(distribute_tensor(w, mesh, layout)) for w, layout in zip(weights, layouts, strict=True)]
     whole = [nn.Parameter(weight.clone()) for weight in weights]
     options: dict[str, Any] = {"keep": keep, "per_step": keep != "bfloat16", "sketch_size": sketch_size}
-    monitors = [RotationMonitor(torch.optim.SGD(params, 0.1), **options) for params in (sharded, whole)]
+    monitors = [RotationMonitor(optimizer_of(params), **options) for params in (sharded, whole)]
     for _ in range(3):
-        weights = rotated(weights, 0.4)
-        for shards, plain, weight, (_, placed) in zip(sharded, whole, weights, CASES, strict=True):
-            shards.data.copy_(distribute_tensor(weight, mesh, list(placed)))
+        weights = [weight + 0.4 * torch.randn_like(weight) for weight in weights]
+        for shards, plain, weight, layout in zip(sharded, whole, weights, layouts, strict=True):
+            shards.data.copy_(distribute_tensor(weight, mesh, layout))
             plain.data.copy_(weight)
         for monitor in monitors:
             monitor.record()
@@ -59,6 +66,7 @@ def check_every_keep() -> None:
     for keep in KEEPS:
         # Shards shorter than a sketch are kept whole, so even that must agree.
         sharded, whole = (monitor.curves for monitor in watched_twice(keep, 4096))
+        assert sharded.names == whole.names
         for name in ("rotation", "angle", "norm"):
             torch.testing.assert_close(
                 getattr(sharded, name), getattr(whole, name), rtol=1e-12, atol=1e-12, equal_nan=True
@@ -70,7 +78,7 @@ def check_sketches_of_shards() -> None:
     sharded, whole = (monitor.curves.rotation for monitor in watched_twice("sketch", 31))
     assert (sharded - whole)[1:, [0, 3]].abs().min() > 0, "each process has signs of its own"
     assert (sharded - whole).abs().max() < 2 * 6 / math.sqrt(31)
-    assert torch.equal(sharded[:, 2], whole[:, 2]), "what is on every process counts once"
+    assert torch.equal(sharded[:, REPLICA], whole[:, REPLICA]), "what is on every process counts once"
 
 
 def check_fsdp(folder: Path, rank: int) -> None:
@@ -108,13 +116,8 @@ def check_fsdp(folder: Path, rank: int) -> None:
 def check_refusals() -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
     partial = nn.ParameterList([nn.Parameter(DTensor.from_local(torch.ones(3, 3), mesh, [Partial()]))])
-    with pytest.raises(ValueError, match=r"parameter '0' has placements.*partial sums are no weights"):
+    with pytest.raises(ValueError, match=r"parameter '0' .* has placements .*Redistribute it to Shard or Replicate"):
         RotationMonitor(partial)
-    packed = nn.Parameter(distribute_tensor(torch.randn(6, 4), mesh, [Shard(0)]))
-    group = {"params": [packed], "chunks": 3}
-    assert RotationMonitor(torch.optim.SGD([group], 0.1)).names == ["0.0"], "shards hold no whole chunks"
-    beside = {"params": [nn.Parameter(distribute_tensor(torch.randn(6, 4), mesh, [Shard(1)]))], "chunks": 3}
-    assert len(RotationMonitor(torch.optim.SGD([beside], 0.1)).names) == 3
 
 
 def main(folder: Path, rank: int, seed: int) -> None:

@@ -171,7 +171,7 @@ def test_a_sketch_is_decided_by_its_seed(seed: int) -> None:
 
     def sketch(projection: Projection, name: str, shard: tuple[int, ...]) -> Tensor:
         out = torch.empty(2, projection.length(weight, 2))
-        projection.run(weight, name, shard, out)
+        projection.run(weight, [f"{name}[0]", f"{name}[1]"], shard, out)
         return out
 
     first = sketch(Projection(31, 5), "layer", ())
