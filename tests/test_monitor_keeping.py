@@ -37,15 +37,15 @@ def walk(params: Any, share: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep", "expected"),
-    [("device", lambda n: 4 * n), ("cpu", lambda n: 4 * n), ("bfloat16", lambda n: 2 * n)],
+    ("keep", "bytes_each"),
+    [("device", 4), ("cpu", 4), ("bfloat16", 2)],
 )
-def test_bytes_of_whole_copies(keep: str, expected: Any, seed: int) -> None:
+def test_bytes_of_whole_copies(keep: str, bytes_each: int, seed: int) -> None:
     numbers = sum(math.prod(shape) for shape in SHAPES)
     params = network()
-    assert RotationMonitor(optimizer_of(params), keep=keep).nbytes == expected(numbers)
+    assert RotationMonitor(optimizer_of(params), keep=keep).nbytes == bytes_each * numbers
     if keep != "bfloat16":
-        assert RotationMonitor(optimizer_of(params), keep=keep, per_step=True).nbytes == 2 * expected(numbers)
+        assert RotationMonitor(optimizer_of(params), keep=keep, per_step=True).nbytes == 2 * bytes_each * numbers
 
 
 def test_bytes_of_sketches_do_not_grow_with_the_layers(seed: int) -> None:
@@ -121,8 +121,11 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 @pytest.mark.parametrize("keep", KEEPS)
-def test_weights_may_move_and_change_their_type(keep: str, change: Any, seed: int) -> None:
-    """Their curves go on from the same initial weights, with those before the record too."""
+def test_weights_may_move_and_change_their_type(
+    keep: str, change: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their curves go on from the same initial weights, with those before the record too; also in pieces."""
+    monkeypatch.setattr(pairs, "BLOCK_ON_CPU", 64)
     params = network()
     start = [param.detach().clone() for param in params]
     per_step = keep != "bfloat16"
@@ -167,7 +170,7 @@ def test_error_of_a_sketch_is_as_it_says(structure: str, seed: int) -> None:
 
 
 def test_a_sketch_is_decided_by_its_seed(seed: int) -> None:
-    weight = torch.randn(2, 1000)
+    weight = torch.randn(1, 1000).repeat(2, 1)
 
     def sketch(projection: Projection, name: str, shard: tuple[int, ...]) -> Tensor:
         out = torch.empty(2, projection.length(weight, 2))
@@ -183,4 +186,4 @@ def test_a_sketch_is_decided_by_its_seed(seed: int) -> None:
         sketch(Projection(31, 5), "layer", (1,)),
     ]
     assert not any(torch.equal(other, first) for other in others)
-    assert not torch.equal(first[0].abs(), first[1].abs())
+    assert not torch.equal(first[0], first[1]), "each layer has signs of its own"
