@@ -13,7 +13,7 @@ from .capture import check_capture, is_capturing
 from .checks import find_base, labelled
 from .compensation import state_dtype
 from .distributed import Groups, SharedDots
-from .members import State, check_norms, members
+from .members import State, check_norms, drop_remainders, members
 from .sharding import is_sharded
 from .unscaling import LossScale
 from .watch import gradients, same_objects
@@ -52,10 +52,12 @@ class Plan:
                 "the step being captured would have to create or change state: take a step before the capture, with "
                 "gradients for the same parameters (one at lr = 0 moves nothing)"
             )
-        found = list(members(groups, state))
+        stepped = set() if previous is None else {id(slot.owner) for _, slot, _ in previous.rows()}
+        found = list(members(groups, state, stepped))
         states = [member.new_states(state.get(member.param, {})) for member in found]
         check_norms([m for m in found if m.rotates and "radius" not in state.get(m.param, {})])
 
+        drop_remainders(groups, state)
         self._groups, self._state = groups, state
         self._signature = _signature(groups)
         self._params = [list(group["params"]) for group in groups]
@@ -67,16 +69,12 @@ class Plan:
         for member, (kept, local) in zip(found, states, strict=True):
             old = state.get(member.param, {})
             fresh = any(old.get(name) is None for name in member.formula.states)
-            if kept:
-                state[member.param].update(kept)
-            if "remainder" not in kept:
-                # Of a time when the parameter had 16 bits: later it would complete other weights.
-                old.pop("remainder", None)
+            entry = state[member.param]
+            entry.update(kept)
             types = (member.param.dtype, state_dtype(member.param.dtype, member.group), "remainder" in kept)
             lies = (member.local.device, is_sharded(member.param), member.is_shared)
             key = (member.backend.name, member.formula.name, *types, *lies)
             kinds[key] = member.backend, member.formula, member.is_shared
-            entry = state[member.param] if kept else {}
             slots.setdefault(key, []).extend(member.slots(entry, local, fresh, len(layout)))
             if member.is_shared:
                 layout.append((member.sharding.layers, member.sharding.groups))
