@@ -2,14 +2,18 @@
 
 from .attach import Handle, attach, detach
 from .backends import backends
+from .curves import Curves
 from .groups import LayerGroups, layer_groups
+from .monitor import RotationMonitor
 from .optimizer import FusedLayca
 from .stats import RotationStats
 
 __all__ = [
+    "Curves",
     "FusedLayca",
     "Handle",
     "LayerGroups",
+    "RotationMonitor",
     "RotationStats",
     "__version__",
     "attach",

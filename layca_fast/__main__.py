@@ -1,9 +1,9 @@
-"""``python -m layca_fast info | verify | demo``."""
+"""``python -m layca_fast info | verify | demo | plot``."""
 
 import sys
 from importlib import import_module
 
-COMMANDS = ("info", "verify", "demo")
+COMMANDS = ("info", "verify", "demo", "plot")
 
 
 def main(argv: list[str]) -> int:

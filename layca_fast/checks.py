@@ -29,6 +29,14 @@ def labelled(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str,
             yield group, label, param
 
 
+def named(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], str, Tensor]]:
+    """Every parameter with its group and its name: "group.index", their numbers, where the group does not know one."""
+    for number, group in enumerate(groups):
+        names = group.get("param_names") or ()
+        for index, param in enumerate(group["params"]):
+            yield group, names[index] if index < len(names) else f"{number}.{index}", param
+
+
 def describe(label: str, tensor: Tensor) -> str:
     """A parameter in an error message: its label, shape and dtype."""
     return f"{label} (shape {tuple(tensor.shape)}, {tensor.dtype})"

@@ -1,7 +1,6 @@
 """The demo's figures: one base without and with Layca, and how far the bases end apart without and with it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
@@ -18,27 +16,10 @@ from matplotlib.patches import Rectangle
 
 from .demo_tables import final_accuracies, spread_in_points
 from .demo_training import DROP_FACTOR, Result, Run, drop_epochs, pairs_of
+from .figure_style import new_figure
 
 #: Inches: the text width of a two-column page.
-SIZE, DPI = (7.2, 2.5), 300
-
-STYLE: Mapping[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.solid_capstyle": "round",
-    "lines.solid_joinstyle": "round",
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-}
+SIZE = (7.2, 2.5)
 
 #: Ticks of the accuracy axis, which ends at this error at the latest: a logarithm has no zero.
 ACCURACY_TICKS, SMALLEST_ERROR = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999), 5e-4
@@ -72,7 +53,7 @@ def save_pair(path: Path, results: Results) -> None:
     _, (first, *_) = results[0]
     layers = len(first.rotation[0])
     colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 1, layers)))
-    with _new_figure(path) as figure:
+    with new_figure(SIZE, path) as figure:
         panels = figure.subplots(1, 1 + len(results), width_ratios=[1.3] + [1.0] * len(results))
         _draw_curves(panels[0], results, COLOURS, bands=True)
         _scale_accuracy(panels[0], results)
@@ -95,7 +76,7 @@ def save_bases(path: Path, results: Results) -> None:
     seeds, and shaded the spread over the bases. Neither pyplot's figures nor matplotlib's settings are touched.
     """
     plain, layca = pairs_of(results)
-    with _new_figure(path) as figure:
+    with new_figure(SIZE, path) as figure:
         panels = figure.subplots(1, 3, width_ratios=[1.0, 1.0, 1.25])
         for axes, side, title in ((panels[0], plain, "torch.optim"), (panels[1], layca, "FusedLayca on the same base")):
             _draw_curves(axes, side, BASE_COLOURS, bands=False)
@@ -106,15 +87,6 @@ def save_bases(path: Path, results: Results) -> None:
         _name_drops(panels[0], _epochs_of(results), at_the_top=False)
         panels[1].set_ylabel("")
         _draw_finals(panels[2], plain, layca)
-
-
-@contextmanager
-def _new_figure(path: Path) -> Iterator[Figure]:
-    with matplotlib.rc_context(dict(STYLE)):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
-        figure.savefig(path, dpi=DPI, format="png")
 
 
 def _epochs_of(results: Results) -> int:

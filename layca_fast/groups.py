@@ -102,7 +102,7 @@ def lr_factors(layers: int, alpha: float) -> list[float]:
     return factors if alpha <= 0 else factors[::-1]
 
 
-def _trainable(model: nn.Module, asked: Asked) -> tuple[dict[Tensor, str], list[_Entry]]:
+def trainable_entries(model: nn.Module, asked: Asked) -> tuple[dict[Tensor, str], list[_Entry]]:
     """Every trainable parameter with its name, and those that can be placed, in the order of definition.
 
     A parameter can be placed if a module registers it and ``model.named_parameters()`` yields it, too.
@@ -253,7 +253,7 @@ def layer_groups(
     if embeddings:
         asked = {**asked, **{kind: 1 for kind in EMBEDDINGS if kind not in asked}}
 
-    trainable, entries = _trainable(model, asked)
+    trainable, entries = trainable_entries(model, asked)
     zeros = _set_aside_zeros(entries)
     rotating = [entry for entry in entries if entry.chunks is not None]
     rest = [entry for entry in entries if entry.chunks is None]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .bases import BASES, Base, recommended_rate, scaled_rate
 from .caller import warn_caller
 from .capture import is_capturing
-from .checks import check_choice, check_group, check_options, check_parameter, find_base, labelled
+from .checks import check_choice, check_group, check_options, check_parameter, find_base, labelled, named
 from .compensation import HALVES, join, lost_rotation
 from .loading import adopt, check_shapes, is_foreign, restore_types
 from .members import rotates
@@ -334,7 +334,8 @@ class FusedLayca(Optimizer):
 
         Of a DTensor: to the layers that this process has something of. Their elements are counted here, not summed.
         """
+        names = {param: name for _, name, param in named(self.param_groups)}
         found: dict[Tensor, list[RotationStats]] = {}
         for batch, slot, rows in [] if self._plan is None else self._plan.rows():
-            found.setdefault(slot.owner, []).append(rotation_stats(batch, slot, rows))
+            found.setdefault(slot.owner, []).append(rotation_stats(batch, slot, rows, names.get(slot.owner, "")))
         return {param: joined(parts) for param, parts in found.items()}

@@ -109,9 +109,10 @@ def _cut(tensor: "DTensor", layers: int) -> tuple[Piece, ...]:
     return tuple(Piece(i, 1, slice(bounds[i], bounds[i + 1]), is_part=True) for i in range(layers))
 
 
-def sharding_of(tensor: Tensor, layers: int, name: str) -> Sharding:
+def sharding_of(tensor: Tensor, layers: int, name: str, *, know_all: bool = False) -> Sharding:
     """How the ``layers`` equal slices of the first dimension of a parameter lie here.
 
+    ``know_all``: also layers that other processes have as a whole are to be known here, as empty pieces.
     Raises ValueError, with ``name`` in the message, where the first dimension is shared out in turns (FSDP2 over tensor
     parallel) and holds several layers.
     """
@@ -129,7 +130,7 @@ def sharding_of(tensor: Tensor, layers: int, name: str) -> Sharding:
     parts = 1
     for dim in on_rows:
         parts *= mesh.size(dim)
-    if on_rows and (layers == tensor.shape[0] or layers % parts == 0):
+    if on_rows and not know_all and (layers == tensor.shape[0] or layers % parts == 0):
         summed = [i for i in cutting if i not in on_rows]
         here = local_of(tensor).shape[0] * layers // tensor.shape[0]
         whole = [Piece(0, here, is_part=bool(summed))] if here else []

@@ -15,6 +15,7 @@ from .tables import Coefficient, Count
 class RotationStats:
     """One tensor's last step, per layer: tensors of shape (layers,) on the device; reading them may wait for it.
 
+    ``name``: the tensor's, or "group.index", their numbers, where its param group does not know one.
     ``angle``: the commanded rotation in radians, 0 where the layer was kept or does not rotate: atan(lr) under the rule
     "layca", atan2(lr sin(phi), 1 - lr cos(phi)) under "hyperball", with phi the angle between weights and step.
     ``cosine``: of the angle between weights and base step, before the step. ``step_norm``: of the base step. ``norm``:
@@ -26,6 +27,7 @@ class RotationStats:
     turn in, steps with ``broken`` (non-finite) weights.
     """
 
+    name: str
     angle: Tensor
     cosine: Tensor
     step_norm: Tensor
@@ -37,7 +39,7 @@ class RotationStats:
     broken: Tensor
 
 
-def rotation_stats(batch: Batch, slot: Slot, rows: slice) -> RotationStats:
+def rotation_stats(batch: Batch, slot: Slot, rows: slice, name: str) -> RotationStats:
     """The stats of ``slot``, which has these ``rows`` in the batch's per-layer tables."""
     n2, d, q = batch.dots[rows].unbind(1)
     norm, step_norm = n2.sqrt(), q.sqrt()
@@ -53,6 +55,7 @@ def rotation_stats(batch: Batch, slot: Slot, rows: slice) -> RotationStats:
             drift = torch.where(radius > 0, norm / radius - 1, 0.0)
     counts = batch.counts[rows].clone()
     return RotationStats(
+        name=name,
         angle=turned,
         cosine=d / (norm * step_norm),
         step_norm=step_norm,
@@ -69,4 +72,5 @@ def joined(parts: Sequence[RotationStats]) -> RotationStats:
     """The stats of a tensor whose layers are in several slots, in their order."""
     if len(parts) == 1:
         return parts[0]
-    return RotationStats(*(torch.cat([getattr(each, field.name) for each in parts]) for field in fields(RotationStats)))
+    tensors = [field.name for field in fields(RotationStats) if field.name != "name"]
+    return RotationStats(parts[0].name, *(torch.cat([getattr(each, name) for each in parts]) for name in tensors))

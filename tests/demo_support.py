@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib.image
 
-from layca_fast import demo_figure
+from layca_fast import demo_figure, figure_style
 
 
 def table_rows(printed: str) -> dict[str, list[str]]:
@@ -20,7 +20,7 @@ def check_png(path: Path) -> None:
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
-    assert (width, height) == tuple(round(inches * demo_figure.DPI) for inches in demo_figure.SIZE)
+    assert (width, height) == tuple(round(inches * figure_style.DPI) for inches in demo_figure.SIZE)
     pixels = matplotlib.image.imread(path).reshape(-1, 4)
     blank = float((pixels == 1).all(1).mean())
     assert 0.5 < blank < 0.98, "a figure is mostly paper, but not only"

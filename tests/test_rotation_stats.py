@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layca_fast import FusedLayca, RotationStats
+from layca_fast import FusedLayca, RotationMonitor, RotationStats
 
 from .support import copy_of, every_backend, native_backends, parameter, random_gradients, same_bits, train
 
@@ -49,6 +49,20 @@ def test_the_last_step_against_a_computation_by_hand(backend: str, as_tensor: bo
     assert values(straight, "step_norm") == pytest.approx([float(steps[1].norm())], **EXACT)
     for each in (turned, straight):
         assert all(not getattr(each, name).any() for name in ("non_finite", "no_direction", "broken"))
+
+
+def test_stats_have_the_names_of_a_monitor(seed: int) -> None:
+    named = [("bias", parameter(3)), ("matrix", parameter(3, 4))]
+    groups = [{"params": named}, {"params": [("other", parameter(2, 2))]}]
+    optimizer = FusedLayca(groups, 0.1)
+    train(optimizer, random_gradients([param for group in groups for _, param in group["params"]], 1))
+    assert {param: stats.name for param, stats in optimizer.rotation_stats().items()} == {
+        param: name for group in groups for name, param in group["params"]
+    }
+    unnamed = FusedLayca([{"params": [parameter(2)]}, {"params": [parameter(3, 3), parameter(2, 2)]}], 0.1)
+    train(unnamed, random_gradients([param for group in unnamed.param_groups for param in group["params"]], 1))
+    assert {stats.name for stats in unnamed.rotation_stats().values()} == {"0.0", "1.0", "1.1"}
+    assert RotationMonitor(unnamed).names == ["1.0", "1.1"]
 
 
 @native_backends

@@ -1,0 +1,67 @@
+"""RotationMonitor as a callback of Lightning."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    from pytorch_lightning import Callback
+
+from ..monitor import RotationMonitor
+from ..writers import Writer
+from .recorder import Recorder
+
+
+class RotationCallback(Callback):  # type: ignore[misc]
+    """Records the rotation of a LightningModule's layers over the Trainer's global steps.
+
+    ::
+
+        Trainer(callbacks=[RotationCallback(writers=[JsonLinesWriter("run.jsonl")], every=10)])
+
+    The initial weights are those when training starts. They and the records go into Lightning's checkpoints, and a
+    resumed run goes on with them; not those of sharded models, whose processes have different shards: these start anew,
+    with a warning. Writers are called, on the first process, at the end of each epoch and of the training.
+
+    Args:
+        writers: of :mod:`layca_fast.writers`.
+        options: of :class:`layca_fast.RotationMonitor`.
+    """
+
+    def __init__(self, writers: Iterable[Writer] = (), **options: Any) -> None:
+        super().__init__()
+        self._recorder = Recorder(writers, options)
+        self._saved: dict[str, Any] = {}
+
+    @property
+    def monitor(self) -> RotationMonitor | None:
+        """What records; None before training starts."""
+        return self._recorder.monitor
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._recorder.start(pl_module, trainer.global_step, self._saved)
+        self._saved = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        self._recorder.record(trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            self._recorder.write()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            self._recorder.write()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.monitor is None:
+            return self._saved
+        if self.monitor.is_sharded:
+            warnings.warn("rotation curves of sharded layers are not part of Lightning's checkpoints", stacklevel=2)
+            return {}
+        return self.monitor.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict

@@ -1,0 +1,126 @@
+"""What a RotationMonitor has seen, as plain numbers: a container, and the files that hold it."""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: What is recorded of each layer, in the order in which files have it.
+QUANTITIES = ("rotation", "angle", "norm")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Numbers of some layers over some steps, float64 tensors of shape (steps, layers) on the CPU.
+
+    ``rotation``: 1 - cos of the angle between a layer's weights and its initial ones, from 0 to 2 (arXiv 1806.01603,
+    section 3). ``angle``: radians between its weights and those of the record before, NaN in the first; all NaN where
+    it was not asked for (``per_step=False``). ``norm``: of its weights. NaN stands for what is not defined: angles of
+    weights that are all zero or not finite.
+    """
+
+    names: list[str]
+    steps: list[int]
+    rotation: Tensor
+    angle: Tensor
+    norm: Tensor
+
+    def of(self, name: str) -> list[float]:
+        """The layer rotation curve of one layer; KeyError with the names that there are."""
+        if name not in self.names:
+            raise KeyError(f"{name!r} is no layer of these curves: there are {self.names}")
+        values: list[float] = self.rotation[:, self.names.index(name)].tolist()
+        return values
+
+    def after(self, step: int) -> "Curves":
+        """The records of later steps than this one."""
+        kept = [index for index, each in enumerate(self.steps) if each > step]
+        tensors = {name: getattr(self, name)[kept] for name in QUANTITIES}
+        return Curves(self.names, [self.steps[index] for index in kept], **tensors)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """One dict per step: ``step``, and for each quantity that is known a dict from layer to number."""
+        columns = {name: getattr(self, name).tolist() for name in QUANTITIES if name != "angle" or self.has_angles}
+        for index, step in enumerate(self.steps):
+            values = {name: dict(zip(self.names, rows[index], strict=True)) for name, rows in columns.items()}
+            yield {"step": step, **values}
+
+    @property
+    def has_angles(self) -> bool:
+        """Whether any angle between records is known."""
+        return not bool(self.angle.isnan().all())
+
+    def plot(self, path: "str | Path | None" = None, **options: Any) -> "Figure":
+        """Draw the layer rotation curves as :func:`layca_fast.rotation_figure.draw` does; needs matplotlib."""
+        try:
+            from .rotation_figure import draw
+        except ImportError as error:
+            raise ImportError(f'drawing needs matplotlib ({error}): pip install "layca_fast[monitor]"') from error
+        return draw(self, path, **options)
+
+
+def curves_of(names: Sequence[str], records: Iterable[Mapping[str, Any]]) -> Curves:
+    """The curves of these layers from what :meth:`Curves.records` gave; what is missing there is NaN."""
+    rows = list(records)
+    tensors = {
+        quantity: torch.tensor(
+            [[row.get(quantity, {}).get(name, math.nan) for name in names] for row in rows], dtype=torch.float64
+        ).reshape(len(rows), len(names))
+        for quantity in QUANTITIES
+    }
+    return Curves(list(names), [int(row["step"]) for row in rows], **tensors)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None or value == "" else float(value)
+
+
+def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.strip():
+            continue
+        row = json.loads(line)
+        values = {name: {layer: _number(x) for layer, x in row[name].items()} for name in QUANTITIES if name in row}
+        yield {"step": row["step"], **values}
+
+
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = csv.DictReader(file)
+        lacking = {"step", "layer", *QUANTITIES}.difference(lines.fieldnames or ())
+        if lacking and lines.fieldnames is not None:
+            raise KeyError(f"no columns {sorted(lacking)}")
+        for line in lines:
+            row = rows.setdefault(line["step"], {"step": int(line["step"]), **{name: {} for name in QUANTITIES}})
+            for name in QUANTITIES:
+                row[name][line["layer"]] = _number(line[name])
+    yield from rows.values()
+
+
+def read_curves(path: str | Path) -> Curves:
+    """The curves in a file that CsvWriter (``.csv``) or JsonLinesWriter (anything else) wrote.
+
+    Raises ValueError, naming the file, where it holds something else, and OSError where it cannot be read.
+    """
+    path = Path(path)
+    try:
+        rows = list(_read_csv(path) if path.suffix.lower() == ".csv" else _read_json_lines(path))
+        names = list(dict.fromkeys(name for row in rows for name in row["rotation"]))
+        curves = curves_of(names, rows)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: holds no rotation curves: CSV (.csv) or JSON lines of layca_fast.writers are expected ({error!r})"
+        ) from error
+    if not rows:
+        raise ValueError(f"{path}: holds no records")
+    return curves

@@ -1,0 +1,302 @@
+"""RotationMonitor: how far the layers of any model turn, under any optimizer."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .backends.names import MODULES
+from .checks import check_choice
+from .curves import QUANTITIES, Curves
+from .distributed import Reduction
+from .formulas import orthogonal_square
+from .keeping import KEEPS, Reference, Sketched, View, Whole
+from .watched import watched_layers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Of the state_dict: a reader of another version must not guess.
+VERSION = 1
+
+#: What a state must share with the monitor that loads it.
+SETTINGS = ("keep", "per_step", "names", "sketch_size", "seed")
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: must be a whole number >= {least}")
+
+
+def angle_between(dots: Tensor, squares: Tensor) -> Tensor:
+    """Radians between weights and copies of each layer: (layers,) float64, NaN where either is zero or not finite.
+
+    ``dots``: <w,w>, <w,v>, <v,v>, (layers, 3). ``squares``: <v,v> when v was copied, in which what is not finite shows.
+    """
+    n2, d, q = dots.unbind(1)
+    angle = torch.atan2(orthogonal_square(n2, d, q).clamp(min=0.0).sqrt(), d / n2.sqrt())
+    sound = (n2 > 0) & (n2 < math.inf) & (q > 0) & (q < math.inf) & (squares > 0) & (squares < math.inf)
+    return torch.where(sound, angle, math.nan)
+
+
+class RotationMonitor:
+    """Layer rotation curves, angles between records and norms, of any model under any optimizer.
+
+    The curve of a layer is 1 - cos(w_t, w_0), with w_0 the weights when the monitor is made (arXiv 1806.01603,
+    section 3)::
+
+        monitor = RotationMonitor(model, every=10)
+        for batch in loader:
+            ...
+            optimizer.step()
+            monitor.record()
+        monitor.plot("rotation.png")
+
+    or, instead of calling :meth:`record`, ``with monitor.attach(optimizer): train()``. Weights, gradients, state and
+    random numbers of the training are read at most, so the training goes bit for bit as it does without it.
+
+    Args:
+        model_or_optimizer: what holds the layers. Of a model: the weights that :func:`layca_fast.layer_groups` would
+            rotate, and tensors of two or more dimensions in modules of types that it does not know; packed weights as
+            the layers that they hold. Of an optimizer: what rotates by its groups' ``rotate`` and ``chunks``, or has
+            two or more dimensions; names are those of its groups, or "group.index".
+        keep: where and how w_0 is kept. "device": a copy beside the weights. "cpu": in pinned host memory, brought over
+            piece by piece at each record. "bfloat16": a copy of 2 bytes a weight, off by at most 1.96e-3 radians,
+            so that a curve at the angle theta is off by 1.96e-3 * sin(theta) + 2e-6 at most. "sketch": about
+            ``sketch_size`` float32 numbers per layer, and as many to work in; the curve is an estimate: see below.
+        every: measure at every so many-th call of :meth:`record`.
+        layers: names of parameters to watch instead, also of one dimension; shell wildcards (``"*.attn.*"``) work.
+        per_step: also measure the angle to the weights of the record before, which with ``every=1`` is the rotation of
+            the step. Doubles the memory and the time. Not with keep="bfloat16", whose rounding exceeds most steps.
+        sketch_size: at least 2; the largest prime up to it is used. The standard deviation of an estimated 1 - cos is
+            (1 - cos^2)/sqrt(sketch_size), at most 1.6 % at the default, and that of a small angle between records
+            1/sqrt(sketch_size) of it, provided that no remainder of positions by that prime holds much more than its
+            share of the squared weights. A layer with no more elements than that is kept whole, in float32.
+        seed: of the sketch's signs; the same seed gives the same sketch on every device.
+        backend: "auto", "cpu", "triton", "cuda" or "torch": see :func:`layca_fast.backends`.
+
+    A record costs one fused pass over weights and copies (two with ``per_step``), in float64 sums of fixed order, and
+    keeps 24 bytes a layer on the device until it is read; it does not wait for a GPU. With "sketch" it is a pass of
+    torch operations over blocks of the weights. Weights of 16 bits are taken as they are stored, without remainders.
+    Angles below about 1e-7 are lost in rounding.
+
+    DTensor parameters, as of FSDP2: each process measures its shards, and the dots are added up by one float64
+    all-reduce per mesh dimension that shards, so **all processes must record at the same steps**; each has all curves.
+    A state_dict holds this process's shards: save one per process, and load it on the same mesh.
+
+    Layers that are all zero or not finite, at the start or now, have no angle: NaN.
+
+    Raises TypeError or ValueError for arguments and parameters that it cannot take.
+    """
+
+    def __init__(
+        self,
+        model_or_optimizer: nn.Module | Optimizer,
+        *,
+        keep: str = "device",
+        every: int = 1,
+        layers: Iterable[str] | None = None,
+        per_step: bool = False,
+        sketch_size: int = 4096,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        check_choice({"keep": keep}, "keep", KEEPS)
+        check_choice({"per_step": per_step}, "per_step", (False, True))
+        check_choice({"backend": backend}, "backend", ("auto", *MODULES))
+        _check_count("every", every, 1)
+        _check_count("sketch_size", sketch_size, 2)
+        _check_count("seed", seed, 0)
+        if per_step and keep == "bfloat16":
+            raise ValueError(
+                "per_step=True with keep='bfloat16': its rounding, 2e-3 radians, exceeds most steps; use "
+                "keep='device', 'cpu' or 'sketch'"
+            )
+        self.keep, self.every, self.per_step = keep, every, bool(per_step)
+        self.sketch_size, self.seed = sketch_size, seed
+        self._watched = watched_layers(model_or_optimizer, layers)
+        self.names = [name for each in self._watched for name in each.layer_names]
+        self._optimizer = model_or_optimizer if isinstance(model_or_optimizer, Optimizer) else None
+        self._view: View = (
+            Sketched(self._watched, sketch_size, seed) if keep == "sketch" else Whole(self._watched, keep)
+        )
+        self._layout = [(each.layers, each.groups) for each in self._watched]
+        self._reduction: Reduction | None = None
+        counts = [each.layers for each in self._watched]
+        self._start = Reference(self._view, counts, backend)
+        self._before = Reference(self._view, counts, backend) if self.per_step else None
+        self._hook: RemovableHandle | None = None
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self, step: int = 0) -> None:
+        """Take the present weights as the initial ones, forget all records, and record them as ``step``."""
+        _check_count("step", step, 0)
+        self.step = step
+        self._steps: list[int] = []
+        self._pending: list[Tensor] = []
+        self._read = torch.zeros(0, len(QUANTITIES), len(self.names), dtype=torch.float64)
+        weights, squares = self._view.take()
+        self._start.set(weights)
+        if self._before is not None:
+            self._before.set(weights)
+        self._measure(weights, squares, first=True)
+
+    def record(self, step: int | None = None) -> bool:
+        """Say that a step was taken, and measure the layers if it is one of every ``every``; returns whether it was.
+
+        ``step``: its number, greater than the last one; None: the next. Where numbers are left out, the first from each
+        multiple of ``every`` on is measured. Neither waits for the device nor modifies anything but the monitor.
+        """
+        step = self.step + 1 if step is None else step
+        _check_count("step", step, 0)
+        if step <= self.step:
+            raise ValueError(
+                f"step={step!r}: the last one was {self.step}, and steps go up; reset() starts anew from the present "
+                "weights"
+            )
+        if step // self.every == self.step // self.every:
+            self.step = step
+            return False
+        with torch.no_grad():
+            weights, squares = self._view.take()
+            self.step = step
+            self._measure(weights, squares)
+        return True
+
+    def _measure(self, weights: Sequence[Tensor], squares: Tensor | None, first: bool = False) -> None:
+        references = [self._start] if self._before is None else [self._start, self._before]
+        tables = [reference.dots(weights) for reference in references]
+        if squares is not None:
+            tables.append(squares.unsqueeze(1))
+        table = self._summed(torch.cat(tables, dim=1))
+        square = (table[:, 0] if squares is None else table[:, -1]).clone()
+        if first:
+            for reference in references:
+                reference.squares = square
+        # 1 - cos in the form that does not cancel.
+        rotation = 2 * torch.sin(angle_between(table[:, 0:3], self._start.squares) / 2).square()
+        turned = torch.full_like(rotation, math.nan)
+        if self._before is not None:
+            if not first:
+                turned = angle_between(table[:, 3:6], self._before.squares)
+            self._before.set(weights)
+            self._before.squares = square
+        self._steps.append(self.step)
+        self._pending.append(torch.stack([rotation, turned, square.sqrt()]))
+
+    def _summed(self, table: Tensor) -> Tensor:
+        """The dots of whole layers from those of the shards here, (layers, columns) float64."""
+        if not self.is_sharded:
+            return table
+        if self._reduction is None:
+            self._reduction = Reduction(self._layout, table.shape[1], table.device)
+        self._reduction.table.copy_(table)
+        self._reduction.run()
+        return self._reduction.table.to(table.device)
+
+    @property
+    def curves(self) -> Curves:
+        """All records so far, as plain data. Waits for the device, and frees its memory of them."""
+        if self._pending:
+            self._read = torch.cat([self._read, torch.stack(self._pending).cpu()])
+            self._pending = []
+        rotation, angle, norm = (each.clone() for each in self._read.unbind(1))
+        return Curves(list(self.names), list(self._steps), rotation=rotation, angle=angle, norm=norm)
+
+    def plot(self, path: str | Path | None = None, **options: Any) -> "Figure":
+        """Draw the curves, one line per layer: see :func:`layca_fast.rotation_figure.draw`. Needs matplotlib."""
+        return self.curves.plot(path, **options)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies of weights that are kept, wherever they are; records are not counted."""
+        return self._start.nbytes + (0 if self._before is None else self._before.nbytes)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes have parts of the layers, so that all of them must record and save."""
+        return any(each.groups for each in self._watched)
+
+    def attach(self, optimizer: Optimizer | None = None) -> "RotationMonitor":
+        """Record after every step of ``optimizer`` (None: the one that the monitor was made for); returns the monitor.
+
+        Until :meth:`detach`, or the end of ``with monitor.attach(optimizer):``. Copies and pickles of the optimizer do
+        not record. A step that GradScaler skips is no step, unless ``unscale_in_step`` leaves skipping to the kernels.
+        """
+        optimizer = self._optimizer if optimizer is None else optimizer
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer={optimizer!r}: must be the torch.optim.Optimizer whose steps are recorded")
+        if self._hook is not None:
+            raise ValueError("this monitor records the steps of an optimizer already: call detach() first")
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+        return self
+
+    def detach(self) -> None:
+        """No longer record the steps of the optimizer. Does nothing where it does not."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.record()
+
+    def __enter__(self) -> "RotationMonitor":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that :meth:`load_state_dict` needs to go on: plain data and tensors, for torch.load(weights_only=True).
+
+        The tensors of copies are the monitor's own, as in torch's state_dicts: save them, or copy them, at once.
+        """
+        curves = self.curves
+        for reference in (self._start, self._before):
+            if reference is not None:
+                reference.wait()
+        return {
+            "version": VERSION,
+            **{name: getattr(self, name) for name in SETTINGS},
+            "step": self.step,
+            "steps": curves.steps,
+            **{name: getattr(curves, name) for name in QUANTITIES},
+            "start": list(self._start.kept),
+            "start_squares": self._start.squares,
+            "before": [] if self._before is None else list(self._before.kept),
+            "before_squares": None if self._before is None else self._before.squares,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`: initial weights and records are those that were saved, copied.
+
+        Raises ValueError, before anything is modified, for a state of another monitor: other layers, ``keep``,
+        ``per_step``, ``sketch_size`` or ``seed``. ``every`` may differ.
+        """
+        if state_dict.get("version") != VERSION:
+            raise ValueError(f"state_dict: has version {state_dict.get('version')!r}, and only {VERSION} can be read")
+        for name in SETTINGS:
+            if state_dict[name] != getattr(self, name):
+                raise ValueError(
+                    f"state_dict: was saved with {name}={state_dict[name]!r}, but this monitor has "
+                    f"{name}={getattr(self, name)!r}: make it as the other was made"
+                )
+        for reference, saved in ((self._start, state_dict["start"]), (self._before, state_dict["before"])):
+            shapes = [] if reference is None else [tuple(tensor.shape) for tensor in reference.kept]
+            if [tuple(tensor.shape) for tensor in saved] != shapes:
+                raise ValueError(
+                    f"state_dict: was saved from weights of shapes {[tuple(tensor.shape) for tensor in saved]}, but "
+                    f"those watched here have {shapes}"
+                )
+        self._start.restore(state_dict["start"], state_dict["start_squares"])
+        if self._before is not None:
+            self._before.restore(state_dict["before"], state_dict["before_squares"])
+        self.step, self._steps, self._pending = state_dict["step"], list(state_dict["steps"]), []
+        self._read = torch.stack([state_dict[name].cpu().to(torch.float64) for name in QUANTITIES], dim=1)

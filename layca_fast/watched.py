@@ -1,0 +1,127 @@
+"""Which tensors a RotationMonitor watches, under which names, and how they are spread over processes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .checks import check_memory, check_parameter, count_layers, named
+from .groups import trainable_entries
+from .members import rotates
+from .roles import EMBEDDINGS
+from .sharding import Piece, is_sharded, local_of, sharding_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One parameter, or of one that is cut into pieces the piece of a layer. ``layer_names`` has one per layer.
+
+    ``groups``: the processes over which the dots of its shards add up, a group per dimension of the mesh.
+    """
+
+    name: str
+    param: Tensor
+    layer_names: tuple[str, ...]
+    piece: Piece
+    groups: "tuple[ProcessGroup, ...]"
+
+    @property
+    def layers(self) -> int:
+        """How many it holds, as equal slices of its first dimension."""
+        return len(self.layer_names)
+
+    def local(self) -> Tensor:
+        """What this process has of the weights: a plain tensor that shares their memory."""
+        return self.piece.of(local_of(self.param).detach())
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError, naming the parameter, where that tensor cannot be read."""
+        check_parameter(self.param, f"parameter {self.name!r}")
+        check_memory(self.param, f"parameter {self.name!r}")
+
+    @property
+    def shard(self) -> tuple[int, ...]:
+        """Which of its shards this process has: the same for all that have the same; () where it is whole."""
+        if not is_sharded(self.param):
+            return ()
+        coordinate = self.param.device_mesh.get_coordinate()
+        placements = enumerate(self.param.placements)
+        return tuple(coordinate[dim] for dim, each in placements if not each.is_replicate()) if coordinate else ()
+
+
+def _watched(name: str, param: Tensor, chunks: int | str) -> list[Watched]:
+    label = f"parameter {name!r}"
+    check_parameter(param, label)
+    check_memory(param, label)
+    layers = count_layers(param, chunks, label)
+    names = (name,) if layers == 1 else tuple(f"{name}[{index}]" for index in range(layers))
+    sharding = sharding_of(param, layers, label, know_all=True)
+    pieces = [(names[piece.first : piece.first + piece.layers], piece) for piece in sharding.pieces]
+    return [Watched(name, param, some, piece, sharding.groups) for some, piece in pieces]
+
+
+def _of_model(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
+    """Every trainable parameter with its chunks: None where it is no layer."""
+    # Also types that layer_groups does not know: nothing depends here on what such a tensor is.
+    asked = {type(module): None for module in model.modules() if not isinstance(module, EMBEDDINGS)}
+    _, entries = trainable_entries(model, asked)
+    return [(entry.name, entry.param, entry.chunks) for entry in entries]
+
+
+def _of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor, int | str | None]]:
+    """Every parameter with its chunks: None where it does not rotate, or would not under FusedLayca's default."""
+    return [
+        (name, param, group.get("chunks", 1) if rotates(param, {"rotate": group.get("rotate")}) else None)
+        for group, name, param in named(optimizer.param_groups)
+    ]
+
+
+def _chosen(
+    found: Sequence[tuple[str, Tensor, int | str | None]], layers: Sequence[str]
+) -> list[tuple[str, Tensor, int | str]]:
+    for pattern in layers:
+        if not any(fnmatchcase(name, pattern) for name, _, _ in found):
+            raise ValueError(
+                f"layers: {pattern!r} is the name of no parameter here; shell wildcards are allowed, and there are "
+                f"{[name for name, _, _ in found]}"
+            )
+    names = {name for name, _, _ in found if any(fnmatchcase(name, pattern) for pattern in layers)}
+    return [(name, param, 1 if chunks is None else chunks) for name, param, chunks in found if name in names]
+
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
+    """Every floating-point parameter, trainable or not; chunks as in :func:`_of_model`."""
+    chunks = {}
+    if any(param.requires_grad for param in model.parameters()):
+        chunks = {name: chunks for name, _, chunks in _of_model(model)}
+    return [(name, p, chunks.get(name)) for name, p in model.named_parameters() if p.is_floating_point()]
+
+
+def watched_layers(source: nn.Module | Optimizer, layers: Iterable[str] | None) -> list[Watched]:
+    """What to watch of a model or an optimizer: see :class:`layca_fast.RotationMonitor`, also for what it raises."""
+    if isinstance(layers, str) or not (layers is None or isinstance(layers, Iterable)):
+        raise TypeError(f"layers={layers!r}: must be a list of names of parameters, or None for those that rotate")
+    if isinstance(source, nn.Module):
+        found = _of_model(source) if layers is None else _named(source)
+    elif isinstance(source, Optimizer):
+        found = _of_optimizer(source)
+    else:
+        raise TypeError(
+            f"model_or_optimizer is a {type(source).__name__}: it must be a torch.nn.Module or a torch.optim.Optimizer"
+        )
+    if layers is None:
+        chosen = [(name, param, chunks) for name, param, chunks in found if chunks is not None]
+    else:
+        chosen = _chosen(found, list(layers))
+    if not chosen:
+        raise ValueError(
+            f"model_or_optimizer: no parameter of this {type(source).__name__} has two or more dimensions; name those "
+            "to watch: layers=['...']"
+        )
+    return [each for name, param, chunks in chosen for each in _watched(name, param, chunks)]
