@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from layca_fast import FusedLayca, attach, layer_groups
+from layca_fast import FusedLayca, RotationMonitor, attach, layer_groups
 from layca_fast.diagnostics import LayerConditioning
 
 FAQ = Path(__file__).parent.parent / "docs" / "faq.md"
@@ -111,6 +111,9 @@ TRIGGERS: dict[str, Callable[[], object]] = {
     "attach, a second time": attach_again,
     "attach and LBFGS": lambda: attach(torch.optim.LBFGS([matrix()])),
     "GradScaler's option in a group": lambda: FusedLayca([{"params": [matrix()], "unscale_in_step": True}]),
+    "Angles between records from a bfloat16 copy": lambda: RotationMonitor(
+        nn.Linear(2, 2), per_step=True, keep="bfloat16"
+    ),
     "Conditioning of grouped convolutions": lambda: LayerConditioning(Named("depthwise", nn.Conv2d(4, 4, 3, groups=4))),
 }
 
