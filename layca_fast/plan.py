@@ -24,7 +24,9 @@ from .checks import (
     labelled,
 )
 from .compensation import is_compensated, state_dtype
+from .formulas import KEEP
 from .layout import layers_are_dense
+from .tables import Coefficient
 from .unscaling import LossScale
 from .watch import gradients, same_objects
 
@@ -243,19 +245,26 @@ class Plan:
         #: CUDA graphs read the tables of the plan that they recorded, so it outlives its use here.
         self._kept: list[Plan] = []
         if previous is not None:
-            self._carry_counts(previous)
+            self.carry_counts(previous.counts())
             self._kept = [*previous._kept, *([previous] if previous.recorded else [])]
 
-    def _counts(self) -> dict[Tensor, Tensor]:
+    def counts(self) -> dict[Tensor, Tensor]:
         """The counts of every tensor that has been stepped, (layers, Count.WIDTH), in this plan or before it."""
         return {**self._retired, **{slot.param: batch.counts[rows] for batch, slot, rows in self.rows()}}
 
-    def _carry_counts(self, previous: "Plan") -> None:
-        self._retired = previous._counts()
+    def carry_counts(self, counts: Mapping[Tensor, Tensor]) -> None:
+        """Go on counting from these, (layers, Count.WIDTH) for each tensor that has been stepped before."""
+        self._retired = dict(counts)
         for batch, slot, rows in self.rows():
-            counts = self._retired.get(slot.param)
-            if counts is not None and len(counts) == slot.layers:
-                batch.counts[rows] = counts.to(batch.counts.device)
+            known = self._retired.get(slot.param)
+            if known is not None and len(known) == slot.layers:
+                batch.counts[rows] = known.to(batch.counts.device)
+
+    def rest(self) -> None:
+        """Let the statistics say what they do after a step for which no tensor had a gradient."""
+        for _, batch in self.batches:
+            batch.dots.zero_()
+            batch.coefficients[:, Coefficient.MODE] = KEEP
 
     def rows(self) -> Iterator[tuple[Batch, Slot, slice]]:
         """Every slot with its batch and its rows in the batch's per-layer tables."""
