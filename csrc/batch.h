@@ -31,7 +31,7 @@ struct Column {
 
 // Bits of Column::FLAGS.
 struct Flag {
-  enum : int { ROTATES = 1, CURRENT = 2 };
+  enum : int { ROTATES = 1, CURRENT = 2, PART = 4 };
 };
 
 // Columns of the hyperparameter table, float64.

@@ -10,6 +10,9 @@ namespace layca {
 
 LAYCA_HOST_DEVICE inline bool turns(const TensorRow& tensor) { return tensor.has_grad() && tensor.flag(Flag::ROTATES); }
 
+// Whether the elements here say all of a layer that turns. If not, what its dots do not say cannot be measured.
+LAYCA_HOST_DEVICE inline bool turns_whole(const TensorRow& tensor) { return turns(tensor) && !tensor.flag(Flag::PART); }
+
 LAYCA_HOST_DEVICE inline Dots layer_dots(const Batch& batch, std::int64_t layer) {
   const double* const sums = batch.dots + 3 * layer;
   return {sums[0], sums[1], sums[2]};

@@ -17,10 +17,11 @@ from .checks import check_gradient
 from .compensation import compute_dtype
 from .formulas import RULES
 from .hypers import Hyperparameters
+from .sharding import Piece, is_sharded, local_of
 from .tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Layer, Tile
 from .unscaling import LossScale, ScaledTables
 from .upload import SPARES, Mirror
-from .watch import Entries, Layouts, addresses, all_there, column, gradients
+from .watch import Entries, Layouts, addresses, all_there, column, gradients, same_objects
 
 
 @dataclass
@@ -31,7 +32,9 @@ class Slot:
     the formula does not count them), ``radius`` the float64 state (None where the tensor does not rotate), ``layers``
     the number of equal slices, ``dense`` whether these lie in memory one after the other, ``fresh`` whether the state
     was created for the coming step. ``entry`` is what the optimizer keeps for the parameter: the states by their names.
-    ``remainder`` completes a 16-bit parameter (compensation.py); None where it has none.
+    ``remainder`` completes a 16-bit parameter (compensation.py); None where it has none. ``dtensor`` is the
+    parameter of which ``param``, like the states, is the ``piece`` that lies here (None: ``param`` is it), ``number``
+    its place among the tensors that are summed over processes.
     """
 
     param: Tensor
@@ -46,14 +49,22 @@ class Slot:
     fresh: bool
     entry: Mapping[str, Any] = field(default_factory=dict)
     remainder: Tensor | None = None
+    dtensor: Tensor | None = None
+    piece: Piece = field(default_factory=lambda: Piece(0, 1))
+    number: int = 0
+
+    @property
+    def owner(self) -> Tensor:
+        """The parameter as the user knows it."""
+        return self.param if self.dtensor is None else self.dtensor
 
     def gradient(self, dtype: torch.dtype) -> Tensor | None:
         """This step's gradient, checked, with the parameter's strides where kernels walk both as one run of memory."""
-        grad = self.param.grad
+        grad = self.owner.grad
         if grad is None:
             return None
-        check_gradient(grad, self.param, self.label)
-        grad = grad.resolve_neg().to(dtype)
+        check_gradient(grad, self.owner, self.label)
+        grad = self.piece.of(local_of(grad)).resolve_neg().to(dtype)
         if not self.dense or grad.stride() == self.param.stride():
             return grad
         return torch.empty_like(self.param, dtype=dtype).copy_(grad)
@@ -62,7 +73,8 @@ class Slot:
     def flags(self) -> int:
         if self.radius is None:
             return 0
-        return Flag.ROTATES | (Flag.CURRENT if self.group["radius"] == "current" else 0)
+        current = Flag.CURRENT if self.group["radius"] == "current" else 0
+        return Flag.ROTATES | current | (Flag.PART if self.piece.is_part else 0)
 
     @property
     def rule(self) -> int:
@@ -93,6 +105,8 @@ class Batch:
         self.slots = list(slots)
         self.tile = tile
         self.params = [slot.param for slot in self.slots]
+        self.owners = [slot.owner for slot in self.slots]
+        self._local_owners = [local_of(owner) for owner in self.owners] if is_sharded(self.owners[0]) else None
         self.states = [[slot.states[i] for slot in self.slots] for i in range(len(formula.states))]
         self.grads: list[Tensor | None] = [None] * len(self.slots)
         self._grad_addresses: bytes | None = None
@@ -129,25 +143,30 @@ class Batch:
         #: Whether the step is taken, 0-d int64 on the device; None where that needs no asking.
         self.taken: Tensor | None = None
         self._set_hyper_rows()
-        columns = {name: [(slot.entry, slot.states[i]) for slot in self.slots] for i, name in enumerate(formula.states)}
-        columns["step"] = [(slot.entry, slot.step) for slot in self.slots if slot.step is not None]
-        columns["remainder"] = [(slot.entry, slot.remainder) for slot in self.slots if slot.remainder is not None]
-        columns["radius"] = [(slot.entry, slot.radius) for slot in self.slots if slot.radius is not None]
-        self._entries = Entries(columns)
+        kept = [tensor for states in self.states for tensor in states]
+        kept += [slot.step for slot in self.slots if slot.step is not None]
+        kept += [slot.remainder for slot in self.slots if slot.remainder is not None]
+        kept += [slot.radius for slot in self.slots if slot.radius is not None]
+        entries = [slot.entry for slot in self.slots]
+        names = (*formula.states, "step", "remainder", "radius")
+        self._entries = Entries({name: [(each, each[name]) for each in entries if name in each] for name in names})
         self._layouts = Layouts(self.params)
-        self._kept = Layouts([tensor for pairs in columns.values() for _, tensor in pairs])
+        self._kept = Layouts(kept)
         # Kernels know a gradient by its address, which that of an empty tensor lacks: its steps are counted here.
         self._empty = [(i, slot.step) for i, slot in enumerate(self.slots) if slot.param.numel() == 0]
 
     def holds(self) -> bool:
         """Whether parameters, states and radii lie in memory as they did when the batch was made for them."""
+        if self._local_owners is not None and not same_objects(list(map(local_of, self.owners)), self._local_owners):
+            return False
         return self._entries.hold() and self._layouts.hold() and self._kept.hold()
 
     def take_gradients(self) -> None:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
-        self.grads = gradients(self.params)
+        self.grads = gradients(self.owners)
         self.grad_dtype = self.dtype
-        self._grad_addresses = self._layouts.fit(self.grads)
+        # Those of DTensors are inside of them.
+        self._grad_addresses = self._layouts.fit(self.grads) if self._local_owners is None else None
         if self._grad_addresses is None:
             # All else goes the slow way: gradients that are missing, lie otherwise, are of another type, or are wrong.
             if any(grad is not None and grad.dtype != self.dtype for grad in self.grads):
@@ -240,10 +259,11 @@ class Batch:
 
     @property
     def stepped(self) -> list[Tensor]:
-        """The parameters that have a gradient in this step."""
-        if all_there(self.grads):
-            return self.params
-        return [param for param, grad in zip(self.params, self.grads, strict=True) if grad is not None]
+        """The parameters that have a gradient in this step; of a DTensor both it and the tensor inside."""
+        stepped = self.params
+        if not all_there(self.grads):
+            stepped = [param for param, grad in zip(self.params, self.grads, strict=True) if grad is not None]
+        return stepped if self._local_owners is None else [*stepped, *self.owners]
 
     def options(self, slot: Slot) -> tuple[float, ...]:
         """What the base makes of the group of ``slot``, on the host: ``formula.prepare`` makes this step's of it."""

@@ -12,6 +12,7 @@ from .backends.names import MODULES
 from .bases import BASES, Base
 from .formulas import RULES
 from .layout import overlaps
+from .sharding import check_placements, check_same_shards, local_of
 
 RADII = ("initial", "current")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -33,7 +34,7 @@ def describe(label: str, tensor: Tensor) -> str:
     return f"{label} (shape {tuple(tensor.shape)}, {tensor.dtype})"
 
 
-def _is_wrapper(tensor: Tensor) -> bool:
+def is_wrapper(tensor: Tensor) -> bool:
     """Whether the numbers are in another tensor inside this one, as in DTensor."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
@@ -48,9 +49,12 @@ def check_parameter(tensor: Tensor, label: str) -> None:
     """Raise TypeError or ValueError for a tensor that no kernel may be handed."""
     check_initialized(tensor, label)
     name = describe(label, tensor)
-    if _is_wrapper(tensor):
+    check_placements(tensor, name)
+    tensor = local_of(tensor)
+    if is_wrapper(tensor):
         raise TypeError(
-            f"{name} is a {type(tensor).__name__}: layca_fast reads plain tensors only; pass the plain tensor inside it"
+            f"{name} is a {type(tensor).__name__}: layca_fast reads plain tensors and DTensors only; pass the plain "
+            "tensor inside it"
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor, parameter.to_dense()")
@@ -76,16 +80,19 @@ def check_parameter(tensor: Tensor, label: str) -> None:
 
 def check_memory(tensor: Tensor, label: str) -> None:
     """Raise ValueError for a tensor that has elements and no memory, as sharded training leaves it between uses."""
-    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+    local = local_of(tensor)
+    if local.numel() > 0 and local.untyped_storage().nbytes() == 0:
         raise ValueError(f"the memory of {describe(label, tensor)} was freed: step while it is there")
 
 
 def check_gradient(grad: Tensor, param: Tensor, label: str) -> None:
     """Raise TypeError or ValueError for a gradient that does not fit its parameter."""
     name = describe(f"the gradient of {label}", grad)
+    check_same_shards(grad, param, name)
+    grad, param = local_of(grad), local_of(param)
     if grad.layout != torch.strided:
         raise TypeError(f"{name} has layout {grad.layout}: FusedLayca needs dense gradients (sparse=False)")
-    if _is_wrapper(grad):
+    if is_wrapper(grad):
         raise TypeError(f"{name} is a {type(grad).__name__}: FusedLayca reads plain tensors only")
     check_memory(grad, f"the gradient of {label}")
     if not grad.is_floating_point():
@@ -179,22 +186,3 @@ def count_layers(param: Tensor, chunks: int | str, label: str) -> int:
             f"{rows}, or put the tensor in a group with chunks=1"
         )
     return int(chunks)
-
-
-def have_zero_layers(tensors: Sequence[tuple[Tensor, int]]) -> list[bool]:
-    """Whether each tensor, given with its number of layers, holds a layer whose weights are all zero.
-
-    Waits once for each device. Those without plain numbers (empty, meta, sparse, wrappers such as DTensor) are not
-    looked into: what the optimizer cannot take, it refuses itself.
-    """
-    flags = [False] * len(tensors)
-    found: dict[torch.device, dict[int, Tensor]] = {}
-    for index, (tensor, layers) in enumerate(tensors):
-        if tensor.numel() > 0 and tensor.layout == torch.strided and not (tensor.is_meta or _is_wrapper(tensor)):
-            # The norm needs no memory for the absolute values.
-            largest = torch.linalg.vector_norm(tensor.detach().reshape(layers, -1), torch.inf, dim=1)
-            found.setdefault(tensor.device, {})[index] = (largest == 0).any()
-    for on_device in found.values():
-        for index, value in zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True):
-            flags[index] = value
-    return flags

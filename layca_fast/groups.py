@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .bases import scaled_rate
-from .checks import check_choice, check_initialized, check_lr, count_layers, have_zero_layers
+from .checks import check_choice, check_initialized, check_lr, count_layers
 from .console import aligned
 from .roles import EMBEDDINGS, Asked, asked_types, decide
+from .zeros import have_zero_layers
 
 OTHERS = ("train", "freeze")
 

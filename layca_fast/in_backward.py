@@ -21,9 +21,11 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from .capture import is_capturing
-from .checks import check_group, describe
+from .checks import check_group, count_layers, describe, labelled
+from .members import check_norms, rotates
 from .places import places
 from .plan import Plan
+from .sharding import is_sharded, local_of
 from .watch import gradients, same_objects
 
 if TYPE_CHECKING:
@@ -73,7 +75,9 @@ class StepInBackward:
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._plans: dict[Tensor, Plan] = {}
         self.is_on = True
-        self._counts = {} if past is None else past.counts()
+        self._counts: dict[Tensor, dict[tuple[Tensor, int], Tensor]] = {}
+        for key, count in ({} if past is None else past.counts()).items():
+            self._counts.setdefault(key[0], {})[key] = count
         # Each device has a thread of its own in a backward pass.
         self._lock = threading.RLock()
         self._follow(optimizer)
@@ -122,9 +126,9 @@ class StepInBackward:
                 "GradScaler, or remove() the handle"
             )
 
-    def counts(self) -> dict[Tensor, Tensor]:
-        """The counts of every tensor that has been stepped, (layers, Count.WIDTH), here or before."""
-        found = dict(self._counts)
+    def counts(self) -> dict[tuple[Tensor, int], Tensor]:
+        """The counts of every tensor that has been stepped, as :meth:`Plan.counts` has them, here or before."""
+        found = {key: count for counts in self._counts.values() for key, count in counts.items()}
         for plan in self._plans.values():
             found.update(plan.counts())
         return found
@@ -214,11 +218,21 @@ class StepInBackward:
             self._follow(optimizer)
         if not self._is_checked:
             _check_not_replicated(self._places)
+            self._check_norms()
             optimizer._warn_of_ignored_decay()
             self._is_checked = True
         optimizer._stale = False
         optimizer._warn_of_lost_rotations()
         self._is_open = True
+
+    def _check_norms(self) -> None:
+        """Look for layers of zeros among all that are trained, before the first of them moves."""
+        new = []
+        for param, place in self._places.items():
+            ((group, label, _),) = labelled(place.groups)
+            if param.requires_grad and rotates(param, group) and "radius" not in place.state.get(param, {}):
+                new.append((label, param, count_layers(param, group["chunks"], label)))
+        check_norms(new)
 
     def _step(self, optimizer: "FusedLayca", param: Tensor) -> None:
         groups, state = self._places[param]
@@ -228,14 +242,14 @@ class StepInBackward:
                 self._created.add(param)
             previous, plan = plan, Plan(groups, state, previous=plan)
             if previous is None and param in self._counts:
-                plan.carry_counts({param: self._counts[param]})
+                plan.carry_counts(self._counts[param])
             self._plans[param] = plan
         plan.step()
         self._stepped.add(param)
         grad = param.grad
         if grad is not None and grad.is_cuda:
             # FSDP2 reduces gradients on streams of its own; their memory must not be given away before we are done.
-            grad.record_stream(torch.cuda.current_stream(grad.device))
+            local_of(grad).record_stream(torch.cuda.current_stream(grad.device))
         param.grad = None
 
     def close(self) -> None:
@@ -249,16 +263,20 @@ class StepInBackward:
         if not self._is_open:
             self._open(optimizer)
         params = list(self._places)
-        left = [param for param, grad in zip(params, gradients(params), strict=True) if grad is not None]
-        for param in left:
+        late = [param for param, grad in zip(params, gradients(params), strict=True) if grad is not None]
+        for param in late:
             if param in self._stepped:
+                ((_, label, _),) = labelled(self._places[param].groups)
                 raise RuntimeError(
-                    f"{describe(self._places[param].label, param)} has a gradient that came after backward had stepped "
+                    f"{describe(label, param)} has a gradient that came after backward had stepped "
                     "it: whatever sets gradients later, such as DistributedDataParallel, needs ordinary steps: "
                     "remove() the handle, and go back to weights from before this iteration"
                 )
-        for param in left:
-            self._step(optimizer, param)
+        for param in params:
+            # Sharded layers are stepped by all processes together, in one order, whichever of them have a gradient.
+            shared = is_sharded(param) and param.requires_grad
+            if param not in self._stepped and (shared or param.grad is not None):
+                self._step(optimizer, param)
         # The ordinary step creates state in the order of the groups, and checkpoints keep it.
         for param in params:
             if param in self._created and param in optimizer.state:

@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .bases import FORMULAS
 from .batch import scalar_device
 from .checks import count_layers, describe, labelled
+from .members import OUR_STATES
 
 #: Every group of FusedLayca has all of these. Groups made by layer_groups for another optimizer have some.
 OUR_OPTIONS = {"base", "rule", "rotate"}
-
-#: State that the kernels read; whatever else a checkpoint holds is kept as it is.
-OUR_STATES = {"radius", "remainder", "step", *(name for formula in FORMULAS.values() for name in formula.states)}
 
 
 def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, Tensor, Any]]:

@@ -16,8 +16,10 @@ from .checks import check_choice, check_group, check_options, check_parameter, f
 from .compensation import HALVES, join, lost_rotation
 from .in_backward import StepInBackward
 from .loading import adopt, check_shapes, is_foreign, restore_types
-from .plan import Plan, rotates
-from .stats import RotationStats, rotation_stats
+from .members import rotates
+from .plan import Plan
+from .sharding import local_of, wrap
+from .stats import RotationStats, joined, rotation_stats
 from .unscaling import LossScale
 
 #: What every group holds whatever its base is.
@@ -255,6 +257,7 @@ class FusedLayca(Optimizer):
         memory for all gradients anyway, and the capture of a CUDA graph. Tensors are stepped one by one, which costs
         launches (and, where layers are sharded, an all-reduce) for each.
 
+        Layers of zeros are looked for among all trainable parameters, at the first gradient, before anything moves.
         A backward that fails has stepped some layers and not the others; :meth:`step` then closes the iteration.
         """
         self._in_backward = StepInBackward(self)
@@ -360,11 +363,20 @@ class FusedLayca(Optimizer):
         remainder = self.state.get(param, {}).get("remainder")
         if remainder is None or param.dtype not in HALVES:
             return param.detach().clone()
-        return join(param.detach(), remainder)
+        return wrap(join(local_of(param).detach(), local_of(remainder)), param)
 
     def rotation_stats(self) -> dict[Tensor, RotationStats]:
-        """What the last step did to each tensor, by parameter; empty before the first. Does not wait for a device."""
+        """What the last step did to each tensor, by parameter; empty before the first. Does not wait for a device.
+
+        Of a DTensor: to the layers that this process has something of. Their elements are counted here, not summed.
+        """
         plans = [] if self._plan is None else [self._plan]
         if self._in_backward is not None:
             plans += self._in_backward.plans
-        return {slot.param: rotation_stats(batch, slot, rows) for plan in plans for batch, slot, rows in plan.rows()}
+        stats: dict[Tensor, RotationStats] = {}
+        for plan in plans:
+            found: dict[Tensor, list[RotationStats]] = {}
+            for batch, slot, rows in plan.rows():
+                found.setdefault(slot.owner, []).append(rotation_stats(batch, slot, rows))
+            stats.update({param: joined(parts) for param, parts in found.items()})
+        return stats

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .checks import labelled
-from .plan import State
+from .members import State
 
 
 class _StateOf(MutableMapping[Tensor, dict[str, Any]]):
@@ -50,11 +49,6 @@ class Place(NamedTuple):
 
     groups: list[Mapping[str, Any]]
     state: _StateOf
-
-    @property
-    def label(self) -> str:
-        """What to call the parameter in a message."""
-        return next(label for _, label, _ in labelled(self.groups))
 
 
 def places(param_groups: Sequence[dict[str, Any]], state: State) -> dict[Tensor, Place]:

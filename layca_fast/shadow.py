@@ -17,7 +17,9 @@ from .bases import BASES
 from .checks import check_group, check_parameter, count_layers, describe, labelled
 from .compensation import HALVES
 from .layout import is_dense, memory_order
-from .plan import Plan, rotates
+from .members import rotates
+from .plan import Plan
+from .sharding import is_sharded
 
 #: What a param group may say for itself; where it does not, the arguments of ``attach`` hold.
 OPTIONS = ("rule", "rotate", "chunks", "radius", "backend")
@@ -77,6 +79,11 @@ def check_turning(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise TypeError or ValueError, naming it, for a parameter that is to rotate and cannot."""
     for group, label, param in turning(groups):
         check_parameter(param, label)
+        if is_sharded(param):
+            raise TypeError(
+                f"{describe(label, param)} is a DTensor: attach() turns plain tensors only; train sharded models with "
+                "FusedLayca, or put its group's rotate to False"
+            )
         if param.dtype in HALVES:
             raise TypeError(
                 f"{describe(label, param)}: attach() reads the other optimizer's step from the weights, and most of it "

@@ -1,6 +1,7 @@
 """What the last step did to each layer, from the numbers that the kernels have anyway."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -62,3 +63,10 @@ def rotation_stats(batch: Batch, slot: Slot, rows: slice) -> RotationStats:
         no_direction=counts[:, Count.NO_DIRECTION],
         broken=counts[:, Count.BROKEN],
     )
+
+
+def joined(parts: Sequence[RotationStats]) -> RotationStats:
+    """The stats of a tensor whose layers are in several slots, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    return RotationStats(*(torch.cat([getattr(each, field.name) for each in parts]) for field in fields(RotationStats)))

@@ -32,6 +32,7 @@ class Flag(IntEnum):
 
     ROTATES = 1
     CURRENT = 2  # radius="current"
+    PART = 4  # a part of its layers: their dots are those of all parts, which cannot be measured again here
 
 
 class Hyper(IntEnum):

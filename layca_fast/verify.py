@@ -15,8 +15,8 @@ from .bases import Formula
 from .checks import find_base
 from .compensation import HALVES
 from .console import print_table
+from .members import rotates
 from .optimizer import FusedLayca
-from .plan import rotates
 from .reference import reference_step
 
 Shape = tuple[int, ...]

@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def seed_of_code() -> int:
-    """New with every change of the code, and the same wherever that code is tested, so that a failure can be met again."""
+    """New with every change of the code, the same wherever that code is tested: so a failure can be met again."""
     root = Path(__file__).parent.parent
     sources = [path for folder in ("layca_fast", "csrc", "tests") for path in (root / folder).rglob("*.*")]
     sources = sorted(path for path in sources if path.suffix in (".py", ".h", ".cuh", ".cpp", ".cu"))

@@ -120,7 +120,12 @@ def test_a_layer_that_cannot_turn_is_named_and_keeps_its_gradient(seed: int) -> 
     optimizer = FusedLayca(named, 0.1)
     optimizer.step_in_backward()
     head, zero = params_of(optimizer)
+    before = head.detach().clone()
     with pytest.raises(ValueError, match=r"parameter 'zero' \(shape \(2, 2\)"):
+        (zero.sum() + head.square().sum()).backward()
+    assert same_bits(head.detach(), before)
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="parameter 'zero'"):
         zero.sum().backward()
     with pytest.raises(ValueError, match="parameter 'zero'"):
         optimizer.step()

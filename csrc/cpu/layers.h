@@ -109,7 +109,7 @@ inline void finish_dots(const Batch& batch, std::int64_t layer) {
 inline double measure_orthogonal_square(const Batch& batch, const Kernels& kernels, const LayerSpan& span,
                                         const Dots& dots) {
   const double sigma2 = orthogonal_square(dots);
-  if (!is_nearly_parallel(sigma2, dots.q)) return sigma2;
+  if (!is_nearly_parallel(sigma2, dots.q) || !turns_whole(span.tensor)) return sigma2;
   double sum = 0;
   for (std::int64_t start = 0; start < span.length; start += batch.tile) {
     const std::int64_t length = std::min(batch.tile, span.length - start);

@@ -192,7 +192,7 @@ LAYCA_INLINE void write_dots(const Batch& batch, std::int64_t layer, const Sums&
 
 // Whether sigma^2 of a layer must be taken from its elements, tile by tile.
 LAYCA_INLINE bool must_measure_again(const LayerSpan& layer, const Dots& dots) {
-  return turns(layer.tensor) && is_nearly_parallel(orthogonal_square(dots), dots.q);
+  return turns_whole(layer.tensor) && is_nearly_parallel(orthogonal_square(dots), dots.q);
 }
 
 // A thread's part of sigma^2. One block walks the whole layer: slow for a large one, but next to no step is so nearly

@@ -213,6 +213,7 @@ class TorchBackend(Backend):
         hypers = batch.hypers[tensors[:, Column.HYPER]]
         rotates = tensors[:, Column.FLAGS] & Flag.ROTATES != 0
         current = tensors[:, Column.FLAGS] & Flag.CURRENT != 0
+        here = tensors[:, Column.FLAGS] & Flag.PART == 0
         rule, noise = tensors[:, Column.RULE], hypers[:, Hyper.NOISE]
         has_grad = tensors[:, Column.GRAD] != 0
         lr, weight_decay = hypers[:, Hyper.LR], hypers[:, Hyper.WEIGHT_DECAY]
@@ -227,7 +228,7 @@ class TorchBackend(Backend):
         sigma2 = orthogonal_square(n2, d, q)
         if sigma2.device.type == "cpu":
             # Elsewhere, to know whether there is anything to measure again, the host would have to wait.
-            self._measure_again(batch, sigma2, rotates & is_nearly_parallel(sigma2, q))
+            self._measure_again(batch, sigma2, rotates & here & is_nearly_parallel(sigma2, q))
         *abc, mode, after = coefficients(n2, d, q, sigma2, lr, before, weight_decay, rotates, current, rule, noise)
         mode = torch.where(has_grad, mode, KEEP)
         torch.stack([*abc, mode], 1, out=batch.coefficients)

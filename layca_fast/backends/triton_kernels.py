@@ -34,7 +34,7 @@ _TENSOR_WIDTH, _PARAM, _GRAD, _STATE = _constants(Column.WIDTH, Column.PARAM, Co
 _RADIUS, _FIRST_LAYER, _HYPER, _FLAGS = _constants(Column.RADIUS, Column.FIRST_LAYER, Column.HYPER, Column.FLAGS)
 _NUMEL, _LAYERS, _STEP, _RULE = _constants(Column.NUMEL, Column.LAYERS, Column.STEP, Column.RULE)
 (_REMAINDER,) = _constants(Column.REMAINDER)
-_ROTATES, _CURRENT = _constants(Flag.ROTATES, Flag.CURRENT)
+_ROTATES, _CURRENT, _PART = _constants(Flag.ROTATES, Flag.CURRENT, Flag.PART)
 _HYPER_WIDTH, _LR, _WEIGHT_DECAY = _constants(Hyper.WIDTH, Hyper.LR, Hyper.WEIGHT_DECAY)
 _GRAD_SCALE, _NOISE, _OPTION = _constants(Hyper.GRAD_SCALE, Hyper.NOISE, Hyper.OPTION)
 _LAYER_WIDTH, _LAYER_TENSOR, _FIRST_TILE, _TILES = _constants(Layer.WIDTH, Layer.TENSOR, Layer.FIRST_TILE, Layer.TILES)
@@ -317,7 +317,8 @@ def finish(
     if COEFFICIENTS:
         hyper = hypers + tl.load(row + _HYPER) * _HYPER_WIDTH
         sigma2 = _orthogonal_square(n2, d, q)
-        if has_grad & ((tl.load(row + _FLAGS) & _ROTATES) != 0) & _is_nearly_parallel(sigma2, q):
+        here = (tl.load(row + _FLAGS) & (_ROTATES | _PART)) == _ROTATES
+        if has_grad & here & _is_nearly_parallel(sigma2, q):
             options_row = _options_row(hyper, step_options, tensor, COUNTS)
             sigma2 = _measure_orthogonal_square(
                 n2, d, layer, row, hyper, options_row,

@@ -1,0 +1,233 @@
+"""Which parameters take part in a step, and the state that each of them needs."""
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import choose
+from .backends.base import Backend
+from .bases import FORMULAS, Formula
+from .batch import Slot, scalar_device
+from .checks import (
+    check_gradient,
+    check_memory,
+    check_parameter,
+    count_layers,
+    describe,
+    find_base,
+    labelled,
+)
+from .compensation import is_compensated, state_dtype
+from .layout import layers_are_dense
+from .sharding import Piece, Sharding, is_sharded, local_of, placed, radius_placements, sharding_of, wrap, wrap_radius
+from .zeros import have_zero_layers
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+#: State that the kernels read; whatever else a checkpoint holds is kept as it is.
+OUR_STATES = {"radius", "remainder", "step", *(name for formula in FORMULAS.values() for name in formula.states)}
+
+
+def rotates(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a tensor of this group rotates; by default those of two or more dimensions do."""
+    rotate = group["rotate"]
+    return param.dim() >= 2 if rotate is None else bool(rotate)
+
+
+@dataclass
+class Member:
+    """One parameter on its way into a batch; ``local`` is what this process has of it, ``layers`` those of all."""
+
+    param: Tensor
+    local: Tensor
+    sharding: Sharding
+    group: Mapping[str, Any]
+    label: str
+    backend: Backend
+    formula: Formula
+    rotates: bool
+    layers: int
+    dense: bool
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a step needs numbers from other processes."""
+        return bool(self.sharding.groups and self.sharding.pieces)
+
+    def new_states(self, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The state tensors of this member: those it has, moved to where the parameter is now, and new ones.
+
+        Returns them as the optimizer keeps them and as kernels see them, which differ for a DTensor. Raises ValueError
+        where one has another shape than the parameter.
+        """
+        dtype = state_dtype(self.param.dtype, self.group)
+        old = {name: self._placed(name, state[name]) for name in state if state[name] is not None}
+        local = {}
+        for name in self.formula.states:
+            local[name] = self._buffer(name, old.get(name), dtype)
+        if is_compensated(self.param.dtype, self.group):
+            local["remainder"] = self._remainder(old.get("remainder"))
+        if self.formula.counts_steps:
+            # Another base may have counted steps before these buffers were made.
+            has = [name for name in self.formula.states if state.get(name) is not None]
+            local["step"] = self._step_count(old.get("step"), has)
+        if self.rotates:
+            local["radius"] = self._radius(old.get("radius"))
+        return {name: self._kept(name, local[name], state.get(name)) for name in local}, local
+
+    def _placed(self, name: str, value: Any) -> Any:
+        """The local part of a state, which may come from other shards."""
+        if name == "step" or name not in OUR_STATES or not isinstance(value, Tensor):
+            return local_of(value) if isinstance(value, Tensor) else value
+        expected = torch.Size((self.layers,)) if name == "radius" else self.param.shape
+        if not (is_sharded(self.param) or is_sharded(value)) or value.shape != expected:
+            return value
+        lies = radius_placements(self.param, self.sharding) if name == "radius" and is_sharded(self.param) else None
+        return placed(value, self.param, lies)
+
+    def _kept(self, name: str, local: Tensor, old: Tensor | None) -> Tensor:
+        if old is not None and local_of(old) is local:
+            return old
+        if name == "step":
+            return local
+        if name == "radius":
+            return wrap_radius(local, self.param, self.sharding, self.layers)
+        return wrap(local, self.param)
+
+    def _buffer(self, name: str, old: Tensor | None, dtype: torch.dtype) -> Tensor:
+        # Kernels walk parameter and state as one run of addresses, so their strides must agree.
+        form = torch.preserve_format if self.dense else torch.contiguous_format
+        if old is None:
+            option = find_base(self.group["base"]).starts.get(name)
+            start = 0.0 if option is None else float(self.group[option])
+            return torch.full_like(self.local, start, dtype=dtype, memory_format=form)
+        if old.shape != self.local.shape:
+            raise ValueError(
+                f"the state {name!r} of {describe(self.label, self.param)} has shape {tuple(old.shape)}: "
+                "clear the optimizer's state for it after changing its shape, del optimizer.state[parameter]"
+            )
+        if (old.device, old.dtype) == (self.local.device, dtype) and (
+            old.stride() == self.local.stride() or not self.dense
+        ):
+            return old
+        return torch.empty_like(self.local, dtype=dtype, memory_format=form).copy_(old)
+
+    def _remainder(self, old: Tensor | None) -> Tensor:
+        if old is not None and old.dtype != torch.bfloat16:
+            raise ValueError(
+                f"the state 'remainder' of {describe(self.label, self.param)} has dtype {old.dtype}: it holds raw bits "
+                "in a bfloat16 tensor, which no conversion keeps. Restore it as it was saved, or drop it: "
+                "del optimizer.state[parameter]['remainder']"
+            )
+        return self._buffer("remainder", old, torch.bfloat16)
+
+    def _step_count(self, old: Any, buffers: Sequence[str]) -> Tensor:
+        if not buffers:
+            old = 0.0
+        if old is None:
+            raise ValueError(
+                f"the state of {describe(self.label, self.param)} has {buffers[0]!r} but no 'step', the number of "
+                "steps that made it: set it, or clear the optimizer's state for it, del optimizer.state[parameter]"
+            )
+        # Older versions of torch saved a plain number.
+        count = old if isinstance(old, Tensor) else torch.tensor(float(old), device="cpu")
+        if count.shape != ():
+            raise ValueError(
+                f"the state 'step' of {describe(self.label, self.param)} has shape {tuple(count.shape)}: it must be a "
+                "0-d tensor; clear the optimizer's state for it, del optimizer.state[parameter]"
+            )
+        return count.to(device=self.local.device, dtype=torch.float32)
+
+    def _radius(self, old: Tensor | None) -> Tensor:
+        home = scalar_device(self.local.device)
+        here = self.sharding.layers
+        if old is None:
+            return torch.zeros(here, dtype=torch.float64, device=home)
+        if old.shape != (here,):
+            raise ValueError(
+                f"the state 'radius' of {describe(self.label, self.param)} has shape {tuple(old.shape)} for "
+                f"{self.layers} layers: call optimizer.reset_radius() after changing chunks (of an optimizer that "
+                "Layca is attached to: del optimizer.state[parameter]['radius'])"
+            )
+        return old.to(device=home, dtype=torch.float64).contiguous()
+
+    def slots(self, entry: Mapping[str, Any], local: Mapping[str, Tensor], fresh: bool, number: int) -> Iterator[Slot]:
+        """The places of this member in a batch: one, or one for each piece of a shard that cuts layers."""
+        states = [local[name] for name in self.formula.states]
+        remainder, radius = local.get("remainder"), local.get("radius")
+        # A shard without any layer takes part as an empty tensor that does not rotate: its steps are counted.
+        pieces = self.sharding.pieces or (Piece(0, 1),)
+        counted = next((piece for piece in pieces if piece.of(self.local).numel() > 0), pieces[0])
+        for piece in pieces:
+            step = local.get("step")
+            if step is not None and piece is not counted:
+                # The pieces of a tensor have taken as many steps, and each kernel counts for itself.
+                step = step.clone()
+            yield Slot(
+                param=piece.of(self.local),
+                group=self.group,
+                base=find_base(self.group["base"]),
+                label=self.label,
+                states=tuple(piece.of(state) for state in states),
+                step=step,
+                radius=piece.radii_of(radius) if radius is not None and self.sharding.pieces else None,
+                layers=piece.layers,
+                dense=self.dense,
+                fresh=fresh,
+                entry=entry,
+                remainder=None if remainder is None else piece.of(remainder),
+                dtensor=self.param if is_sharded(self.param) else None,
+                piece=piece,
+                number=number,
+            )
+
+
+def members(groups: Sequence[Mapping[str, Any]], state: State) -> Iterator[Member]:
+    """Every parameter that has a gradient, or all the state that it needs, checked. Modifies nothing.
+
+    And every trainable DTensor: what is summed over processes must not depend on which gradients this one has.
+    """
+    for group, label, param in labelled(groups):
+        formula, turning = find_base(group["base"]).formula(group), rotates(param, group)
+        needed = (*formula.states, *(("step",) * formula.counts_steps), *(("radius",) * turning))
+        has = state.get(param, {})
+        takes_part = param.grad is not None or (is_sharded(param) and param.requires_grad)
+        if not takes_part and (not needed or any(has.get(name) is None for name in needed)):
+            continue
+        check_parameter(param, label)
+        check_memory(param, label)
+        if param.grad is not None:
+            check_gradient(param.grad, param, label)
+        layers = count_layers(param, group["chunks"], label) if turning else 1
+        local, sharding = local_of(param), Sharding(1, (Piece(0, 1),))
+        if turning:
+            sharding = sharding_of(param, layers, describe(label, param))
+        dense = all(layers_are_dense(piece.of(local), piece.layers) for piece in sharding.pieces)
+        backend = choose(group["backend"], local.device)
+        if not dense and backend.needs_dense:
+            if group["backend"] != "auto":
+                raise ValueError(
+                    f"{describe(label, param)} with strides {local.stride()} and chunks={group['chunks']!r} is not "
+                    f"laid out layer after layer in one run of memory, which backend={backend.name!r} needs: use "
+                    "backend='auto' or 'torch', or make the parameter contiguous"
+                )
+            backend = choose("torch", local.device)
+        yield Member(param, local, sharding, group, label, backend, formula, turning, layers, dense)
+
+
+def check_norms(tensors: Sequence[tuple[str, Tensor, int]]) -> None:
+    """Raise ValueError if a layer's weights are all zero: it has no direction to turn. Waits for the device.
+
+    ``tensors``: label, parameter and number of layers of each.
+    """
+    flags = have_zero_layers([(param, layers) for _, param, layers in tensors])
+    zero = [(label, param) for (label, param, _), flag in zip(tensors, flags, strict=True) if flag]
+    if zero:
+        names = ", ".join(describe(label, param) for label, param in zero)
+        raise ValueError(
+            f"all weights of a layer are zero in {names}: such a layer has no direction to turn. Put these parameters "
+            "in a group with rotate=False, or initialize them"
+        )
