@@ -18,9 +18,9 @@ CHOSEN_TORCH := $(shell sed -n 's/.* chosen: //p' $(TORCH_STAMP) 2>/dev/null)
 TORCH ?= $(CHOSEN_TORCH)
 TORCH_REQUIREMENT := $(if $(TORCH),'$(TORCH)',--requirement requirements/torch.txt)
 
-# The tests of a file stay together, for what they share. Idle threads of one process must not spin while the other has
-# work to do.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# The tests of a file stay together, for what they share, and come in the order of tests/conftest.py. Idle threads of
+# one process must not spin while the other has work to do.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help

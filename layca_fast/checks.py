@@ -49,6 +49,11 @@ def check_parameter(tensor: Tensor, label: str) -> None:
     """Raise TypeError or ValueError for a tensor that no kernel may be handed."""
     check_initialized(tensor, label)
     name = describe(label, tensor)
+    if getattr(tensor, "_fsdp_flattened", False):
+        raise TypeError(
+            f"{name} is a part of an FSDP1 flat parameter, which knows no layers and so no norms of theirs, with "
+            "use_orig_params=True neither: shard the model with FSDP2, torch.distributed.fsdp.fully_shard"
+        )
     check_placements(tensor, name)
     tensor = local_of(tensor)
     if is_wrapper(tensor):

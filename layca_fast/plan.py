@@ -70,8 +70,8 @@ class Plan:
         for member, (kept, local) in zip(found, states, strict=True):
             old = state.get(member.param, {})
             fresh = any(old.get(name) is None for name in member.formula.states)
-            if kept:
-                state[member.param].update(kept)
+            entry = state[member.param]
+            entry.update(kept)
             if "remainder" not in kept:
                 # Of a time when the parameter had 16 bits: later it would complete other weights.
                 old.pop("remainder", None)
@@ -79,7 +79,6 @@ class Plan:
             lies = (member.local.device, is_sharded(member.param), member.is_shared)
             key = (member.backend.name, member.formula.name, *types, *lies)
             kinds[key] = member.backend, member.formula, member.is_shared
-            entry = state[member.param] if kept else {}
             slots.setdefault(key, []).extend(member.slots(entry, local, fresh, len(layout)))
             if member.is_shared:
                 layout.append((member.sharding.layers, member.sharding.groups))

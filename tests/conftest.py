@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def seed_of_code() -> int:
-    """New with every change of the code, the same wherever that code is tested: so a failure can be met again."""
+    """New with every change of the code, the same wherever that is tested, so that a failure can be met again."""
     root = Path(__file__).parent.parent
     sources = [path for folder in ("layca_fast", "csrc", "tests") for path in (root / folder).rglob("*.*")]
     sources = sorted(path for path in sources if path.suffix in (".py", ".h", ".cuh", ".cpp", ".cu"))
@@ -44,6 +44,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.layca_seed = chosen_seed(option) if chosen is None else chosen
     hypothesis.settings.register_profile("repeatable", derandomize=option == "code", database=None)
     hypothesis.settings.load_profile("repeatable")
+
+
+#: The files that take longest, those of few and long tests before others: at the end one core would wait for them.
+FIRST = ("triton_compile", "instructions", "equivalence", "build", "killed_runs", "cuda_compile", "half_training")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,13 +99,13 @@ def usage() -> dict[Kernel, dict[str, dict[str, int]]]:
     return found
 
 
-def code(architecture: str) -> Iterator[tuple[Kernel, str]]:
-    """The machine code of each kernel."""
+def moves(architecture: str) -> dict[Kernel, list[str]]:
+    """The loads and stores, with all their modifiers, in the machine code of each kernel."""
     program, file, formulas = cuobjdump(), module_file(), mangled_formulas()
     assert program is not None
     assert file is not None
-    for function, text in disassembly(program, file, architecture).items():
-        yield kernel_of(function, formulas), text
+    code = disassembly(program, file, architecture)
+    return {kernel_of(name, formulas): re.findall(r" ((?:LD|ST)[A-Z]?\.?\S*)", text) for name, text in code.items()}
 
 
 def registers() -> dict[str, dict[str, int]]:

@@ -10,15 +10,13 @@ import torch
 
 from layca_fast.backends.cuda import BACKEND, CudaBackend
 
-from .native_support import build
+from .native_support import build_once
 
 
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The emulator, which has the interface of the CUDA module."""
-    folder = tmp_path_factory.mktemp("emulator")
-    build(folder, "_cuda_emulator")
-    (file,) = folder.glob("_cuda_emulator.*")
+    (file,) = build_once(tmp_path_factory, "_cuda_emulator").glob("_cuda_emulator.*")
     spec = spec_from_file_location("_cuda_emulator", file)
     assert spec is not None
     assert spec.loader is not None

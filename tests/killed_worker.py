@@ -1,8 +1,10 @@
-"""A training run that writes a checkpoint after every step and goes on from the last: for test_killed_runs.py to kill.
+"""Training runs that write a checkpoint after every step and go on from the last: for test_killed_runs.py to kill.
 
-``python -m tests.killed_worker FOLDER BACKEND SEED``
+``python -m tests.killed_worker`` gives birth to one for each line ``FOLDER BACKEND SEED STEPS`` of its input. A process
+of its own, because it forks, which one that has started threads must not; what it imports serves all runs.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch import nn
 
 from layca_fast import FusedLayca
 
-STEPS = 300
+STEPS = 60
 
 
 def make(backend: str, seed: int) -> tuple[nn.Module, FusedLayca]:
@@ -43,8 +45,8 @@ def save(content: dict[str, Any], path: Path) -> None:
     unfinished.replace(path)
 
 
-def main(folder: Path, backend: str, seed: int) -> None:
-    torch.set_num_threads(1)
+def run(folder: Path, backend: str, seed: int, steps: int) -> None:
+    """Train from the last checkpoint on, ``steps`` steps at most; whoever is not done then waits to be killed."""
     model, optimizer = make(backend, seed)
     path, done = folder / "checkpoint.pt", 0
     if path.exists():
@@ -52,13 +54,39 @@ def main(folder: Path, backend: str, seed: int) -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         done = saved["done"]
-    print("from", done, flush=True)
-    for number in range(done, STEPS):
+    print("from", done, os.getpid(), flush=True)
+    for number in range(done, min(done + steps, STEPS)):
         step(model, optimizer, seed, number)
         save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": number + 1}, path)
-        # Long enough for a run to be killed in its middle, whatever the machine.
-        time.sleep(0.003)
+        print("step", number, flush=True)
+    while done + steps < STEPS:
+        time.sleep(1)
+
+
+def warm_up() -> None:
+    """A first step imports seconds' worth of modules: here, once for all runs. Without autograd, which has threads."""
+    model, optimizer = make("cpu", 0)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warm_up()
+    for line in sys.stdin:
+        folder, backend, seed, steps = line.split()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                run(Path(folder), backend, int(seed), int(steps))
+                code = 0
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        print("ended", os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main()

@@ -13,7 +13,8 @@ import pytest
 from layca_fast import _cpu, tables
 from layca_fast.bases import FORMULAS
 
-ROOT = Path(__file__).parents[1]
+from .native_support import ROOT, keep_formulas
+
 TABLES = (tables.Column, tables.Flag, tables.Hyper, tables.Layer, tables.Tile, tables.Count, tables.Coefficient)
 
 
@@ -32,13 +33,14 @@ def test_every_formula_has_native_kernels() -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy of what an installation reads, with nothing built in it."""
+    """A copy of what an installation reads, with nothing built in it, and with only one formula to build."""
     copy = tmp_path / "source"
     built = shutil.ignore_patterns("*.so", "*.pyd", "_build.json", "__pycache__")
     for folder in ("layca_fast", "csrc"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=built)
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / file, copy)
+    keep_formulas(copy / "csrc", "Sgd")
     return copy
 
 

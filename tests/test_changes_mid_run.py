@@ -181,7 +181,7 @@ STATE_MOVES = {
 @every_backend
 def test_state_may_move_in_memory(backend: str, move: str, name: str, seed: int) -> None:
     """Scripts offload optimizers, or share them between processes, by setting ``.data`` of every state tensor."""
-    params = [parameter(7, 9, backend=backend), parameter(4, 5, backend=backend)]
+    params = [parameter(3, 9, backend=backend), parameter(2, 5, backend=backend)]
     options = {"backend": backend, "momentum": 0.9, "chunks": "all"}
     moved, stayed = (FusedLayca(each, 0.1, **options) for each in (params, clones(params)))
     for _ in range(4):

@@ -35,7 +35,7 @@ every_base = pytest.mark.parametrize("base", BASE_OPTIONS, ids=str)
 #: The interpreter takes milliseconds per tile.
 STEPS = {"torch": 30, "cpu": 30, "cuda": 30, "triton": 3}
 
-SHAPES = ((17, 31), (6, 5, 7), (33, 40), (37,), ())
+SHAPES = ((17, 31), (3, 5, 7), (33, 40), (37,), ())
 
 
 def groups_of(params: Sequence[Tensor], base: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -104,14 +104,12 @@ def test_float16_follows_float32_in_triton(base: Mapping[str, Any], seed: int) -
     test_float16_follows_float32("triton", base, seed)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-4])
 @pytest.mark.parametrize("base", [{"momentum": 0.9}, {"base": "adam"}], ids=str)
 @native_backends
-def test_float16_is_within_a_millionth_after_1000_steps(
-    backend: str, base: Mapping[str, Any], scale: float, seed: int
-) -> None:
+def test_float16_is_within_a_millionth_after_1000_steps(backend: str, base: Mapping[str, Any], seed: int) -> None:
     """Also of small weights, which float16 itself can hardly hold, and of a bias that starts from zero."""
-    params = [Parameter(torch.randn(40, 50).mul(scale).half()), Parameter(torch.zeros(50).half())]
+    params = [Parameter(torch.randn(40, 50).mul(scale).half()) for scale in (1.0, 1e-2, 1e-4)]
+    params.append(Parameter(torch.zeros(50).half()))
     ours = FusedLayca(params, 0.01, backend=backend, **base)
     theirs = FusedLayca(float32_of(params), 0.01, backend=backend, **base)
     for _ in range(1000):

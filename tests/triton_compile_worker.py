@@ -55,22 +55,29 @@ class Types:
         return "/".join(types) + "+remainder" * self.compensated
 
 
-#: Those of every formula, and those that only some formulas are compiled for.
+#: Of every formula on every target.
+COMMON_TYPES = (Types(torch.float32, torch.float32, torch.float32),)
+#: Of every formula on one target.
 TYPES = (
-    Types(torch.float32, torch.float32, torch.float32),
+    *COMMON_TYPES,
     Types(torch.float64, torch.float64, torch.float64),
     Types(torch.bfloat16, torch.bfloat16, torch.float32, compensated=True),
 )
-RARE_TYPES = (
+#: Of two formulas on every target: one reads the gradient twice, one keeps more states and counts steps.
+ALL_TYPES = (
+    *TYPES,
     Types(torch.bfloat16, torch.bfloat16, torch.bfloat16),
     Types(torch.bfloat16, torch.float32, torch.bfloat16, compensated=True),
     Types(torch.float16, torch.float16, torch.float32, compensated=True),
 )
-WITH_RARE_TYPES = ("sgd_nesterov", "adam")
+WITH_ALL_TYPES = ("sgd_nesterov", "adam")
+WITH_ALL_FORMULAS = "sm_90"
 
 
-def types_of(formula: str) -> tuple[Types, ...]:
-    return TYPES + RARE_TYPES * (formula in WITH_RARE_TYPES)
+def types_of(formula: str, target: str) -> tuple[Types, ...]:
+    if formula in WITH_ALL_TYPES:
+        return ALL_TYPES
+    return TYPES if target == WITH_ALL_FORMULAS else COMMON_TYPES
 
 
 def batch_of(name: str, types: Types) -> Batch:
@@ -94,12 +101,13 @@ def batch_of(name: str, types: Types) -> Batch:
     raise LookupError(f"none of verify.BASE_OPTIONS makes a base run the formula {name!r}: add the options that do")
 
 
-def launches() -> Iterator[tuple[str, Launch, dict[str, list[int]]]]:
-    """Every launch of the backend, with what one program should do in all: 16-byte loads and stores of each array, and
-    tests for finite values, the latter once in the copy of the code for aligned tiles and once in the other.
+def launches(target: str) -> Iterator[tuple[str, Launch, dict[str, list[int]]]]:
+    """Every launch that is compiled for a target, with what one program should do in all: 16-byte loads and stores of
+    each array, and tests for finite values, the latter once in the copy of the code for aligned tiles and once in the
+    other.
     """
     for formula in FORMULAS.values():
-        for types in types_of(formula.name):
+        for types in types_of(formula.name, target):
             batch = batch_of(formula.name, types)
             param, grad, state = (TILE * each.itemsize // 16 for each in (types.param, types.grad, types.state))
             weight = [param] * (1 + types.compensated)
@@ -176,7 +184,7 @@ def main() -> None:
     reports = {}
     for target in sys.argv[1:]:
         report = cuda_report if TARGETS[target].backend == "cuda" else amd_report
-        for name, launch, program in launches():
+        for name, launch, program in launches(target):
             threads = launch.warps * TARGETS[target].warp_size
             expected = {what: sum(count // threads for count in counts) for what, counts in program.items()}
             reports[f"{name} for {target}"] = {**report(compile_for(TARGETS[target], launch)), "expected": expected}

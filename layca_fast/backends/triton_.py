@@ -112,6 +112,9 @@ def finish_launch(batch: Batch, *, sums: bool, coefficients: bool) -> Launch:
     results = (batch.dots, batch.coefficients, batch.counts)
     tables = (batch.tensors, batch.hypers, batch.step_options, batch.layers, *scratch, *results)
     constants = {"SUM": sums, "COEFFICIENTS": coefficients, "BLOCK": FINISH_BLOCK, **_step_constants(batch)}
+    if not coefficients:
+        # One kernel, compiled once, adds up for all formulas and types.
+        constants |= dict.fromkeys(_step_constants(batch))
     return Launch(triton_kernels.finish, batch.n_layers, tables, constants, FINISH_WARPS)
 
 
