@@ -216,6 +216,10 @@ class StepInBackward:
             check_group(group)
         if not self._follows(optimizer):
             self._follow(optimizer)
+            plan = optimizer._plan
+            if plan is not None and not (plan.recorded or plan._kept):
+                # It would keep the memory of state that has been replaced, and no graph needs it.
+                optimizer._plan = None
         if not self._is_checked:
             _check_not_replicated(self._places)
             self._check_norms()

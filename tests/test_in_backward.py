@@ -1,6 +1,7 @@
 """Stepping inside backward: the weights and state of ordinary steps, without ever having all gradients."""
 
 import copy
+import gc
 import io
 import pickle
 import weakref
@@ -228,6 +229,20 @@ def test_state_may_be_loaded_and_radii_reset_between_steps(backend: str, seed: i
     train_in_backward(inside, rows[3:])
     ordinary.zero_grad()
     assert_same(inside, ordinary)
+
+
+def test_state_that_was_replaced_is_freed(seed: int) -> None:
+    """Also that of ordinary steps before."""
+    ordinary, _, rows = pair()
+    train(ordinary, rows[:1])
+    ordinary.zero_grad()
+    ordinary.step_in_backward()
+    for row in rows[1:3]:
+        old = [weakref.ref(ordinary.state[param]["momentum_buffer"]) for param in params_of(ordinary)]
+        ordinary.load_state_dict(ordinary.state_dict())
+        train_in_backward(ordinary, [row])
+        gc.collect()
+        assert all(ref() is None for ref in old)
 
 
 def test_a_closure_may_run_the_backward(seed: int) -> None:
