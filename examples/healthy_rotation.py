@@ -1,0 +1,118 @@
+"""What healthy and unhealthy layer rotation look like: six trainings of the demo's network, and one figure.
+
+``python examples/healthy_rotation.py`` takes about a minute on one core and writes ``docs/healthy_rotation.png``. Needs
+the extra "demo" (matplotlib, mlxtend, rich).
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch.nn import Parameter
+from torch.optim import SGD, Optimizer
+
+from layca_fast import FusedLayca
+from layca_fast.console import print_table
+from layca_fast.demo_figure import DPI, STYLE
+from layca_fast.demo_training import Run, load_digits, one_cpu_thread, train
+from layca_fast.groups import lr_factors
+
+EPOCHS = 12
+RATE = 3**-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training: its title in the figure, and what makes its optimizer."""
+
+    title: str
+    make: Callable[[Iterable[Parameter]], Optimizer]
+
+
+def layca(lr: float, alpha: float = 0.0) -> Callable[[Iterable[Parameter]], Optimizer]:
+    """FusedLayca with the paper's layer-wise rates, as ``layer_groups(model, alpha=alpha)`` sets them."""
+
+    def make(params: Iterable[Parameter]) -> Optimizer:
+        layers = list(params)
+        factors = lr_factors(len(layers), alpha)
+        groups = [{"params": [layer], "lr_factor": factor} for layer, factor in zip(layers, factors, strict=True)]
+        return FusedLayca(groups, lr=lr)
+
+    return make
+
+
+def plain_sgd(params: Iterable[Parameter]) -> Optimizer:
+    """With nothing that keeps the layers at one rate."""
+    return SGD(params, lr=1.0)
+
+
+CASES = (
+    Case("far too small: lr 3⁻⁷", layca(3**-7)),
+    Case("healthy: lr 3⁻³", layca(RATE)),
+    Case("far too large: lr 1", layca(1.0)),
+    Case("first layers only: lr 3⁻³, alpha −0.6", layca(RATE, -0.6)),
+    Case("last layers only: lr 3⁻³, alpha 0.6", layca(RATE, 0.6)),
+    Case("SGD: lr 1", plain_sgd),
+)
+
+
+def draw(path: Path, results: Sequence[tuple[Case, Run]]) -> None:
+    """Write the rotation curves, one panel a training and one line a layer, to ``path`` as a PNG."""
+    with matplotlib.rc_context(dict(STYLE)):
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(2, 3, sharex=True, sharey=True)
+        for axes, (case, run) in zip(panels.flat, results, strict=True):
+            curves = np.array(run.rotation)
+            colours = matplotlib.colormaps["viridis"](np.linspace(0, 1, curves.shape[1]))
+            for layer, curve in enumerate(curves.T):
+                axes.plot(curve, color=colours[layer], linewidth=1.2)
+            axes.set_title(f"{case.title}\ntest accuracy {run.accuracy[-1]:.3f}")
+            axes.set_ylim(0, 1.1)
+            axes.set_xlim(0, len(curves) - 1)
+        for axes in panels[:, 0]:
+            axes.set_ylabel(r"$1-\cos(w_t, w_0)$")
+        for axes in panels[-1]:
+            axes.set_xlabel("epoch")
+        bar = figure.colorbar(
+            matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), "viridis"),
+            ax=panels,
+            ticks=[0, 1],
+            aspect=40,
+        )
+        bar.set_ticklabels(["first\nlayer", "last\nlayer"])
+        figure.savefig(path, dpi=DPI, format="png")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train all cases, print a table, write the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each training (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("docs/healthy_rotation.png"), help="default: %(default)s")
+    options = parser.parse_args(argv)
+    digits = load_digits()
+    results = []
+    with one_cpu_thread():
+        for case in CASES:
+            run = train(case.make, digits, epochs=options.epochs, seed=0, on_epoch=lambda accuracy: None)
+            results.append((case, run))
+    rows = [
+        [case.title, f"{run.accuracy[-1]:.3f}", f"{min(run.rotation[-1]):.3f}", f"{max(run.rotation[-1]):.3f}"]
+        for case, run in results
+    ]
+    print_table(
+        "Rotation of the layers at the end: 1 - cos(w, w0), least and most",
+        ["training", "test accuracy", "least", "most"],
+        rows,
+    )
+    draw(options.out, results)
+    print(f"figure: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
