@@ -11,6 +11,8 @@ PIP_INSTALL := $(RUN) pip install --quiet --disable-pip-version-check
 TORCH_STAMP := $(VENV)/torch.txt
 STAMP := $(VENV)/installed.txt
 BENCH_STAMP := $(VENV)/bench.txt
+TRAINERS := $(VENV)/trainers
+TRAINERS_STAMP := $(TRAINERS)/installed.txt
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 # TORCH='torch==2.12.0' (any pip requirement) chooses another torch, and .venv keeps to it until another is named.
@@ -25,11 +27,11 @@ TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench bench-full gpu verify lint format FORCE
+.PHONY: help setup demo test test-trainers bench bench-full gpu verify lint format FORCE
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Options: PYTHON=python3.11 (for a new .venv), TORCH='torch==2.12.0', ARGS='...' (passed on to the command)"
 
 setup: $(STAMP)  ## make .venv and install layca_fast with its development tools into it
@@ -41,6 +43,10 @@ demo: $(STAMP)  ## train on real MNIST digits with SGD and with FusedLayca; a ta
 test: $(STAMP)  ## run the tests
 	@echo "==> Running the tests"
 	@$(TEST_ENVIRONMENT) $(RUN) pytest $(PARALLEL) $(ARGS)
+
+test-trainers: $(TRAINERS_STAMP)  ## run the tests in Hugging Face's Trainer, Lightning and accelerate, installed for that
+	@echo "==> Running the tests in trainers"
+	@$(TEST_ENVIRONMENT) $(TRAINERS)/bin/python -m pytest tests/trainers $(PARALLEL) $(ARGS)
 
 bench: $(BENCH_STAMP)  ## time a step of every backend beside torch's and others' optimizers, on three models (minutes)
 	@echo "==> Running the benchmarks"
@@ -92,6 +98,17 @@ $(STAMP): $(TORCH_STAMP) requirements/dev.txt $(SOURCES)
 $(BENCH_STAMP): $(STAMP) requirements/bench.txt
 	@echo "==> Installing the optimizers to compare with"
 	@$(PIP_INSTALL) --constraint $(TORCH_STAMP) --requirement requirements/bench.txt
+	@touch $@
+
+# Dozens of packages, which what reads the installed ones (pytest's plugins, mypy) must not find in the other targets. So
+# they lie in an environment of their own; a .pth file adds to it all that $(VENV) has, torch and pip included.
+PACKAGES_OF = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+$(TRAINERS_STAMP): $(STAMP) requirements/trainers.txt
+	@echo "==> Installing the trainers (once, a minute)"
+	@$(RUN) venv --clear --without-pip $(TRAINERS)
+	@echo "$(call PACKAGES_OF,$(VENV))" > "$(call PACKAGES_OF,$(TRAINERS))/development.pth"
+	@$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint $(TORCH_STAMP) --requirement requirements/trainers.txt
 	@touch $@
 
 # Set up again where a stamp was made for something else than is asked for now.

@@ -36,12 +36,26 @@ def vit_b16() -> list[Shape]:
     return [(1, 1, d), (1, 197, d), (d, 3, 16, 16), (d,), *block * 12, *norm, (1000, d), (1000,)]
 
 
-def llama_1b() -> list[Shape]:
-    """A Llama of the size of Llama 3.2 1B, tied embeddings, grouped queries: 146 tensors, 1.24 billion weights."""
-    d, key_value, hidden = 2048, 512, 8192
+def _llama(d: int, key_value: int, hidden: int, blocks: int) -> list[Shape]:
+    """The blocks of a Llama and its last norm."""
     attention: list[Shape] = [(d,), (d, d), (key_value, d), (key_value, d), (d, d)]
     mlp: list[Shape] = [(d,), (hidden, d), (hidden, d), (d, hidden)]
-    return [(128256, d), *(attention + mlp) * 16, (d,)]
+    return [*(attention + mlp) * blocks, (d,)]
+
+
+def llama_1b() -> list[Shape]:
+    """A Llama of the size of Llama 3.2 1B, tied embeddings, grouped queries: 146 tensors, 1.24 billion weights."""
+    return [(128256, 2048), *_llama(2048, 512, 8192, 16)]
+
+
+def llama_7b() -> list[Shape]:
+    """A Llama of the size of Llama 2 7B: 291 tensors, 6.74 billion weights. Too large to be stepped here."""
+    return [(32000, 4096), *_llama(4096, 4096, 11008, 32), (32000, 4096)]
+
+
+def llama_70b() -> list[Shape]:
+    """A Llama of the size of Llama 2 70B, grouped queries: 723 tensors, 69 billion weights."""
+    return [(32000, 8192), *_llama(8192, 1024, 28672, 80), (32000, 8192)]
 
 
 def square_1b() -> list[Shape]:

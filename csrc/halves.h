@@ -36,8 +36,8 @@ struct Bfloat16 {
 
   static LAYCA_INLINE float join(std::uint16_t half, std::int16_t remainder) {
     const std::int32_t rest = remainder, negative = rest < 0 ? rest : 0;
-    // A zero that somebody else wrote, with a remainder that was not meant for it.
-    const std::int32_t admitted = (half & 0x7FFF) == 0 ? rest - negative : rest;
+    // A zero or an infinity that somebody else wrote, with a remainder that was not meant for it.
+    const std::int32_t admitted = ((half - 1) & 0x7FFF) >= 0x7F7F ? rest - negative : rest;
     return float_of((static_cast<std::uint32_t>(half) << 16) + static_cast<std::uint32_t>(admitted));
   }
 
@@ -79,8 +79,9 @@ struct Float16 {
     const float wide = widen(half);
     // Times the reciprocal of the unit, a power of two as well.
     const float rest = (x - wide) * float_of((254u << 23) - unit_exponent(wide));
+    const float bounded = rest < 0x7FFFp0f ? rest : 0x7FFFp0f;
     // Of an infinite parameter, and of NaN, nothing is left.
-    const float admitted = rest >= -0x1p14f && rest <= 0x1p14f ? rest : 0;
+    const float admitted = rest >= -0x1p15f && rest <= 0x1p15f ? bounded : 0;
     // A float32 of that size has whole numbers only: adding it rounds to one, which the lower bits then hold.
     return static_cast<std::int16_t>(bits_of(admitted + 0x1.8p23f) & 0xFFFF);
   }
@@ -88,10 +89,10 @@ struct Float16 {
  private:
   static constexpr std::uint32_t rebias = 112u << 23, smallest_normal = 113u << 23;
 
-  // Of what one unit of the remainder is worth: 2^-15 of an ulp, which is 2^-10 of the power of two below.
+  // Of what one unit of the remainder is worth: 2^-16 of an ulp, which is 2^-10 of the power of two below.
   static LAYCA_INLINE std::uint32_t unit_exponent(float wide) {
     const std::uint32_t exponent = bits_of(wide) & 0x7F800000;
-    return (exponent < smallest_normal ? smallest_normal : exponent) - (25u << 23);
+    return (exponent < smallest_normal ? smallest_normal : exponent) - (26u << 23);
   }
 };
 

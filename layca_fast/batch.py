@@ -191,7 +191,7 @@ class Batch:
     def sync_hyperparameters(self) -> None:
         """Outside of captures: what the next captures and replays need of the host."""
         self._keep_spares()
-        self.hyperparameters.push()
+        self.hyperparameters.push_ahead()
 
     def _keep_spares(self) -> None:
         if self.hyperparameters.capturable:

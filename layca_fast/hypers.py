@@ -35,6 +35,9 @@ class Hyperparameters:
         self._rates: list[tuple[int, Tensor]] = []
         self._recorded: dict[int, Tensor] = {}
         self._is_recorded = False
+        #: The rates of the last step, where the table may have moved on since.
+        self._last_rates = torch.zeros(2 * len(self._groups), dtype=torch.float64, device=device)
+        self._has_last_rates = False
 
     @property
     def table(self) -> Tensor:
@@ -70,6 +73,16 @@ class Hyperparameters:
                 rows += (*head, *scalars, *(0.0,) * (MAX_OPTIONS - len(scalars)))
         return rows, rates
 
+    def push_ahead(self) -> None:
+        """:meth:`push` for the next step, of which the last one is not to be told."""
+        self._keep_rates()
+        self.push()
+
+    def _keep_rates(self) -> None:
+        if not self._has_last_rates:
+            self._last_rates.copy_(self.table[:, Hyper.LR])
+            self._has_last_rates = True
+
     def push(self) -> None:
         """Bring the table up to date with what the host knows."""
         rows, self._rates = self._values()
@@ -77,9 +90,13 @@ class Hyperparameters:
         self._mirror.push()
 
     def fetch(self) -> None:
-        """Copy the rates that are tensors on the device into the table."""
+        """For the coming step: copy the rates that are tensors on the device into the table."""
         for row, value in self._rates:
             self.table[row : row + 2, Hyper.LR].copy_(value.reshape(1))
+        self._has_last_rates = False
+        if self.capturable:
+            # A replay is a step that the host does not see.
+            self._keep_rates()
 
     def are_pushed(self) -> bool:
         """Whether there would be nothing to push."""
@@ -100,4 +117,4 @@ class Hyperparameters:
     def lr_of(self, slot: "Slot") -> Tensor:
         """The rotation rate of ``slot`` in the last step, 0-d on the device."""
         row = next(row for row, (group, _) in enumerate(self._groups) if group is slot.group)
-        return self.table[2 * row, Hyper.LR]
+        return self._last_rates[2 * row] if self._has_last_rates else self.table[2 * row, Hyper.LR]

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .batch import scalar_device
 from .checks import count_layers, describe, labelled
+from .compensation import HALVES
 from .members import OUR_STATES
 
 #: Every group of FusedLayca has all of these. Groups made by layer_groups for another optimizer have some.
@@ -61,10 +61,10 @@ def check_shapes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             elif name == "step":
                 expected = ()
                 _check_count(value, describe(label, param))
-            elif name == "remainder" and value.dtype != torch.bfloat16:
+            elif name == "remainder" and value.dtype not in HALVES:
                 raise ValueError(
                     f"state_dict: {name!r} has dtype {value.dtype} for {describe(label, param)}: it holds raw bits in "
-                    "a bfloat16 tensor, which no conversion keeps. Load it as it was saved, or leave it out"
+                    "a tensor of a 16-bit type, which no conversion keeps. Load it as it was saved, or leave it out"
                 )
             if tuple(value.shape) != expected:
                 raise ValueError(

@@ -1,6 +1,6 @@
 """Which parameters take part in a step, and the state that each of them needs."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from .checks import (
     find_base,
     labelled,
 )
-from .compensation import is_compensated, state_dtype
+from .compensation import HALVES, fits, is_compensated, state_dtype
 from .layout import layers_are_dense
 from .sharding import Piece, Sharding, is_sharded, local_of, placed, radius_placements, sharding_of, wrap, wrap_radius
 from .zeros import have_zero_layers
@@ -116,13 +116,15 @@ class Member:
         return torch.empty_like(self.local, dtype=dtype, memory_format=form).copy_(old)
 
     def _remainder(self, old: Tensor | None) -> Tensor:
-        if old is not None and old.dtype != torch.bfloat16:
+        if old is not None and old.dtype not in HALVES:
             raise ValueError(
                 f"the state 'remainder' of {describe(self.label, self.param)} has dtype {old.dtype}: it holds raw bits "
-                "in a bfloat16 tensor, which no conversion keeps. Restore it as it was saved, or drop it: "
-                "del optimizer.state[parameter]['remainder']"
+                "in a tensor of the parameter's 16-bit type, which no conversion keeps. Restore it as it was saved, or "
+                "drop it: del optimizer.state[parameter]['remainder']"
             )
-        return self._buffer("remainder", old, torch.bfloat16)
+        # The parameter was cast from another type since: its remainder completed what the cast has rounded.
+        kept = old if fits(old, self.param, self.group) else None
+        return self._buffer("remainder", kept, self.param.dtype)
 
     def _step_count(self, old: Any, buffers: Sequence[str]) -> Tensor:
         if not buffers:
@@ -185,17 +187,21 @@ class Member:
             )
 
 
-def members(groups: Sequence[Mapping[str, Any]], state: State) -> Iterator[Member]:
+def members(groups: Sequence[Mapping[str, Any]], state: State, stepped: Set[int]) -> Iterator[Member]:
     """Every parameter that has a gradient, or all the state that it needs, checked. Modifies nothing.
 
     And every trainable DTensor: what is summed over processes must not depend on which gradients this one has.
+    ``stepped``: the ids of those that the plan before had. Of the ones that need no state these count as well.
     """
     for group, label, param in labelled(groups):
         formula, turning = find_base(group["base"]).formula(group), rotates(param, group)
         needed = (*formula.states, *(("step",) * formula.counts_steps), *(("radius",) * turning))
+        needed += ("remainder",) * is_compensated(param.dtype, group)
         has = state.get(param, {})
         takes_part = param.grad is not None or (is_sharded(param) and param.requires_grad)
-        if not takes_part and (not needed or any(has.get(name) is None for name in needed)):
+        # What needs no state stays from plan to plan: a bias whose gradient comes and goes would change it every time.
+        settled = all(has.get(name) is not None for name in needed) and (needed or id(param) in stepped)
+        if not takes_part and not settled:
             continue
         check_parameter(param, label)
         check_memory(param, label)
@@ -216,6 +222,14 @@ def members(groups: Sequence[Mapping[str, Any]], state: State) -> Iterator[Membe
                 )
             backend = choose("torch", local.device)
         yield Member(param, local, sharding, group, label, backend, formula, turning, layers, dense)
+
+
+def drop_remainders(groups: Sequence[Mapping[str, Any]], state: State) -> None:
+    """Those of a time when the parameter had another type, or was compensated: they would complete other weights."""
+    for group, _, param in labelled(groups):
+        has = state.get(param, {})
+        if not fits(has.get("remainder"), param, group):
+            has.pop("remainder", None)
 
 
 def check_norms(tensors: Sequence[tuple[str, Tensor, int]]) -> None:

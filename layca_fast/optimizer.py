@@ -81,7 +81,7 @@ class FusedLayca(Optimizer):
     Every other argument may be set per param group. State per tensor: what torch's optimizer of that name keeps
     (``momentum_buffer``, ``exp_avg``, ``step``, ...), with ``step`` where the tensor is; and ``radius``, float64 of
     shape (layers,), 0 until a step moves the layer, where the tensor rotates; and ``remainder``, raw 16-bit integers in
-    a bfloat16 tensor, where it is compensated: see :meth:`effective_weight`. Under rotate=False each base takes the
+    a tensor of its type, where it is compensated: see :meth:`effective_weight`. Under rotate=False each base takes the
     step of torch's optimizer, with decoupled weight decay (so adam is AdamW).
 
     Raises TypeError or ValueError for options and tensors that it cannot take, before anything is modified.
@@ -358,10 +358,10 @@ class FusedLayca(Optimizer):
 
         A new tensor of the parameter's shape: what export to float32 should take. Where somebody else has written to
         the parameter, its old remainder counts until ``del optimizer.state[param]["remainder"]``: the weight is within
-        half an ulp of what was written.
+        half an ulp of what was written. A remainder of another type than the parameter's now is does not count.
         """
         remainder = self.state.get(param, {}).get("remainder")
-        if remainder is None or param.dtype not in HALVES:
+        if remainder is None or param.dtype not in HALVES or remainder.dtype != param.dtype:
             return param.detach().clone()
         return wrap(join(local_of(param).detach(), local_of(remainder)), param)
 

@@ -14,7 +14,7 @@ from .checks import find_base, labelled
 from .compensation import state_dtype
 from .distributed import Groups, SharedDots
 from .formulas import KEEP
-from .members import State, check_norms, members
+from .members import State, check_norms, drop_remainders, members
 from .sharding import is_sharded
 from .tables import Coefficient
 from .unscaling import LossScale
@@ -54,11 +54,13 @@ class Plan:
                 "the step being captured would have to create or change state: take a step before the capture, with "
                 "gradients for the same parameters (one at lr = 0 moves nothing)"
             )
-        found = list(members(groups, state))
+        stepped = set() if previous is None else {id(slot.owner) for _, slot, _ in previous.rows()}
+        found = list(members(groups, state, stepped))
         states = [member.new_states(state.get(member.param, {})) for member in found]
         new = [m for m in found if m.rotates and "radius" not in state.get(m.param, {})]
         check_norms([(m.label, m.param, m.layers) for m in new])
 
+        drop_remainders(groups, state)
         self._groups, self._state = groups, state
         self._signature = _signature(groups)
         self._params = [list(group["params"]) for group in groups]
@@ -72,9 +74,6 @@ class Plan:
             fresh = any(old.get(name) is None for name in member.formula.states)
             entry = state[member.param]
             entry.update(kept)
-            if "remainder" not in kept:
-                # Of a time when the parameter had 16 bits: later it would complete other weights.
-                old.pop("remainder", None)
             types = (member.param.dtype, state_dtype(member.param.dtype, member.group), "remainder" in kept)
             lies = (member.local.device, is_sharded(member.param), member.is_shared)
             key = (member.backend.name, member.formula.name, *types, *lies)

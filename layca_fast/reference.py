@@ -146,15 +146,18 @@ def weight_of(param: Tensor, remainder: Tensor) -> Tensor:
     """The float32 weights that a 16-bit parameter and its ``remainder`` state stand for.
 
     Such a parameter trains as a float32 one that starts from the same numbers, so its specification is the step below
-    on these weights. The remainder is a signed 16-bit integer, as raw bits in a bfloat16 tensor of the parameter's
-    shape. Of bfloat16 it counts steps between neighbouring float32 numbers, away from zero where it is positive; of
-    float16 it counts parts of the distance between neighbouring float16 numbers, 2**15 of them.
+    on these weights. The remainder is a signed 16-bit integer, as raw bits in a tensor of the parameter's shape and
+    type. Of bfloat16 it counts steps between neighbouring float32 numbers, away from zero where it is positive; of
+    float16 it counts parts of the distance between neighbouring float16 numbers, 2**16 of them. What is not finite has
+    no remainder.
     """
     count = remainder.view(torch.int16).long()
     if param.dtype == torch.bfloat16:
-        return (param.float().view(torch.int32).long() + count).int().view(torch.float32)
-    exponent = torch.frexp(param.double().abs().clamp(min=2.0**-14)).exponent
-    return (param.double() + count * 2.0 ** (exponent - 11 - 15)).float()
+        weight = (param.float().view(torch.int32).long() + count).int().view(torch.float32)
+    else:
+        exponent = torch.frexp(param.double().abs().clamp(min=2.0**-14)).exponent
+        weight = (param.double() + count * 2.0 ** (exponent - 11 - 16)).float()
+    return torch.where(param.isfinite(), weight, param.float())
 
 
 def reference_step(

@@ -21,6 +21,7 @@ STEPS = 60
 def make(backend: str, seed: int) -> tuple[nn.Module, FusedLayca]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    model[2].bfloat16()
     groups = [
         {"params": [model[0].weight, model[2].weight], "base": "adam", "amsgrad": True, "chunks": 2},
         {"params": [model[0].bias, model[2].bias], "momentum": 0.9, "dampening": 0.2},
@@ -34,7 +35,7 @@ def step(model: nn.Module, optimizer: FusedLayca, seed: int, number: int) -> Non
     for group in optimizer.param_groups:
         group["lr"] = 0.02 / (1 + number % 10)
     optimizer.zero_grad()
-    model(inputs).square().mean().backward()
+    model[2](model[:2](inputs).bfloat16()).float().square().mean().backward()
     optimizer.step()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from layca_fast import FusedLayca
+from layca_fast.compensation import HALVES
 
 from .support import contents, native_backends, same_bits
 
@@ -66,8 +67,8 @@ STEPS = {
 }
 
 
-def pair(backend: str, as_tensor: bool) -> list[tuple[nn.Module, FusedLayca]]:
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+def pair(backend: str, as_tensor: bool, dtype: torch.dtype = torch.float32) -> list[tuple[nn.Module, FusedLayca]]:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
     models = (model, copy.deepcopy(model))
     rates = [torch.tensor(0.1) if as_tensor else 0.1 for _ in models]
     return [
@@ -102,6 +103,20 @@ def test_a_new_lr_compiles_nothing_again(backend: str, make: Callable[[str], Ste
         assert same_bits(contents(optimizer), contents(plain))
     assert graphs[1:] == [graphs[0]] * 5
     assert graphs[0].get("ok", 0) > 0 or make is compiled_optimizer_only
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_16_bit_parameters(dtype: torch.dtype, seed: int) -> None:
+    (model, optimizer), (twin, plain) = pair("cpu", False, dtype)
+    compiled = torch.compile(whole_step, backend="eager")
+    for number in range(3):
+        inputs = torch.randn(10, 8).to(dtype)
+        for each in (optimizer, plain):
+            set_rate(each, 0.1 / (1 + number))
+        compiled(model, optimizer, inputs)
+        whole_step(twin, plain, inputs)
+        assert same_bits(contents(optimizer), contents(plain))
+    assert all("remainder" in state for state in optimizer.state.values())
 
 
 def test_with_the_default_compiler(seed: int) -> None:

@@ -17,7 +17,7 @@ from layca_fast.compensation import HALVES, join, split
 from layca_fast.formulas import LINEAR
 from layca_fast.tables import Coefficient, Count
 
-from . import test_half_state, test_half_training
+from . import test_half_plans, test_half_state, test_half_training, test_unscaling
 from .emulator_support import emulated, emulator  # noqa: F401
 from .support import copy_of, params_of, random_gradients, relative_distance, rows_by_formula, same_bits, train
 from .test_half_training import BF16, F32, GRADIENTS, every_base, every_half, groups_of, weights_of
@@ -139,9 +139,7 @@ def test_every_16_bit_number_is_read_and_written_as_in_python(dtype: torch.dtype
     """Coefficients set by hand: what rotate makes of the weights alone shows how it takes them."""
     kinds = Kinds(dtype, F32, F32, compensated)
     param = torch.arange(2**16).to(torch.int16).view(dtype).view(256, 256)
-    # Those that are left of float32 numbers; others stand for no number of float16.
-    largest = 2**15 if dtype == BF16 else 2**14
-    remainder = torch.randint(-largest, largest, param.shape).to(torch.int16).view(BF16)
+    remainder = torch.randint(-(2**15), 2**15, param.shape).to(torch.int16).view(dtype)
     for factor in (1.0, 0.75, -3.0, 1e-3, 2.0**-14):
         batch = batch_of("sgd", kinds, param.clone(), remainder.clone(), torch.ones(256, 256), ())
         row = torch.zeros(Coefficient.WIDTH, dtype=torch.float64)
@@ -190,6 +188,16 @@ def test_without_compensation_a_parameter_is_rounded_to_even(dtype: torch.dtype,
 
 def test_layers_of_weights_that_are_not_finite_keep_every_bit(seed: int) -> None:
     test_half_training.test_layers_of_weights_that_are_not_finite_keep_every_bit("cuda", seed)
+
+
+@every_half
+def test_an_infinity_that_others_write_stops_its_layer(dtype: torch.dtype, seed: int) -> None:
+    test_half_plans.test_an_infinity_that_others_write_stops_its_layer("cuda", dtype, seed)
+
+
+@pytest.mark.parametrize(("exponent", "dtype"), test_unscaling.EDGES, ids=str)
+def test_scales_at_the_edges_of_float32(exponent: float, dtype: torch.dtype, seed: int) -> None:
+    test_unscaling.test_scales_at_the_edges_of_float32("cuda", exponent, dtype, seed)
 
 
 @pytest.mark.parametrize("lr", [1e-2, 1e-4])

@@ -54,7 +54,7 @@ def test_types_of_the_state(
     train(optimizer, random_gradients(params_of(optimizer), 2))
     for param in params_of(optimizer):
         types = {name: value.dtype for name, value in optimizer.state[param].items()}
-        expected = {"exp_avg": kept, "exp_avg_sq": kept, "max_exp_avg_sq": kept, "step": F32, "remainder": BF16}
+        expected = {"exp_avg": kept, "exp_avg_sq": kept, "max_exp_avg_sq": kept, "step": F32, "remainder": dtype}
         assert types == {**expected, **({"radius": torch.float64} if param.dim() > 1 else {})}
         assert all(optimizer.state[param][name].shape == param.shape for name in ("exp_avg", "remainder"))
 
@@ -154,8 +154,8 @@ def test_a_run_moves_between_backends(backend: str, dtype: torch.dtype, seed: in
         assert relative_distance(ours.effective_weight(param), theirs.effective_weight(other)) <= 1e-6
 
 
-@pytest.mark.parametrize("cast", [F32, FP16], ids=str)
-def test_a_remainder_that_was_cast_is_refused(cast: torch.dtype, seed: int) -> None:
+def test_a_remainder_that_was_cast_is_refused(seed: int) -> None:
+    cast = F32
     optimizer = half_optimizer("torch", BF16)
     train(optimizer, random_gradients(params_of(optimizer), 2))
     saved = optimizer.state_dict()

@@ -94,4 +94,5 @@ def test_a_killed_run_resumes_bit_for_bit(
     finally:
         torch.set_num_threads(threads)
     assert same_bits(dict(saved["model"]), dict(model.state_dict()))
+    assert sum("remainder" in state for state in saved["optimizer"]["state"].values()) == 2
     assert same_bits(saved["optimizer"]["state"], optimizer.state_dict()["state"])

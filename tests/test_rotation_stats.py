@@ -191,3 +191,27 @@ def test_stats_are_a_snapshot(backend: str, seed: int) -> None:
     train(optimizer, random_gradients([param], 2))
     assert same_bits(copy_of(list(vars(stats).values())), before)
     assert values(optimizer.rotation_stats()[param], "angle") == pytest.approx([math.atan(0.4)])
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["lr float", "lr tensor"])
+@native_backends
+def test_handing_over_a_new_rate_does_not_change_the_last_step(
+    backend: str, as_tensor: bool, capturable: bool, seed: int
+) -> None:
+    """Twice, and after changes of other hyperparameters; the next step is told with its own rate."""
+    param, other = (parameter(6, 5, backend=backend) for _ in range(2))
+    rate = torch.tensor(0.07, dtype=torch.float64) if as_tensor else 0.07
+    groups = [{"params": [param]}, {"params": [other], "lr": 0.2}]
+    optimizer = FusedLayca(groups, rate, momentum=0.8, backend=backend, capturable=capturable)
+    for number in range(2):
+        train(optimizer, random_gradients([param, other], 1))
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] / 2
+            group["momentum"] -= 0.1
+            optimizer.sync_hyperparameters()
+        stats = optimizer.rotation_stats()
+        turned = [values(stats[each], "angle") for each in (param, other)]
+        assert turned == [pytest.approx([math.atan(each)], **EXACT) for each in rates]
+        assert rates == pytest.approx([0.07 / 2**number, 0.2 / 2**number])

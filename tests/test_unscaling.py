@@ -24,6 +24,7 @@ from .support import (
     parameter,
     params_of,
     random_gradients,
+    relative_distance,
     same_bits,
     train,
 )
@@ -37,6 +38,7 @@ OPTIONS = (
     {"base": "adagrad"},
     {"base": "lion"},
 )
+F32, BF16 = torch.float32, torch.bfloat16
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
@@ -262,6 +264,30 @@ def test_a_scaler_with_nothing_to_look_at_and_a_scale_of_the_users_own(backend: 
     train(plain, [row])
     assert same_bits(contents(ours)[0][2], contents(plain)[0][2])
     assert same_bits(copy_of(params), copy_of(twins))
+
+
+EDGES = ((-120, F32), (120, BF16), (126.5, F32), (127, F32), (127, BF16))
+
+
+@pytest.mark.parametrize(("exponent", "dtype"), EDGES, ids=str)
+@every_backend
+def test_scales_at_the_edges_of_float32(backend: str, exponent: float, dtype: torch.dtype, seed: int) -> None:
+    """One over a scale beyond 2**126 is denormal as a float32, which kernels would take for zero."""
+    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in ((6, 5), (7,))]
+    ours = FusedLayca(params, 0.05, backend=backend, base="adam", unscale_in_step=True)
+    plain = FusedLayca(clones(params), 0.05, backend=backend, base="adam")
+    scale = torch.tensor(2.0**exponent, device=params[0].device)
+    for row in random_gradients(params, 2):
+        # What the scaled gradients hold of them: there, neither too large nor too small.
+        scaled = [(grad.sign() * (1 + grad.abs() % 1) / 2).to(dtype) * scale.to(dtype) for grad in row]
+        ours.grad_scale = scale
+        train(ours, [scaled])
+        train(plain, [[(grad.double() / scale.double()).to(dtype) for grad in scaled]])
+    # The inverse of a scale that is no power of two is rounded, in denormal numbers to fewer bits.
+    tolerance = 1e-6 if exponent == 126.5 else 0.0
+    for param, twin in zip(params, params_of(plain), strict=True):
+        assert relative_distance(ours.effective_weight(param), plain.effective_weight(twin)) <= tolerance
+        assert ours.state[param]["exp_avg"].all()
 
 
 BAD_SCALES = (

@@ -89,7 +89,7 @@ def batch_of(name: str, types: Types) -> Batch:
         if base.formula(group).name == name:
             param = torch.zeros(8, 8, dtype=types.param)
             states = tuple(torch.zeros_like(param, dtype=types.state) for _ in FORMULAS[name].states)
-            remainder = torch.zeros_like(param, dtype=torch.bfloat16) if types.compensated else None
+            remainder = torch.zeros_like(param) if types.compensated else None
             radius = torch.zeros(1, dtype=torch.float64)
             step = torch.zeros(()) if FORMULAS[name].counts_steps else None
             slot = Slot(

@@ -1,6 +1,8 @@
 #include "runner.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <thread>
 
 #include "layers.h"
@@ -28,6 +30,14 @@ int bytes_read_again(const Batch& batch, const Kernels& kernels) {
   return weight + kernels.n_states * size_of(batch.types.state) + (kernels.reads_grad ? size_of(batch.types.grad) : 0);
 }
 
+// One over a loss scale beyond 2^126 is denormal as a float32: flushed, it would make zeros of all gradients. Tensors
+// of a batch differ in its sign alone.
+Denormals denormals(const Batch& batch) {
+  if (batch.n_tensors == 0) return Denormals::FLUSHED;
+  const double grad_scale = std::abs(tensor_row(batch, 0).hyper[Hyper::GRAD_SCALE]);
+  return grad_scale < std::numeric_limits<float>::min() ? Denormals::KEPT : Denormals::FLUSHED;
+}
+
 }  // namespace
 
 Runner::Runner(const Batch& batch, const std::string& formula, const std::string& dtype,
@@ -44,7 +54,7 @@ Runner::Runner(const Batch& batch, const std::string& formula, const std::string
 void Runner::measure(int threads) {
   start();
   if (kernels_.prepare) prepare_options(batch_, kernels_);
-  in_parallel(useful_threads(threads), [&](int) {
+  in_parallel(useful_threads(threads), denormals(batch_), [&](int) {
     draw([&](std::int64_t piece) { measure_piece(plan_.pieces[piece], nullptr); },
          [&](std::int64_t layer) {
            measure_tiles(batch_, kernels_, layer, 0, layer_span(batch_, layer).tiles);
@@ -54,14 +64,14 @@ void Runner::measure(int threads) {
 }
 
 void Runner::coefficients() {
-  in_parallel(1, [&](int) {
+  in_parallel(1, denormals(batch_), [&](int) {
     for (std::int64_t layer = 0; layer < batch_.n_layers; ++layer) compute_coefficients(batch_, kernels_, layer);
   });
 }
 
 void Runner::rotate(int threads) {
   start();
-  in_parallel(useful_threads(threads), [&](int) {
+  in_parallel(useful_threads(threads), denormals(batch_), [&](int) {
     draw([&](std::int64_t piece) { rotate_piece(plan_.pieces[piece], nullptr); },
          [&](std::int64_t layer) { rotate_tiles(batch_, kernels_, layer, 0, layer_span(batch_, layer).tiles); });
   });
@@ -71,7 +81,7 @@ void Runner::step(int threads) {
   start();
   make_room(useful_threads(threads));
   if (kernels_.prepare) prepare_options(batch_, kernels_);
-  in_parallel(useful_threads(threads), [&](int thread) { step_on_one_thread(thread); });
+  in_parallel(useful_threads(threads), denormals(batch_), [&](int thread) { step_on_one_thread(thread); });
 }
 
 // In the first step on so many threads.

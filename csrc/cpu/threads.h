@@ -13,11 +13,16 @@
 
 namespace layca::cpu {
 
+// What the processor makes of denormal numbers: it takes them for zero, or as they are.
+enum class Denormals { FLUSHED, KEPT };
+
 // Treats denormal numbers as zero on this thread while it lives. A momentum that decays under zero gradients passes
 // through them, and each costs the processor over a hundred cycles.
 class FlushDenormals {
  public:
-  FlushDenormals() : saved_(read()) { write(saved_ | flush_bits); }
+  explicit FlushDenormals(Denormals denormals) : saved_(read()) {
+    if (denormals == Denormals::FLUSHED) write(saved_ | flush_bits);
+  }
   ~FlushDenormals() { write(saved_); }
   FlushDenormals(const FlushDenormals&) = delete;
   FlushDenormals& operator=(const FlushDenormals&) = delete;
@@ -48,19 +53,19 @@ class FlushDenormals {
 
 // Run `body(thread)` once on each of at most `threads` threads, the caller's among them, numbered from 0.
 template <class Body>
-void in_parallel([[maybe_unused]] int threads, const Body& body) {
+void in_parallel([[maybe_unused]] int threads, Denormals denormals, const Body& body) {
 #ifdef _OPENMP
   // A team of one goes around OpenMP: it would tear down its pool to that size and build it again for the next caller.
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
     {
-      const FlushDenormals guard;
+      const FlushDenormals guard(denormals);
       body(omp_get_thread_num());
     }
     return;
   }
 #endif
-  const FlushDenormals guard;
+  const FlushDenormals guard(denormals);
   body(0);
 }
 

@@ -20,10 +20,10 @@ VECTOR = constant(16)  # bytes, as in triton_.py
 
 _EXPONENT = constant(0x7F800000)
 # Exponents of float32: of 2**-14, the smallest that float16 has, and from its ulp's to that of a unit of its remainder.
-_SMALLEST_EXPONENT, _UNIT_SHIFT, _SQUARE_OF_ONE = constant(113 << 23), constant(25 << 23), constant(254 << 23)
+_SMALLEST_EXPONENT, _UNIT_SHIFT, _SQUARE_OF_ONE = constant(113 << 23), constant(26 << 23), constant(254 << 23)
 # A float32 of this size has whole numbers only: adding it rounds to one, which its lower bits then hold.
 _WHOLE = constant(1.5 * 2.0**23)
-_LARGEST_REST = constant(2.0**14)
+_LARGEST_REST = constant(2.0**15)
 
 
 @device_function
@@ -79,8 +79,8 @@ def _unit_exponent(half):
 def _join(stored, remainder, STORED: tl.constexpr):
     if tl.int16 == STORED:
         bits, rest = stored.to(tl.int32), remainder.to(tl.int32)
-        # A zero that somebody else wrote, with a remainder that was not meant for it.
-        rest = tl.where((bits & 0x7FFF) == 0, tl.maximum(rest, 0), rest)
+        # A zero or an infinity that somebody else wrote, with a remainder that was not meant for it.
+        rest = tl.where(((bits - 1) & 0x7FFF) >= 0x7F7F, tl.maximum(rest, 0), rest)
         return ((bits << 16) + rest).to(tl.float32, bitcast=True)
     else:
         half = stored.to(tl.float32)
@@ -102,7 +102,7 @@ def _split(x, STORED: tl.constexpr):
         scale = (_SQUARE_OF_ONE - _unit_exponent(wide)).to(tl.float32, bitcast=True)
         rest = (x - wide) * scale
         # Of an infinite parameter, and of NaN, nothing is left.
-        rest = tl.where(tl.abs(rest) <= _LARGEST_REST, rest, 0.0) + _WHOLE
+        rest = tl.where(tl.abs(rest) <= _LARGEST_REST, tl.minimum(rest, _LARGEST_REST - 1.0), 0.0) + _WHOLE
         return half, rest.to(tl.int32, bitcast=True).to(tl.int16)
 
 
