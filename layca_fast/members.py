@@ -232,12 +232,15 @@ def drop_remainders(groups: Sequence[Mapping[str, Any]], state: State) -> None:
             has.pop("remainder", None)
 
 
-def check_norms(members: Sequence[Member]) -> None:
-    """Raise ValueError if a layer's weights are all zero: it has no direction to turn. Waits for the device."""
-    flags = have_zero_layers([(member.param, member.layers) for member in members])
-    zero = [member for member, flag in zip(members, flags, strict=True) if flag]
+def check_norms(tensors: Sequence[tuple[str, Tensor, int]]) -> None:
+    """Raise ValueError if a layer's weights are all zero: it has no direction to turn. Waits for the device.
+
+    ``tensors``: label, parameter and number of layers of each.
+    """
+    flags = have_zero_layers([(param, layers) for _, param, layers in tensors])
+    zero = [(label, param) for (label, param, _), flag in zip(tensors, flags, strict=True) if flag]
     if zero:
-        names = ", ".join(describe(member.label, member.param) for member in zero)
+        names = ", ".join(describe(label, param) for label, param in zero)
         raise ValueError(
             f"all weights of a layer are zero in {names}: such a layer has no direction to turn. Put these parameters "
             "in a group with rotate=False, or initialize them"

@@ -14,6 +14,7 @@ from .caller import warn_caller
 from .capture import is_capturing
 from .checks import check_choice, check_group, check_options, check_parameter, find_base, labelled, named
 from .compensation import HALVES, join, lost_rotation
+from .in_backward import StepInBackward
 from .loading import adopt, check_shapes, is_foreign, restore_types
 from .members import rotates
 from .plan import Plan
@@ -128,6 +129,7 @@ class FusedLayca(Optimizer):
         self._unscales = bool(unscale_in_step)
         self._lr_is_recommended = lr is None
         self._plan: Plan | None = None
+        self._in_backward: StepInBackward | None = None
         self._stale = True
         self._warned = False
         self._warned_of_types = False
@@ -170,6 +172,8 @@ class FusedLayca(Optimizer):
             self.param_groups.pop()
             raise
         self._stale = True
+        if self._in_backward is not None and self._in_backward.is_on:
+            self._in_backward.follow()
 
     def _options_of(self, base: Base) -> dict[str, Any]:
         """What a group under ``base`` holds unless it says otherwise: base options of another base are not for it."""
@@ -186,7 +190,7 @@ class FusedLayca(Optimizer):
         # Also called by torch's load_state_dict, on an optimizer that has made its plan.
         super().__setstate__(state)
         flags = dict.fromkeys(("_lr_is_recommended", "_unscales", "_warned", "_warned_of_types"), False)
-        for name, value in {"_plan": None, **flags}.items():
+        for name, value in {"_plan": None, "_in_backward": None, **flags}.items():
             self.__dict__.setdefault(name, value)
         self._stale = True
         # A group from an older version may lack options; torch's own additions to the defaults are none of ours.
@@ -210,7 +214,8 @@ class FusedLayca(Optimizer):
         Parameters and state are modified in place; parameters without a gradient are left alone, bit for bit, as all
         are at lr = 0. ``closure``, if given, is called first with gradients enabled, and its loss returned. Does not
         wait for a GPU, but for the first step of a tensor, which looks for layers whose weights are all zero, and where
-        the GPU is 16 steps behind and gradients or hyperparameters change at each.
+        the GPU is 16 steps behind and gradients or hyperparameters change at each. After :meth:`step_in_backward` it
+        steps what backward has not, and closes the iteration.
         """
         loss = None
         for group in self.param_groups:
@@ -221,17 +226,48 @@ class FusedLayca(Optimizer):
                 loss = closure()
             for group in self.param_groups:
                 check_group(group)
+        if self._in_backward is not None and self._in_backward.is_on:
+            self._in_backward.close()
+            return loss
         if self._plan is None or self._stale or not self._plan.holds(self.param_groups, self.state):
             self._plan = Plan(self.param_groups, self.state, previous=self._plan)
             self._stale = False
+            if self._in_backward is not None:
+                self._plan.carry_counts(self._in_backward.counts())
+                self._in_backward = None
             self._warn_of_ignored_decay()
         self._warn_of_lost_rotations()
         self._plan.step(loss_scale)
         return loss
 
+    def step_in_backward(self) -> StepInBackward:
+        """From now on, step every parameter inside of ``backward()``, as soon as its gradient is complete, and free it.
+
+        The gradients of a model are then never all there at once. Weights and state are those of ordinary steps, bit
+        for bit, if hyperparameters are set between :meth:`step` and the next backward. Call :meth:`step` as before,
+        once after every backward: it steps what no hook has seen, such as gradients set by hand, and closes the
+        iteration. Returns a handle whose ``remove()`` gives the ordinary step back; also a context manager.
+
+        Nothing may need all gradients, or several backward passes, before the step. A second backward before
+        :meth:`step` raises RuntimeError, before it modifies anything. Clipping by the norm of all gradients is
+        impossible: after backward there are none (``clip_grad_norm_`` finds 0); a hook on a parameter that was
+        registered before may change its gradient (``Tensor.register_post_accumulate_grad_hook``).
+        ``torch.amp.GradScaler`` would scale steps that it can no longer unscale: ValueError here under
+        ``unscale_in_step``, else RuntimeError from its ``step``. So do DistributedDataParallel, whose buckets keep
+        memory for all gradients anyway, and the capture of a CUDA graph. Tensors are stepped one by one, which costs
+        launches and some 50 microseconds of the host for each, and an all-reduce where it is sharded.
+
+        Layers of zeros are looked for among all trainable parameters, at the first gradient, before anything moves.
+        A backward that fails has stepped some layers and not the others; :meth:`step` then closes the iteration.
+        """
+        self._in_backward = StepInBackward(self)
+        return self._in_backward
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """What GradScaler asks for before it leaves unscaling, and skipping, to the step."""
+        if self._in_backward is not None:
+            self._in_backward.refuse_scaler()
         return self._unscales
 
     def sync_hyperparameters(self) -> None:
@@ -335,7 +371,13 @@ class FusedLayca(Optimizer):
         Of a DTensor: to the layers that this process has something of. Their elements are counted here, not summed.
         """
         names = {param: name for _, name, param in named(self.param_groups)}
-        found: dict[Tensor, list[RotationStats]] = {}
-        for batch, slot, rows in [] if self._plan is None else self._plan.rows():
-            found.setdefault(slot.owner, []).append(rotation_stats(batch, slot, rows, names.get(slot.owner, "")))
-        return {param: joined(parts) for param, parts in found.items()}
+        plans = [] if self._plan is None else [self._plan]
+        if self._in_backward is not None:
+            plans += self._in_backward.plans
+        stats: dict[Tensor, RotationStats] = {}
+        for plan in plans:
+            found: dict[Tensor, list[RotationStats]] = {}
+            for batch, slot, rows in plan.rows():
+                found.setdefault(slot.owner, []).append(rotation_stats(batch, slot, rows, names.get(slot.owner, "")))
+            stats.update({param: joined(parts) for param, parts in found.items()})
+        return stats

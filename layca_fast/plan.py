@@ -13,8 +13,10 @@ from .capture import check_capture, is_capturing
 from .checks import find_base, labelled
 from .compensation import state_dtype
 from .distributed import Groups, SharedDots
+from .formulas import KEEP
 from .members import State, check_norms, drop_remainders, members
 from .sharding import is_sharded
+from .tables import Coefficient
 from .unscaling import LossScale
 from .watch import gradients, same_objects
 
@@ -55,7 +57,8 @@ class Plan:
         stepped = set() if previous is None else {id(slot.owner) for _, slot, _ in previous.rows()}
         found = list(members(groups, state, stepped))
         states = [member.new_states(state.get(member.param, {})) for member in found]
-        check_norms([m for m in found if m.rotates and "radius" not in state.get(m.param, {})])
+        new = [m for m in found if m.rotates and "radius" not in state.get(m.param, {})]
+        check_norms([(m.label, m.param, m.layers) for m in new])
 
         drop_remainders(groups, state)
         self._groups, self._state = groups, state
@@ -93,20 +96,27 @@ class Plan:
         #: CUDA graphs read the tables of the plan that they recorded, so it outlives its use here.
         self._kept: list[Plan] = []
         if previous is not None:
-            self._carry_counts(previous)
+            self.carry_counts(previous.counts())
             self._kept = [*previous._kept, *([previous] if previous.recorded else [])]
 
-    def _counts(self) -> dict[tuple[Tensor, int], Tensor]:
+    def counts(self) -> dict[tuple[Tensor, int], Tensor]:
         """The counts of every slot that has been stepped, (layers, Count.WIDTH), in this plan or before it."""
         ours = {(slot.owner, slot.piece.first): batch.counts[rows] for batch, slot, rows in self.rows()}
         return {**self._retired, **ours}
 
-    def _carry_counts(self, previous: "Plan") -> None:
-        self._retired = previous._counts()
+    def carry_counts(self, counts: Mapping[tuple[Tensor, int], Tensor]) -> None:
+        """Go on counting from these, which :meth:`counts` of another plan returned."""
+        self._retired = dict(counts)
         for batch, slot, rows in self.rows():
-            counts = self._retired.get((slot.owner, slot.piece.first))
-            if counts is not None and len(counts) == slot.layers:
-                batch.counts[rows] = counts.to(batch.counts.device)
+            known = self._retired.get((slot.owner, slot.piece.first))
+            if known is not None and len(known) == slot.layers:
+                batch.counts[rows] = known.to(batch.counts.device)
+
+    def rest(self) -> None:
+        """Let the statistics say what they do after a step for which no tensor had a gradient."""
+        for _, batch in self.batches:
+            batch.dots.zero_()
+            batch.coefficients[:, Coefficient.MODE] = KEEP
 
     def rows(self) -> Iterator[tuple[Batch, Slot, slice]]:
         """Every slot with its batch and its rows in the batch's per-layer tables."""
