@@ -17,7 +17,7 @@ from .checks import check_gradient
 from .compensation import compute_dtype
 from .formulas import RULES
 from .hypers import Hyperparameters
-from .sharding import Piece, is_sharded, local_of
+from .sharding import Piece, is_sharded, local_gradient, local_of
 from .tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Layer, Tile
 from .unscaling import LossScale, ScaledTables
 from .upload import SPARES, Mirror
@@ -64,7 +64,7 @@ class Slot:
         if grad is None:
             return None
         check_gradient(grad, self.owner, self.label)
-        grad = self.piece.of(local_of(grad)).resolve_neg().to(dtype)
+        grad = self.piece.of(local_gradient(grad, self.owner)).resolve_neg().to(dtype)
         if not self.dense or grad.stride() == self.param.stride():
             return grad
         return torch.empty_like(self.param, dtype=dtype).copy_(grad)

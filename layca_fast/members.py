@@ -83,10 +83,22 @@ class Member:
         if name == "step" or name not in OUR_STATES or not isinstance(value, Tensor):
             return local_of(value) if isinstance(value, Tensor) else value
         expected = torch.Size((self.layers,)) if name == "radius" else self.param.shape
-        if not (is_sharded(self.param) or is_sharded(value)) or value.shape != expected:
+        if not (is_sharded(self.param) or is_sharded(value)):
             return value
+        if value.shape != expected:
+            # The shape of what lies here could still be that of another tensor's part.
+            raise ValueError(self._wrong_shape(name, value))
         lies = radius_placements(self.param, self.sharding) if name == "radius" and is_sharded(self.param) else None
         return placed(value, self.param, lies)
+
+    def _wrong_shape(self, name: str, value: Tensor) -> str:
+        start = f"the state {name!r} of {describe(self.label, self.param)} has shape {tuple(value.shape)}"
+        if name == "radius":
+            return (
+                f"{start} for {self.layers} layers: call optimizer.reset_radius() after changing chunks (of an "
+                "optimizer that Layca is attached to: del optimizer.state[parameter]['radius'])"
+            )
+        return f"{start}: clear the optimizer's state for it after changing its shape, del optimizer.state[parameter]"
 
     def _kept(self, name: str, local: Tensor, old: Tensor | None) -> Tensor:
         if old is not None and local_of(old) is local:
@@ -105,10 +117,7 @@ class Member:
             start = 0.0 if option is None else float(self.group[option])
             return torch.full_like(self.local, start, dtype=dtype, memory_format=form)
         if old.shape != self.local.shape:
-            raise ValueError(
-                f"the state {name!r} of {describe(self.label, self.param)} has shape {tuple(old.shape)}: "
-                "clear the optimizer's state for it after changing its shape, del optimizer.state[parameter]"
-            )
+            raise ValueError(self._wrong_shape(name, old))
         if (old.device, old.dtype) == (self.local.device, dtype) and (
             old.stride() == self.local.stride() or not self.dense
         ):
@@ -147,11 +156,7 @@ class Member:
         if old is None:
             return torch.zeros(here, dtype=torch.float64, device=home)
         if old.shape != (here,):
-            raise ValueError(
-                f"the state 'radius' of {describe(self.label, self.param)} has shape {tuple(old.shape)} for "
-                f"{self.layers} layers: call optimizer.reset_radius() after changing chunks (of an optimizer that "
-                "Layca is attached to: del optimizer.state[parameter]['radius'])"
-            )
+            raise ValueError(self._wrong_shape("radius", old))
         return old.to(device=home, dtype=torch.float64).contiguous()
 
     def slots(self, entry: Mapping[str, Any], local: Mapping[str, Tensor], fresh: bool, number: int) -> Iterator[Slot]:
@@ -159,7 +164,7 @@ class Member:
         states = [local[name] for name in self.formula.states]
         remainder, radius = local.get("remainder"), local.get("radius")
         # A shard without any layer takes part as an empty tensor that does not rotate: its steps are counted.
-        pieces = self.sharding.pieces or (Piece(0, 1),)
+        pieces = self.sharding.pieces or (Piece(0, 0),)
         counted = next((piece for piece in pieces if piece.of(self.local).numel() > 0), pieces[0])
         for piece in pieces:
             step = local.get("step")
@@ -174,7 +179,7 @@ class Member:
                 states=tuple(piece.of(state) for state in states),
                 step=step,
                 radius=piece.radii_of(radius) if radius is not None and self.sharding.pieces else None,
-                layers=piece.layers,
+                layers=max(piece.layers, 1),
                 dense=self.dense,
                 fresh=fresh,
                 entry=entry,

@@ -61,6 +61,7 @@ class Plan:
         self._params = [list(group["params"]) for group in groups]
         member_ids = {id(member.param) for member in found}
         self._waiting = [param for _, _, param in labelled(groups) if id(param) not in member_ids]
+        self._frozen = [param for param in self._waiting if is_sharded(param)]
         slots: dict[tuple[Any, ...], list[Slot]] = {}
         kinds: dict[tuple[Any, ...], tuple[Backend, Formula, bool]] = {}
         layout: list[tuple[int, Groups]] = []
@@ -77,7 +78,8 @@ class Plan:
             key = (member.backend.name, member.formula.name, *types, *lies)
             kinds[key] = member.backend, member.formula, member.is_shared
             slots.setdefault(key, []).extend(member.slots(entry, local, fresh, len(layout)))
-            if member.is_shared:
+            if member.sharding.groups:
+                # Those of no layer here, too: sums over several dimensions of a mesh need one order everywhere.
                 layout.append((member.sharding.layers, member.sharding.groups))
         self.batches: list[tuple[Backend, Batch]] = []
         #: Those of layers that other processes have parts of; and the rest.
@@ -124,6 +126,9 @@ class Plan:
         if not all(same_objects(group["params"], known) for group, known in zip(groups, self._params, strict=True)):
             return False
         if any(grad is not None for grad in gradients(self._waiting)):
+            return False
+        # As members() has it: a shard that is unfrozen takes part in the sums, with or without a gradient here.
+        if any(param.requires_grad for param in self._frozen):
             return False
         # Whose state has been taken away or replaced as a whole, the batches cannot see.
         entries = list(state.values())

@@ -181,16 +181,85 @@ def what_is_wrong_is_said_before_anything_moves(place: Place) -> None:
     other = Parameter(shared(weights, mesh, [Shard(0)]))
     optimizer = FusedLayca([good, other], 0.1)
     good.grad = shared(weights, mesh, [Shard(0)])
-    for wrong, kind, message in (
-        (DTensor.from_local(weights, mesh, [Partial()]), ValueError, "placements"),
-        (shared(weights, mesh, [Shard(1)]), ValueError, "redistribute the gradient"),
-    ):
-        other.grad = wrong
-        expect(kind, message, optimizer.step)
-        assert torch.equal(whole(good), weights)
-        assert not optimizer.state[good]
+    other.grad = shared(weights, init_device_mesh("cpu", (1, 2)), [Replicate(), Shard(0)])
+    expect(ValueError, "redistribute the gradient", optimizer.step)
+    assert torch.equal(whole(good), weights)
+    assert not optimizer.state[good]
     partial = Parameter(DTensor.from_local(weights, mesh, [Partial()]))
     expect(ValueError, "Redistribute it to Shard or Replicate first", lambda: FusedLayca([partial], 0.1))
+
+
+@on(2, 3)
+def a_gradient_may_be_placed_otherwise_than_its_parameter(place: Place) -> None:
+    """As tensor parallel leaves some; the parameter must not, nor may its states change their placement."""
+    mesh = place.mesh()
+    for backend in ("cpu", "torch"):
+        plain, sharded = optimizers(mesh, backend=backend, momentum=0.9)
+        for placement in (Replicate(), Partial(), Shard(1)):
+            grads = draw(params_of(plain))
+            for one, other, grad in zip(params_of(plain), params_of(sharded), grads, strict=True):
+                one.grad = other.grad = grad
+                if isinstance(other, DTensor) and (placement != Shard(1) or grad.dim() > 1):
+                    lies = grad / place.world if placement == Partial() else grad
+                    is_whole = not isinstance(placement, Shard)
+                    other.grad = (
+                        DTensor.from_local(lies, mesh, [placement]) if is_whole else shared(grad, mesh, [Shard(1)])
+                    )
+                elif isinstance(other, DTensor):
+                    other.grad = shared(grad, mesh, other.placements)
+            plain.step()
+            sharded.step()
+        check_alike(plain, sharded)
+
+
+@on(2)
+def a_shard_that_is_unfrozen_is_summed_with_or_without_a_gradient(place: Place) -> None:
+    mesh = place.mesh()
+    params = [Parameter(shared(torch.randn(6, 4), mesh, [Shard(0)])) for _ in range(2)]
+    params[1].requires_grad_(False)
+    optimizer = FusedLayca(params, 0.1, momentum=0.9)
+    params[0].grad = shared(torch.randn(6, 4), mesh, [Shard(0)])
+    optimizer.step()
+    assert not optimizer.state[params[1]]
+    params[1].requires_grad_(True)
+    before = [whole(param).clone() for param in params]
+    grad = shared(torch.randn(6, 4), mesh, [Shard(0)])
+    params[1].grad = grad if place.rank == 0 else None
+    optimizer.step()
+    assert all(bool((whole(param) != old).any()) for param, old in zip(params, before, strict=True))
+    assert off([whole(param).norm().reshape(1) for param in params], [old.norm().reshape(1) for old in before]) < 1e-6
+
+
+@on(2)
+def chunks_that_change_need_new_radii(place: Place) -> None:
+    """Also where the radii of all are as many as those that now lie here."""
+    param = Parameter(shared(torch.randn(8, 4), place.mesh(), [Shard(0)]))
+    optimizer = FusedLayca([param], 0.1, chunks=2)
+    give(optimizer, draw([param]))
+    optimizer.param_groups[0]["chunks"] = 4
+    before = whole(param).clone()
+    expect(ValueError, "reset_radius", lambda: give(optimizer, draw([param])))
+    assert torch.equal(whole(param), before)
+    optimizer.reset_radius()
+    give(optimizer, draw([param]))
+    torch.testing.assert_close(whole(param).view(4, -1).norm(dim=1), before.view(4, -1).norm(dim=1))
+
+
+@on(6)
+def processes_without_layers_sum_the_others_in_the_same_order(place: Place) -> None:
+    """Rows of a mesh that have none of a tensor's layers must not take its groups out of turn."""
+    mesh = init_device_mesh("cpu", (3, 2))
+    groups = [({"chunks": "all"}, torch.randn(2, 6)), ({}, torch.randn(6, 6))]
+    plain = FusedLayca([{"params": [Parameter(weight.clone())], **own} for own, weight in groups], 0.05)
+    shards = [{"params": [Parameter(shared(weight, mesh, [Shard(0), Shard(1)]))], **own} for own, weight in groups]
+    sharded = FusedLayca(shards, 0.05)
+    for _ in range(STEPS):
+        grads = draw(params_of(plain))
+        give(plain, grads)
+        give(sharded, grads)
+    assert off(params_of(sharded), params_of(plain)) < 1e-6
+    layers = [len(stats.angle) for stats in sharded.rotation_stats().values()]
+    assert layers == [1 if mesh.get_coordinate()[0] < 2 else 0, 1]
 
 
 @on(2, 3)

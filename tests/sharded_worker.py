@@ -20,7 +20,7 @@ from . import sharded_checkpoints, sharded_killed, sharded_layers, sharded_train
 from .sharded_support import Place, cases_of, start
 
 #: Checkpoints are written by two processes, and read by other numbers.
-WORLDS = (2, 1, 3, 4)
+WORLDS = (2, 1, 3, 4, 6)
 
 
 def run(rank: int, world: int, folder: Path, seed: int) -> None:
