@@ -151,6 +151,10 @@ class Batch:
         names = (*formula.states, "step", "remainder", "radius")
         self._entries = Entries({name: [(each, each[name]) for each in entries if name in each] for name in names})
         self._layouts = Layouts(self.params)
+        # A view still knows the memory that its tensor has left.
+        cut = [slot for slot in self.slots if slot.piece.rows is not None]
+        kept += [local_of(slot.owner) for slot in cut]
+        kept += [local_of(slot.entry[name]) for slot in cut for name in names if name in slot.entry]
         self._kept = Layouts(kept)
         # Kernels know a gradient by its address, which that of an empty tensor lacks: its steps are counted here.
         self._empty = [(i, slot.step) for i, slot in enumerate(self.slots) if slot.param.numel() == 0]

@@ -245,6 +245,23 @@ def chunks_that_change_need_new_radii(place: Place) -> None:
     torch.testing.assert_close(whole(param).view(4, -1).norm(dim=1), before.view(4, -1).norm(dim=1))
 
 
+@on(2)
+def shards_may_move_in_memory(place: Place) -> None:
+    """Cut into chunks, too, which are views of what was there."""
+    weight = torch.randn(6, 4)
+    param, whole_one = Parameter(shared(weight, place.mesh(), [Shard(0)])), Parameter(weight.clone())
+    plain, sharded = (FusedLayca([each], 0.05, momentum=0.9, chunks=3) for each in (whole_one, param))
+    for moved in ("nothing", "weights", "state"):
+        buffer = sharded.state[param]["momentum_buffer"] if moved == "state" else param
+        if moved != "nothing":
+            buffer._local_tensor.data = buffer._local_tensor.detach().clone()
+        grads = draw([weight])
+        give(plain, grads)
+        give(sharded, grads)
+        assert off([param], [whole_one]) < 1e-6
+        assert off([sharded.state[param]["momentum_buffer"]], [plain.state[whole_one]["momentum_buffer"]]) < 1e-6
+
+
 @on(6)
 def processes_without_layers_sum_the_others_in_the_same_order(place: Place) -> None:
     """Rows of a mesh that have none of a tensor's layers must not take its groups out of turn."""
