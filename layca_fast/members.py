@@ -223,13 +223,24 @@ def members(groups: Sequence[Mapping[str, Any]], state: State) -> Iterator[Membe
         yield Member(param, local, sharding, group, label, backend, formula, turning, layers, dense)
 
 
-def check_norms(members: Sequence[Member]) -> None:
-    """Raise ValueError if a layer's weights are all zero: it has no direction to turn. Waits for the device."""
+def is_at_rest(group: Mapping[str, Any]) -> bool:
+    """Whether the host can see that a step at the group's rate moves nothing."""
+    lr = group["lr"]
+    return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0.0
+
+
+def check_norms(members: Sequence[Member]) -> list[Member]:
+    """Raise ValueError if a layer's weights are all zero: it has no direction to turn. Waits for the device.
+
+    Returns those of which that is so and that do not move yet: checkpoints have an optimizer make its state at lr = 0,
+    by weights that they load only then.
+    """
     flags = have_zero_layers([(member.param, member.layers) for member in members])
     zero = [member for member, flag in zip(members, flags, strict=True) if flag]
-    if zero:
+    if not all(is_at_rest(member.group) for member in zero):
         names = ", ".join(describe(member.label, member.param) for member in zero)
         raise ValueError(
             f"all weights of a layer are zero in {names}: such a layer has no direction to turn. Put these parameters "
             "in a group with rotate=False, or initialize them"
         )
+    return zero

@@ -13,7 +13,7 @@ from .capture import check_capture, is_capturing
 from .checks import find_base, labelled
 from .compensation import state_dtype
 from .distributed import Groups, SharedDots
-from .members import State, check_norms, members
+from .members import Member, State, check_norms, is_at_rest, members
 from .sharding import is_sharded
 from .unscaling import LossScale
 from .watch import gradients, same_objects
@@ -54,7 +54,12 @@ class Plan:
             )
         found = list(members(groups, state))
         states = [member.new_states(state.get(member.param, {})) for member in found]
-        check_norms([m for m in found if m.rotates and "radius" not in state.get(m.param, {})])
+        known = set() if previous is None else {id(member.param) for member in previous._zero}
+        # A process may make its plan anew alone: what is agreed upon is not asked before they all have to.
+        zero = [m for m in found if m.rotates and id(m.param) in known]
+        asked = [m for m in zero if not is_at_rest(m.group)]
+        asked += [m for m in found if m.rotates and id(m.param) not in known and "radius" not in state.get(m.param, {})]
+        self._zero: list[Member] = [*(m for m in zero if is_at_rest(m.group)), *check_norms(asked)]
 
         self._groups, self._state = groups, state
         self._signature = _signature(groups)
@@ -129,6 +134,8 @@ class Plan:
             return False
         # As members() has it: a shard that is unfrozen takes part in the sums, with or without a gradient here.
         if any(param.requires_grad for param in self._frozen):
+            return False
+        if not all(is_at_rest(member.group) for member in self._zero):
             return False
         # Whose state has been taken away or replaced as a whole, the batches cannot see.
         entries = list(state.values())

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import sharded_checkpoints, sharded_killed, sharded_layers, sharded_training  # noqa: F401  (they add their cases)
+from . import sharded_changes, sharded_checkpoints, sharded_killed, sharded_layers, sharded_training  # noqa: F401
 from .sharded_support import Place, cases_of, start
 
 #: Checkpoints are written by two processes, and read by other numbers.
