@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from .tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Layer, Tile
 from .unscaling import LossScale, ScaledTables
 from .upload import SPARES, Mirror
 from .watch import Entries, Layouts, addresses, all_there, column, gradients, same_objects
+
+_SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
 
 
 @dataclass
@@ -110,6 +113,7 @@ class Batch:
         self.states = [[slot.states[i] for slot in self.slots] for i in range(len(formula.states))]
         self.grads: list[Tensor | None] = [None] * len(self.slots)
         self._grad_addresses: bytes | None = None
+        self._specs: list[Any] | None = None
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
         self.compute_dtype = compute_dtype(self.dtype)
@@ -169,13 +173,35 @@ class Batch:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
         self.grads = gradients(self.owners)
         self.grad_dtype = self.dtype
-        # Those of DTensors are inside of them.
-        self._grad_addresses = self._layouts.fit(self.grads) if self._local_owners is None else None
-        if self._grad_addresses is None:
+        plain = self._plain_gradients()
+        self._grad_addresses = None if plain is None else self._layouts.fit(plain)
+        if plain is not None and self._grad_addresses is not None:
+            self.grads = plain
+        else:
+            owned = self.grads
             # All else goes the slow way: gradients that are missing, lie otherwise, are of another type, or are wrong.
             if any(grad is not None and grad.dtype != self.dtype for grad in self.grads):
                 self.grad_dtype = self.compute_dtype
             self.grads = [slot.gradient(self.grad_dtype) for slot in self.slots]
+            self._specs = self._known_specs(owned)
+
+    def _plain_gradients(self) -> list[Any] | None:
+        """The gradients as plain tensors; of DTensors only where they are shared out as those of the last step."""
+        if self._local_owners is None:
+            return self.grads
+        if self._specs is None or not all(map(is_sharded, self.grads)):
+            return None
+        return list(map(_LOCAL, self.grads)) if same_objects(list(map(_SPEC, self.grads)), self._specs) else None
+
+    def _known_specs(self, grads: Sequence[Any]) -> list[Any] | None:
+        """What tells how these gradients, of DTensors, are shared out, if that is as their parameters and uncut."""
+        if self._local_owners is None or not all_there(grads):
+            return None
+        if any(slot.piece.rows is not None for slot in self.slots):
+            return None
+        owners: Sequence[Any] = self.owners
+        alike = all(grad.placements == owner.placements for grad, owner in zip(grads, owners, strict=True))
+        return list(map(_SPEC, grads)) if alike else None
 
     def check_capture(self) -> None:
         """Raise RuntimeError if the host would have to do something for the step that is being captured."""

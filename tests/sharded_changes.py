@@ -2,12 +2,14 @@
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
+from layca_fast.batch import Slot
 
-from .sharded_support import STEPS, Place, draw, expect, give, off, on, params_of, shared, whole
+from .sharded_support import STEPS, Place, draw, expect, give, network, off, on, params_of, shared, whole
 
 
 @on(2)
@@ -75,3 +77,43 @@ def processes_without_layers_sum_the_others_in_the_same_order(place: Place) -> N
     assert off(params_of(sharded), params_of(plain)) < 1e-6
     layers = [len(stats.angle) for stats in sharded.rotation_stats().values()]
     assert layers == [1 if mesh.get_coordinate()[0] < 2 else 0, 1]
+
+
+@on(2)
+def gradients_that_are_shared_out_as_before_are_not_looked_at_one_by_one(place: Place) -> None:
+    """As FSDP2 hands them over; anything else is noticed."""
+    torch.manual_seed(place.seed)
+    model = network()
+    fully_shard(model)
+    weights = [whole(param).clone() for param in model.parameters()]
+    whole_ones = [Parameter(weight) for weight in weights]
+    plain, sharded = (FusedLayca(each, 0.02, base="adam") for each in (whole_ones, model.parameters()))
+    looked = []
+    look = Slot.gradient
+    Slot.gradient = lambda slot, dtype: looked.append(slot) or look(slot, dtype)
+    try:
+        for step in range(5):
+            sharded.zero_grad()
+            model(torch.randn(4, 7)).square().sum().backward()
+            for one, other in zip(whole_ones, model.parameters(), strict=True):
+                if step == 3:
+                    other.grad = other.grad.redistribute(placements=[Replicate()])
+                one.grad = whole(other.grad)
+            looked.clear()
+            plain.step()
+            sharded.step()
+            # One of the batches has a shard without elements.
+            assert (len(looked) < len(weights)) == (step not in (0, 3, 4))
+    finally:
+        Slot.gradient = look
+    assert off(list(model.parameters()), whole_ones) < 1e-6
+    # Whoever builds gradients by hand may forget to share one out.
+    weight = Parameter(shared(torch.randn(4, 4), place.mesh(), [Shard(0)]))
+    optimizer = FusedLayca([weight], 0.1)
+    weight.grad = shared(torch.randn(4, 4), place.mesh(), [Shard(0)])
+    optimizer.step()
+    optimizer.step()
+    weight.grad = torch.randn(4, 4)
+    before = whole(weight).clone()
+    expect(TypeError, "make them alike", optimizer.step)
+    assert torch.equal(whole(weight), before)
