@@ -22,7 +22,18 @@ from .checks import (
 )
 from .compensation import is_compensated, state_dtype
 from .layout import layers_are_dense
-from .sharding import Piece, Sharding, is_sharded, local_of, placed, radius_placements, sharding_of, wrap, wrap_radius
+from .sharding import (
+    Piece,
+    Sharding,
+    is_elsewhere,
+    is_sharded,
+    local_of,
+    placed,
+    radius_placements,
+    sharding_of,
+    wrap,
+    wrap_radius,
+)
 from .zeros import have_zero_layers
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -196,6 +207,8 @@ def members(groups: Sequence[Mapping[str, Any]], state: State) -> Iterator[Membe
     And every trainable DTensor: what is summed over processes must not depend on which gradients this one has.
     """
     for group, label, param in labelled(groups):
+        if is_elsewhere(param):
+            continue
         formula, turning = find_base(group["base"]).formula(group), rotates(param, group)
         needed = (*formula.states, *(("step",) * formula.counts_steps), *(("radius",) * turning))
         has = state.get(param, {})

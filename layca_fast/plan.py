@@ -14,7 +14,7 @@ from .checks import find_base, labelled
 from .compensation import state_dtype
 from .distributed import Groups, SharedDots
 from .members import Member, State, check_norms, is_at_rest, members
-from .sharding import is_sharded
+from .sharding import is_elsewhere, is_sharded
 from .unscaling import LossScale
 from .watch import gradients, same_objects
 
@@ -65,7 +65,8 @@ class Plan:
         self._signature = _signature(groups)
         self._params = [list(group["params"]) for group in groups]
         member_ids = {id(member.param) for member in found}
-        self._waiting = [param for _, _, param in labelled(groups) if id(param) not in member_ids]
+        others = [param for _, _, param in labelled(groups) if id(param) not in member_ids]
+        self._waiting = [param for param in others if not is_elsewhere(param)]
         self._frozen = [param for param in self._waiting if is_sharded(param)]
         slots: dict[tuple[Any, ...], list[Slot]] = {}
         kinds: dict[tuple[Any, ...], tuple[Backend, Formula, bool]] = {}

@@ -26,6 +26,11 @@ def is_sharded(tensor: Any) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Whether it is a DTensor of a mesh that this process is no part of: the processes there step it by themselves."""
+    return is_sharded(tensor) and tensor.device_mesh.get_coordinate() is None
+
+
 def local_of(tensor: Tensor) -> Tensor:
     """The plain tensor of this process inside a DTensor, always the same object; any other tensor itself."""
     if not is_sharded(tensor):

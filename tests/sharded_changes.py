@@ -1,7 +1,7 @@
 """What differs between processes or changes in the middle of a run must neither hang nor go wrong."""
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn import Parameter
@@ -77,6 +77,19 @@ def processes_without_layers_sum_the_others_in_the_same_order(place: Place) -> N
     assert off(params_of(sharded), params_of(plain)) < 1e-6
     layers = [len(stats.angle) for stats in sharded.rotation_stats().values()]
     assert layers == [1 if mesh.get_coordinate()[0] < 2 else 0, 1]
+
+
+@on(2)
+def a_mesh_may_hold_one_of_the_processes_only(place: Place) -> None:
+    meshes = DeviceMesh("cpu", [0]), place.mesh()
+    params = [Parameter(shared(torch.randn(4, 4), mesh, [Shard(0)])) for mesh in meshes]
+    optimizer = FusedLayca(params, 0.1, momentum=0.9)
+    before = [param._local_tensor.clone() for param in params]
+    for _ in range(3):
+        give(optimizer, draw(params))
+    moved = [not torch.equal(param._local_tensor, old) for param, old in zip(params, before, strict=True)]
+    assert moved == [place.rank == 0, True]
+    assert [len(optimizer.state[param]) > 0 for param in params] == moved
 
 
 @on(2)
