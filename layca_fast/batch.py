@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from .checks import check_gradient
 from .compensation import compute_dtype
 from .formulas import RULES
 from .hypers import Hyperparameters
-from .sharding import Piece, is_sharded, local_of
+from .sharding import Piece, is_sharded, local_gradient, local_of
 from .tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Layer, Tile
 from .unscaling import LossScale, ScaledTables
 from .upload import SPARES, Mirror
 from .watch import Entries, Layouts, addresses, all_there, column, gradients, same_objects
+
+_SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
 
 
 @dataclass
@@ -64,7 +67,7 @@ class Slot:
         if grad is None:
             return None
         check_gradient(grad, self.owner, self.label)
-        grad = self.piece.of(local_of(grad)).resolve_neg().to(dtype)
+        grad = self.piece.of(local_gradient(grad, self.owner)).resolve_neg().to(dtype)
         if not self.dense or grad.stride() == self.param.stride():
             return grad
         return torch.empty_like(self.param, dtype=dtype).copy_(grad)
@@ -110,6 +113,7 @@ class Batch:
         self.states = [[slot.states[i] for slot in self.slots] for i in range(len(formula.states))]
         self.grads: list[Tensor | None] = [None] * len(self.slots)
         self._grad_addresses: bytes | None = None
+        self._specs: list[Any] | None = None
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
         self.compute_dtype = compute_dtype(self.dtype)
@@ -151,6 +155,10 @@ class Batch:
         names = (*formula.states, "step", "remainder", "radius")
         self._entries = Entries({name: [(each, each[name]) for each in entries if name in each] for name in names})
         self._layouts = Layouts(self.params)
+        # A view still knows the memory that its tensor has left.
+        cut = [slot for slot in self.slots if slot.piece.rows is not None]
+        kept += [local_of(slot.owner) for slot in cut]
+        kept += [local_of(slot.entry[name]) for slot in cut for name in names if name in slot.entry]
         self._kept = Layouts(kept)
         # Kernels know a gradient by its address, which that of an empty tensor lacks: its steps are counted here.
         self._empty = [(i, slot.step) for i, slot in enumerate(self.slots) if slot.param.numel() == 0]
@@ -165,13 +173,35 @@ class Batch:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
         self.grads = gradients(self.owners)
         self.grad_dtype = self.dtype
-        # Those of DTensors are inside of them.
-        self._grad_addresses = self._layouts.fit(self.grads) if self._local_owners is None else None
-        if self._grad_addresses is None:
+        plain = self._plain_gradients()
+        self._grad_addresses = None if plain is None else self._layouts.fit(plain)
+        if plain is not None and self._grad_addresses is not None:
+            self.grads = plain
+        else:
+            owned = self.grads
             # All else goes the slow way: gradients that are missing, lie otherwise, are of another type, or are wrong.
             if any(grad is not None and grad.dtype != self.dtype for grad in self.grads):
                 self.grad_dtype = self.compute_dtype
             self.grads = [slot.gradient(self.grad_dtype) for slot in self.slots]
+            self._specs = self._known_specs(owned)
+
+    def _plain_gradients(self) -> list[Any] | None:
+        """The gradients as plain tensors; of DTensors only where they are shared out as those of the last step."""
+        if self._local_owners is None:
+            return self.grads
+        if self._specs is None or not all(map(is_sharded, self.grads)):
+            return None
+        return list(map(_LOCAL, self.grads)) if same_objects(list(map(_SPEC, self.grads)), self._specs) else None
+
+    def _known_specs(self, grads: Sequence[Any]) -> list[Any] | None:
+        """What tells how these gradients, of DTensors, are shared out, if that is as their parameters and uncut."""
+        if self._local_owners is None or not all_there(grads):
+            return None
+        if any(slot.piece.rows is not None for slot in self.slots):
+            return None
+        owners: Sequence[Any] = self.owners
+        alike = all(grad.placements == owner.placements for grad, owner in zip(grads, owners, strict=True))
+        return list(map(_SPEC, grads)) if alike else None
 
     def check_capture(self) -> None:
         """Raise RuntimeError if the host would have to do something for the step that is being captured."""

@@ -12,7 +12,7 @@ from .backends.names import MODULES
 from .bases import BASES, Base
 from .formulas import RULES
 from .layout import overlaps
-from .sharding import check_placements, check_same_shards, local_of
+from .sharding import check_placements, check_same_mesh, is_sharded, local_of
 
 RADII = ("initial", "current")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -101,7 +101,8 @@ def check_memory(tensor: Tensor, label: str) -> None:
 def check_gradient(grad: Tensor, param: Tensor, label: str) -> None:
     """Raise TypeError or ValueError for a gradient that does not fit its parameter."""
     name = describe(f"the gradient of {label}", grad)
-    check_same_shards(grad, param, name)
+    check_same_mesh(grad, param, name)
+    moves = is_sharded(grad) and is_sharded(param) and grad.placements != param.placements
     grad, param = local_of(grad), local_of(param)
     if grad.layout != torch.strided:
         raise TypeError(f"{name} has layout {grad.layout}: FusedLayca needs dense gradients (sparse=False)")
@@ -110,7 +111,8 @@ def check_gradient(grad: Tensor, param: Tensor, label: str) -> None:
     check_memory(grad, f"the gradient of {label}")
     if not grad.is_floating_point():
         raise TypeError(f"{name} is no floating-point tensor: its parameter is {param.dtype}")
-    for what in ("shape", "device"):
+    # Those that are redistributed have the shape of their parameter only then.
+    for what in ("device",) if moves else ("shape", "device"):
         theirs, ours = getattr(grad, what), getattr(param, what)
         if theirs != ours:
             raise ValueError(f"{name} has {what} {theirs}, its parameter {ours}: they must be the same")

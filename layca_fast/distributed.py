@@ -41,8 +41,9 @@ def _home(device: torch.device, groups: Sequence["ProcessGroup"]) -> torch.devic
 class Reduction:
     """Rows of a float64 table of which each is summed over its own groups of processes, in place.
 
-    ``layout`` has (rows, groups) for each part of the table, in the same order on all processes of a group. Memory is
-    taken once. Groups of one process have nothing to sum.
+    ``layout`` has (rows, groups) for each part of the table, in the same order on all processes, with parts of no rows
+    where others have some: the groups take their turns in the order in which they come up. Memory is taken once. Groups
+    of one process have nothing to sum.
     """
 
     def __init__(self, layout: Sequence[tuple[int, Groups]], width: int, device: torch.device) -> None:
@@ -50,11 +51,13 @@ class Reduction:
         of_group: dict[ProcessGroup, list[int]] = {}
         for first, (rows, groups) in zip(firsts, layout, strict=False):
             for group in groups:
-                if group.size() > 1 and rows > 0:
+                if group.size() > 1:
                     of_group.setdefault(group, []).extend(range(first, first + rows))
         self.table = torch.zeros(firsts[-1], width, dtype=torch.float64, device=_home(device, list(of_group)))
         self._sums: list[tuple[ProcessGroup, Tensor | None, Tensor]] = []
         for group, summed in of_group.items():
+            if not summed:
+                continue
             if len(summed) == firsts[-1]:
                 self._sums.append((group, None, self.table))
             else:

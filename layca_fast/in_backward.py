@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .capture import is_capturing
 from .checks import check_group, count_layers, describe, labelled
-from .members import check_norms, rotates
+from .members import Layers, check_norms, rotates
 from .places import places
 from .plan import Plan
 from .sharding import is_sharded, local_of
@@ -235,7 +235,7 @@ class StepInBackward:
         for param, place in self._places.items():
             ((group, label, _),) = labelled(place.groups)
             if param.requires_grad and rotates(param, group) and "radius" not in place.state.get(param, {}):
-                new.append((label, param, count_layers(param, group["chunks"], label)))
+                new.append(Layers(group, label, param, count_layers(param, group["chunks"], label)))
         check_norms(new)
 
     def _step(self, optimizer: "FusedLayca", param: Tensor) -> None:

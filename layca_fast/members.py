@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,18 @@ from .checks import (
 )
 from .compensation import HALVES, fits, is_compensated, state_dtype
 from .layout import layers_are_dense
-from .sharding import Piece, Sharding, is_sharded, local_of, placed, radius_placements, sharding_of, wrap, wrap_radius
+from .sharding import (
+    Piece,
+    Sharding,
+    is_elsewhere,
+    is_sharded,
+    local_of,
+    placed,
+    radius_placements,
+    sharding_of,
+    wrap,
+    wrap_radius,
+)
 from .zeros import have_zero_layers
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -94,10 +105,22 @@ class Member:
         if name == "step" or name not in OUR_STATES or not isinstance(value, Tensor):
             return local_of(value) if isinstance(value, Tensor) else value
         expected = torch.Size((self.layers,)) if name == "radius" else self.param.shape
-        if not (is_sharded(self.param) or is_sharded(value)) or value.shape != expected:
+        if not (is_sharded(self.param) or is_sharded(value)):
             return value
+        if value.shape != expected:
+            # The shape of what lies here could still be that of another tensor's part.
+            raise ValueError(self._wrong_shape(name, value))
         lies = radius_placements(self.param, self.sharding) if name == "radius" and is_sharded(self.param) else None
         return placed(value, self.param, lies)
+
+    def _wrong_shape(self, name: str, value: Tensor) -> str:
+        start = f"the state {name!r} of {describe(self.label, self.param)} has shape {tuple(value.shape)}"
+        if name == "radius":
+            return (
+                f"{start} for {self.layers} layers: call optimizer.reset_radius() after changing chunks (of an "
+                "optimizer that Layca is attached to: del optimizer.state[parameter]['radius'])"
+            )
+        return f"{start}: clear the optimizer's state for it after changing its shape, del optimizer.state[parameter]"
 
     def _kept(self, name: str, local: Tensor, old: Tensor | None) -> Tensor:
         if old is not None and local_of(old) is local:
@@ -116,10 +139,7 @@ class Member:
             start = 0.0 if option is None else float(self.group[option])
             return torch.full_like(self.local, start, dtype=dtype, memory_format=form)
         if old.shape != self.local.shape:
-            raise ValueError(
-                f"the state {name!r} of {describe(self.label, self.param)} has shape {tuple(old.shape)}: "
-                "clear the optimizer's state for it after changing its shape, del optimizer.state[parameter]"
-            )
+            raise ValueError(self._wrong_shape(name, old))
         if (old.device, old.dtype) == (self.local.device, dtype) and (
             old.stride() == self.local.stride() or not self.dense
         ):
@@ -160,11 +180,7 @@ class Member:
         if old is None:
             return torch.zeros(here, dtype=torch.float64, device=home)
         if old.shape != (here,):
-            raise ValueError(
-                f"the state 'radius' of {describe(self.label, self.param)} has shape {tuple(old.shape)} for "
-                f"{self.layers} layers: call optimizer.reset_radius() after changing chunks (of an optimizer that "
-                "Layca is attached to: del optimizer.state[parameter]['radius'])"
-            )
+            raise ValueError(self._wrong_shape("radius", old))
         return old.to(device=home, dtype=torch.float64).contiguous()
 
     def slots(self, entry: Mapping[str, Any], local: Mapping[str, Tensor], fresh: bool, number: int) -> Iterator[Slot]:
@@ -172,7 +188,7 @@ class Member:
         states = [local[name] for name in self.formula.states]
         remainder, radius = local.get("remainder"), local.get("radius")
         # A shard without any layer takes part as an empty tensor that does not rotate: its steps are counted.
-        pieces = self.sharding.pieces or (Piece(0, 1),)
+        pieces = self.sharding.pieces or (Piece(0, 0),)
         counted = next((piece for piece in pieces if piece.of(self.local).numel() > 0), pieces[0])
         for piece in pieces:
             step = local.get("step")
@@ -187,7 +203,7 @@ class Member:
                 states=tuple(piece.of(state) for state in states),
                 step=step,
                 radius=piece.radii_of(radius) if radius is not None and self.sharding.pieces else None,
-                layers=piece.layers,
+                layers=max(piece.layers, 1),
                 dense=self.dense,
                 fresh=fresh,
                 entry=entry,
@@ -205,6 +221,8 @@ def members(groups: Sequence[Mapping[str, Any]], state: State, stepped: Set[int]
     ``stepped``: the ids of those that the plan before had. Of the ones that need no state these count as well.
     """
     for group, label, param in labelled(groups):
+        if is_elsewhere(param):
+            continue
         formula, turning = find_base(group["base"]).formula(group), rotates(param, group)
         needed = (*formula.states, *(("step",) * formula.counts_steps), *(("radius",) * turning))
         needed += ("remainder",) * is_compensated(param.dtype, group)
@@ -243,16 +261,33 @@ def drop_remainders(groups: Sequence[Mapping[str, Any]], state: State) -> None:
             has.pop("remainder", None)
 
 
-def check_norms(tensors: Sequence[tuple[str, Tensor, int]]) -> None:
+class Layers(NamedTuple):
+    """A tensor that is to rotate: what is asked of its weights before they turn."""
+
+    group: Mapping[str, Any]
+    label: str
+    param: Tensor
+    layers: int
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether the host can see that a step at the group's rate moves nothing."""
+        lr = self.group["lr"]
+        return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0.0
+
+
+def check_norms(tensors: Sequence[Layers]) -> list[Layers]:
     """Raise ValueError if a layer's weights are all zero: it has no direction to turn. Waits for the device.
 
-    ``tensors``: label, parameter and number of layers of each.
+    Returns those of which that is so and that do not move yet: checkpoints have an optimizer make its state at lr = 0,
+    by weights that they load only then.
     """
-    flags = have_zero_layers([(param, layers) for _, param, layers in tensors])
-    zero = [(label, param) for (label, param, _), flag in zip(tensors, flags, strict=True) if flag]
-    if zero:
-        names = ", ".join(describe(label, param) for label, param in zero)
+    flags = have_zero_layers([(each.param, each.layers) for each in tensors])
+    zero = [each for each, flag in zip(tensors, flags, strict=True) if flag]
+    if not all(each.is_at_rest for each in zero):
+        names = ", ".join(describe(each.label, each.param) for each in zero)
         raise ValueError(
             f"all weights of a layer are zero in {names}: such a layer has no direction to turn. Put these parameters "
             "in a group with rotate=False, or initialize them"
         )
+    return zero

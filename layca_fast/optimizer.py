@@ -327,7 +327,8 @@ class FusedLayca(Optimizer):
     def rotation_stats(self) -> dict[Tensor, RotationStats]:
         """What the last step did to each tensor, by parameter; empty before the first. Does not wait for a device.
 
-        Of a DTensor: to the layers that this process has something of. Their elements are counted here, not summed.
+        Of a DTensor: to the layers that this process has something of. What it counts, of elements and of steps with a
+        gradient here, is not summed over processes.
         """
         names = {param: name for _, name, param in named(self.param_groups)}
         plans = [] if self._plan is None else [self._plan]

@@ -14,8 +14,8 @@ from .checks import find_base, labelled
 from .compensation import state_dtype
 from .distributed import Groups, SharedDots
 from .formulas import KEEP
-from .members import State, check_norms, drop_remainders, members
-from .sharding import is_sharded
+from .members import Layers, State, check_norms, drop_remainders, members
+from .sharding import is_elsewhere, is_sharded
 from .tables import Coefficient
 from .unscaling import LossScale
 from .watch import gradients, same_objects
@@ -57,15 +57,22 @@ class Plan:
         stepped = set() if previous is None else {id(slot.owner) for _, slot, _ in previous.rows()}
         found = list(members(groups, state, stepped))
         states = [member.new_states(state.get(member.param, {})) for member in found]
-        new = [m for m in found if m.rotates and "radius" not in state.get(m.param, {})]
-        check_norms([(m.label, m.param, m.layers) for m in new])
+        known = set() if previous is None else {id(each.param) for each in previous._zero}
+        turning = [Layers(m.group, m.label, m.param, m.layers) for m in found if m.rotates]
+        # A process may make its plan anew alone: what is agreed upon is not asked before they all have to.
+        zero = [each for each in turning if id(each.param) in known]
+        asked = [each for each in zero if not each.is_at_rest]
+        asked += [e for e in turning if id(e.param) not in known and "radius" not in state.get(e.param, {})]
+        self._zero: list[Layers] = [*(each for each in zero if each.is_at_rest), *check_norms(asked)]
 
         drop_remainders(groups, state)
         self._groups, self._state = groups, state
         self._signature = _signature(groups)
         self._params = [list(group["params"]) for group in groups]
         member_ids = {id(member.param) for member in found}
-        self._waiting = [param for _, _, param in labelled(groups) if id(param) not in member_ids]
+        others = [param for _, _, param in labelled(groups) if id(param) not in member_ids]
+        self._waiting = [param for param in others if not is_elsewhere(param)]
+        self._frozen = [param for param in self._waiting if is_sharded(param)]
         slots: dict[tuple[Any, ...], list[Slot]] = {}
         kinds: dict[tuple[Any, ...], tuple[Backend, Formula, bool]] = {}
         layout: list[tuple[int, Groups]] = []
@@ -79,7 +86,8 @@ class Plan:
             key = (member.backend.name, member.formula.name, *types, *lies)
             kinds[key] = member.backend, member.formula, member.is_shared
             slots.setdefault(key, []).extend(member.slots(entry, local, fresh, len(layout)))
-            if member.is_shared:
+            if member.sharding.groups:
+                # Those of no layer here, too: sums over several dimensions of a mesh need one order everywhere.
                 layout.append((member.sharding.layers, member.sharding.groups))
         self.batches: list[tuple[Backend, Batch]] = []
         #: Those of layers that other processes have parts of; and the rest.
@@ -133,6 +141,11 @@ class Plan:
         if not all(same_objects(group["params"], known) for group, known in zip(groups, self._params, strict=True)):
             return False
         if any(grad is not None for grad in gradients(self._waiting)):
+            return False
+        # As members() has it: a shard that is unfrozen takes part in the sums, with or without a gradient here.
+        if any(param.requires_grad for param in self._frozen):
+            return False
+        if not all(each.is_at_rest for each in self._zero):
             return False
         # Whose state has been taken away or replaced as a whole, the batches cannot see.
         entries = list(state.values())

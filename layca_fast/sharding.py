@@ -26,6 +26,11 @@ def is_sharded(tensor: Any) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Whether it is a DTensor of a mesh that this process is no part of: the processes there step it by themselves."""
+    return is_sharded(tensor) and tensor.device_mesh.get_coordinate() is None
+
+
 def local_of(tensor: Tensor) -> Tensor:
     """The plain tensor of this process inside a DTensor, always the same object; any other tensor itself."""
     if not is_sharded(tensor):
@@ -44,18 +49,29 @@ def check_placements(tensor: Tensor, name: str) -> None:
         )
 
 
-def check_same_shards(grad: Tensor, param: Tensor, name: str) -> None:
-    """Raise TypeError or ValueError for a gradient, called ``name``, that is not shared out as its parameter."""
+def check_same_mesh(grad: Tensor, param: Tensor, name: str) -> None:
+    """Raise TypeError or ValueError for a gradient, called ``name``, of other processes than its parameter."""
     if is_sharded(param) != is_sharded(grad):
         raise TypeError(f"{name} is a {type(grad).__name__}, its parameter a {type(param).__name__}: make them alike")
     if is_sharded(param) and is_sharded(grad):
-        for what in ("device_mesh", "placements"):
-            theirs, ours = getattr(grad, what), getattr(param, what)
-            if theirs != ours:
-                raise ValueError(
-                    f"{name} has {what} {theirs}, its parameter {ours}: redistribute the gradient to those of its "
-                    "parameter"
-                )
+        if grad.device_mesh != param.device_mesh:
+            raise ValueError(
+                f"{name} has device_mesh {grad.device_mesh}, its parameter {param.device_mesh}: redistribute the "
+                "gradient to that of its parameter"
+            )
+        if grad.shape != param.shape:
+            raise ValueError(f"{name} has shape {grad.shape}, its parameter {param.shape}: they must be the same")
+
+
+def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
+    """What this process needs of a gradient.
+
+    Tensor parallel leaves some placed otherwise than their parameters: Replicate where an embedding is sharded, Partial
+    where the activations of a norm layer are. All processes redistribute these together.
+    """
+    if is_sharded(grad) and is_sharded(param) and grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return local_of(grad)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ class RotationStats:
 
 def _stats_of(batch: Batch, slot: Slot, rows: slice, name: str) -> RotationStats:
     """The stats of ``slot``, which has these ``rows`` in the batch's per-layer tables."""
+    if slot.piece.layers == 0:
+        rows = slice(rows.start, rows.start)
     n2, d, q = batch.dots[rows].unbind(1)
     norm, step_norm = n2.sqrt(), q.sqrt()
     kept = batch.coefficients[rows, Coefficient.MODE] == KEEP

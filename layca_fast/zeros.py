@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .checks import is_wrapper
-from .sharding import Sharding, is_sharded, local_of, sharding_of
+from .sharding import Sharding, is_elsewhere, is_sharded, local_of, sharding_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,7 +24,7 @@ def have_zero_layers(tensors: Sequence[tuple[Tensor, int]]) -> list[bool]:
     shared = []
     for index, (tensor, layers) in enumerate(tensors):
         local = local_of(tensor)
-        if local.layout != torch.strided or local.is_meta or is_wrapper(local):
+        if local.layout != torch.strided or local.is_meta or is_wrapper(local) or is_elsewhere(tensor):
             continue
         if is_sharded(tensor):
             sharding = sharding_of(tensor, layers, f"a parameter of shape {tuple(tensor.shape)}")

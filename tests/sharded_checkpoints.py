@@ -63,6 +63,10 @@ def any_number_of_processes_goes_on_from_a_checkpoint(place: Place) -> None:
     for number, (base, dtype) in enumerate(CHECKPOINTED):
         for backend in ("cpu", "torch"):
             model, optimizer = checkpointed(place, base, backend, dtype)
+            with torch.no_grad():
+                for param in model.parameters():
+                    # As to_empty() may leave them.
+                    param.zero_()
             weights, state = get_state_dict(model, optimizer)
             saved = {"model": weights, "optimizer": state}
             dcp.load(saved, checkpoint_id=place.folder / f"checkpoint-{number}")

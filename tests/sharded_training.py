@@ -9,8 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca, layer_groups
@@ -68,6 +73,32 @@ def fully_shard_over_tensor_parallel_trains_as_one_process_does(place: Place) ->
     assert len(sums) == 2 * STEPS + 2  # the first step asks whether a layer is all zeros
     chunked = FusedLayca([model[0].weight], 0.02, chunks=2)
     expect(ValueError, "in turns", chunked.step)
+
+
+@on(2)
+def tensor_parallel_alone_trains_as_one_process_does(place: Place) -> None:
+    """Gradients of the embedding and of the norm layer come with other placements than the parameters have."""
+    torch.manual_seed(place.seed)
+    plain = nn.Sequential(nn.Embedding(12, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 8))
+    model = copy.deepcopy(plain)
+    sequence = Shard(1)
+    styles = {
+        "0": RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence),
+        "1": SequenceParallel(),
+        "2": ColwiseParallel(input_layouts=sequence),
+        "4": RowwiseParallel(),
+    }
+    parallelize_module(model, place.mesh(), styles)
+    ours, theirs = (FusedLayca(each.parameters(), 0.02, momentum=0.9) for each in (model, plain))
+    for _ in range(STEPS):
+        tokens = torch.randint(12, (3, 4))
+        for each, optimizer in ((model, ours), (plain, theirs)):
+            optimizer.zero_grad()
+            each(tokens).square().sum().backward()
+            optimizer.step()
+    assert isinstance(model[1].weight.grad, DTensor)
+    assert model[1].weight.grad.placements == (Partial(),)
+    assert off(list(model.parameters()), list(plain.parameters())) < 2e-6
 
 
 def learn_unclipped(model: nn.Module, optimizer: FusedLayca, seed: int) -> list[Tensor]:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from . import (  # noqa: F401  (they add their cases)
+    sharded_changes,
     sharded_checkpoints,
     sharded_in_backward,
     sharded_killed,
@@ -26,7 +27,7 @@ from . import (  # noqa: F401  (they add their cases)
 from .sharded_support import Place, cases_of, start
 
 #: Checkpoints are written by two processes, and read by other numbers.
-WORLDS = (2, 1, 3, 4)
+WORLDS = (2, 1, 3, 4, 6)
 
 
 def run(rank: int, world: int, folder: Path, seed: int) -> None:
