@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import layca_fast
-from layca_fast import diagnostics
+from layca_fast import diagnostics, writers
 
 TARGET = Path(__file__).with_name("api.md")
 
@@ -21,6 +21,8 @@ HEAD = """# API reference
 
 Made from the docstrings by `python docs/make_api.py`; do not edit it.
 """
+
+MODULES = (layca_fast, writers, diagnostics)
 
 #: Sections of a docstring whose lines are entries "name: text".
 ENTRIES = ("Args", "Raises")
@@ -31,9 +33,9 @@ LEFT_OUT = ("__version__",)
 
 def render() -> str:
     """The whole of docs/api.md."""
-    modules = ((layca_fast, "layca_fast"), (diagnostics, "layca_fast.diagnostics"))
-    parts = [HEAD, *(f"- [`{name}`](#{name.replace('.', '')})" for _, name in modules)]
-    for module, name in modules:
+    parts = [HEAD, *(f"- [`{module.__name__}`](#{module.__name__.replace('.', '')})" for module in MODULES)]
+    for module in MODULES:
+        name = module.__name__
         parts += [f"\n## {name}\n", f"{_markdown(inspect.getdoc(module) or '')}"]
         for each in _public(module):
             parts += ["", *_entry(each, getattr(module, each))]
@@ -41,7 +43,10 @@ def render() -> str:
 
 
 def _public(module: ModuleType) -> list[str]:
-    return [name for name in module.__all__ if name not in LEFT_OUT]
+    """What the module says, or the classes and functions that it defines."""
+    defined = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    names = getattr(module, "__all__", [name for name in defined if not name.startswith("_")])
+    return [name for name in names if name not in LEFT_OUT]
 
 
 def _entry(name: str, thing: Any) -> Iterator[str]:

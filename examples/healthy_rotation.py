@@ -11,15 +11,14 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.cm import ScalarMappable
 from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 
 from layca_fast import FusedLayca
 from layca_fast.console import print_table
-from layca_fast.demo_figure import DPI, STYLE
 from layca_fast.demo_training import Run, load_digits, one_cpu_thread, train
+from layca_fast.figure_style import new_figure
 from layca_fast.groups import lr_factors
 
 EPOCHS = 12
@@ -63,9 +62,8 @@ CASES = (
 
 def draw(path: Path, results: Sequence[tuple[Case, Run]]) -> None:
     """Write the rotation curves, one panel a training and one line a layer, to ``path`` as a PNG."""
-    with matplotlib.rc_context(dict(STYLE)):
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
+    highest = max(max(row) for _, run in results for row in run.rotation)
+    with new_figure((7.2, 4.2), path) as figure:
         panels = figure.subplots(2, 3, sharex=True, sharey=True)
         for axes, (case, run) in zip(panels.flat, results, strict=True):
             curves = np.array(run.rotation)
@@ -73,20 +71,16 @@ def draw(path: Path, results: Sequence[tuple[Case, Run]]) -> None:
             for layer, curve in enumerate(curves.T):
                 axes.plot(curve, color=colours[layer], linewidth=1.2)
             axes.set_title(f"{case.title}\ntest accuracy {run.accuracy[-1]:.3f}")
-            axes.set_ylim(0, 1.1)
-            axes.set_xlim(0, len(curves) - 1)
+        panels[0, 0].set_xlim(0, len(results[0][1].rotation) - 1)
+        panels[0, 0].set_ylim(0, max(1.0, 1.02 * highest))
         for axes in panels[:, 0]:
-            axes.set_ylabel(r"$1-\cos(w_t, w_0)$")
+            axes.set_ylabel(r"layer rotation, $1-\cos(w_t, w_0)$")
         for axes in panels[-1]:
             axes.set_xlabel("epoch")
-        bar = figure.colorbar(
-            matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), "viridis"),
-            ax=panels,
-            ticks=[0, 1],
-            aspect=40,
-        )
+        bar = figure.colorbar(ScalarMappable(cmap="viridis"), ax=panels, ticks=[0, 1], aspect=40, pad=0.015)
         bar.set_ticklabels(["first\nlayer", "last\nlayer"])
-        figure.savefig(path, dpi=DPI, format="png")
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from layca_fast import FusedLayca, attach, layer_groups
+from layca_fast import FusedLayca, RotationMonitor, attach, layer_groups
 from layca_fast.diagnostics import LayerConditioning
 
 FAQ = Path(__file__).parent.parent / "docs" / "faq.md"
@@ -87,6 +87,14 @@ def attach_again() -> None:
     attach(plain)
 
 
+def second_backward() -> None:
+    weight = matrix()
+    made = FusedLayca([weight], lr=0.1)
+    with made.step_in_backward():
+        weight.sum().backward()
+        weight.sum().backward()
+
+
 #: What triggers the message of each entry, by its heading.
 TRIGGERS: dict[str, Callable[[], object]] = {
     "A layer starts at zero": zero_layer,
@@ -111,6 +119,11 @@ TRIGGERS: dict[str, Callable[[], object]] = {
     "attach, a second time": attach_again,
     "attach and LBFGS": lambda: attach(torch.optim.LBFGS([matrix()])),
     "GradScaler's option in a group": lambda: FusedLayca([{"params": [matrix()], "unscale_in_step": True}]),
+    "A second backward pass under step_in_backward": second_backward,
+    "GradScaler under step_in_backward": lambda: FusedLayca([matrix()], unscale_in_step=True).step_in_backward(),
+    "Angles between records from a bfloat16 copy": lambda: RotationMonitor(
+        nn.Linear(2, 2), per_step=True, keep="bfloat16"
+    ),
     "Conditioning of grouped convolutions": lambda: LayerConditioning(Named("depthwise", nn.Conv2d(4, 4, 3, groups=4))),
 }
 
