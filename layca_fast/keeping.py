@@ -145,8 +145,11 @@ class Reference:
     def restore(self, saved: Sequence[Tensor], squares: Tensor) -> None:
         """Take over copies that were saved, and their squared norms."""
         self.wait()
-        for kept, tensor in zip(self.kept, saved, strict=True):
-            kept.copy_(tensor)
+        for index, (kept, tensor) in enumerate(zip(self.kept, saved, strict=True)):
+            if kept.dtype != tensor.dtype:
+                # The weights were cast since they were copied.
+                self.kept[index], self._pairs = torch.empty_like(kept, dtype=tensor.dtype), None
+            self.kept[index].copy_(tensor)
         self.squares = squares.to(self.squares.device, torch.float64, copy=True)
 
     def wait(self) -> None:

@@ -165,8 +165,7 @@ class RotationMonitor:
         """Say that a step was taken, and measure the layers if it is one of every ``every``; returns whether it was.
 
         ``step``: its number, greater than the last one; None: the next. Where numbers are left out, the first from each
-        multiple of ``every`` on is measured. Neither waits for the device nor modifies anything but the monitor. Warns
-        once where parameters were replaced by others, whose curves stand still.
+        multiple of ``every`` on is measured. Neither waits for the device nor modifies anything but the monitor.
 
         Raises RuntimeError while a CUDA graph is captured, and ValueError where weights have another shape.
         """
@@ -186,7 +185,6 @@ class RotationMonitor:
             self.step = step
             return False
         weights, squares = self._view.take()
-        self._warn_of_replaced()
         self.step = step
         self._measure(weights, squares)
         return True
@@ -233,7 +231,11 @@ class RotationMonitor:
 
     @property
     def curves(self) -> Curves:
-        """All records so far, as plain data. Waits for the device, and frees its memory of them."""
+        """All records so far, as plain data. Waits for the device, and frees its memory of them.
+
+        Warns once where parameters were replaced by others since the monitor was made: their curves stand still.
+        """
+        self._warn_of_replaced()
         if self._pending:
             self._read = torch.cat([self._read, torch.stack(self._pending).cpu()])
             self._pending = []

@@ -108,14 +108,12 @@ def test_parameters_that_were_replaced_are_told_once(seed: int) -> None:
     """Their curves would look as if training did nothing."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for monitor in (RotationMonitor(model), RotationMonitor(optimizer)):
-        assert monitor.record()
-    watching = RotationMonitor(model)
+    by_model, by_groups = RotationMonitor(model), RotationMonitor(optimizer)
+    assert by_model.curves.steps == by_groups.curves.steps == [0], "nothing to tell"
     model[1].weight = nn.Parameter(torch.randn(4, 4))
-    with pytest.warns(UserWarning, match=r"parameters \['1\.weight'\] were replaced"):
-        watching.record()
-    assert watching.record(), "and not again"
-    by_groups = RotationMonitor(optimizer)
     optimizer.param_groups[0]["params"][0] = model[1].weight
-    with pytest.warns(UserWarning, match=r"parameters \['0\.0'\] were replaced"):
-        by_groups.record()
+    for monitor, name in ((by_model, "1.weight"), (by_groups, "0.0")):
+        monitor.record()
+        with pytest.warns(UserWarning, match=rf"parameters \['{name}'\] were replaced"):
+            assert monitor.curves.steps == [0, 1]
+        assert monitor.curves.steps == [0, 1], "and not again"
