@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 #: What is recorded of each layer, in the order in which files have it.
 QUANTITIES = ("rotation", "angle", "norm")
+
+
+def drawing() -> "Callable[..., Figure]":
+    """:func:`layca_fast.rotation_figure.draw`; ImportError, saying how to get it, where matplotlib is missing."""
+    try:
+        from .rotation_figure import draw
+    except ImportError as error:
+        raise ImportError(f'drawing needs matplotlib ({error}): pip install "layca_fast[monitor]"') from error
+    return draw
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,7 @@ class Curves:
 
     def plot(self, path: "str | Path | None" = None, **options: Any) -> "Figure":
         """Draw the layer rotation curves as :func:`layca_fast.rotation_figure.draw` does; needs matplotlib."""
-        try:
-            from .rotation_figure import draw
-        except ImportError as error:
-            raise ImportError(f'drawing needs matplotlib ({error}): pip install "layca_fast[monitor]"') from error
-        return draw(self, path, **options)
+        return drawing()(self, path, **options)
 
 
 def curves_of(names: Sequence[str], records: Iterable[Mapping[str, Any]]) -> Curves:

@@ -1,7 +1,8 @@
 """Where rotation curves go beside the monitor: CSV, JSON lines, TensorBoard.
 
 Each writer has ``write(monitor)``, which adds the records since its last call, and so waits for the device. The first
-call writes all records that the monitor has, those from before a resume included, over what the file held.
+call writes all records that the monitor has, those from before a resume included, over what the file held. Of several
+processes that train together, one should write.
 """
 
 import csv
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from .checks import check_choice
-from .curves import QUANTITIES, Curves
+from .curves import QUANTITIES, Curves, drawing
 from .monitor import RotationMonitor
 
 
@@ -103,6 +104,9 @@ class TensorBoardWriter(_Incremental):
             check_choice({"quantities": name}, "quantities", QUANTITIES)
         self._quantities = tuple(quantities)
         self._figure = figure
+        if figure:
+            # Missing, it is missed now, and not by the first write of a training.
+            drawing()
         self._is_ours = isinstance(target, (str, Path))
         if self._is_ours:
             try:
