@@ -116,6 +116,21 @@ def check_gradient(grad: Tensor, param: Tensor, label: str) -> None:
             raise ValueError(f"{name} has {what} {theirs}, its parameter {ours}: they must be the same")
 
 
+def check_new(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError, naming it, for a parameter of ``group`` that is there twice or in one of ``groups`` already."""
+    params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+    seen = {id(param): label for _, label, param in labelled(groups)}
+    for index, entry in enumerate(params):
+        name, param = entry if isinstance(entry, tuple) else (None, entry)
+        label = f"parameter {index} of group {len(groups)}" if name is None else f"parameter {name!r}"
+        if id(param) in seen:
+            raise ValueError(
+                f"{label} is the same tensor as {seen[id(param)]}: pass each parameter once, tied weights under one of "
+                "their names"
+            )
+        seen[id(param)] = label
+
+
 def check_lr(lr: Any, name: str = "lr") -> None:
     """Raise for a learning rate that is no finite number >= 0. One that lives on a device is not read back."""
     if isinstance(lr, Tensor):

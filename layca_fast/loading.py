@@ -5,7 +5,7 @@ parameter is, so the tensors are put back as they were saved once torch is done.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -85,6 +85,43 @@ def restore_types(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor):
                 optimizer.state[param][name] = _copied(name, value, param)
+
+
+class Loading:
+    """A context in which torch's ``load_state_dict`` leaves every state tensor its type; ``check`` sees each group.
+
+    Raises, before anything is modified, what ``check`` raises, and ValueError for shapes that do not fit.
+    """
+
+    def __init__(self, optimizer: Optimizer, check: Callable[[Mapping[str, Any]], None]) -> None:
+        self._optimizer, self._check = optimizer, check
+        self._saved: dict[str, Any] = {}
+        #: Whether another optimizer wrote the checkpoint.
+        self.is_foreign = False
+
+    # Hooks registered by users may replace the dict, so ours looks at it after all of them.
+    def _keep(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        self.is_foreign = is_foreign(saved)
+        self._saved = adopt(optimizer, saved) if self.is_foreign else dict(saved)
+        for group in self._saved["param_groups"]:
+            self._check(group)
+        check_shapes(optimizer, self._saved)
+        return self._saved
+
+    def _restore(self, optimizer: Optimizer) -> None:
+        restore_types(optimizer, self._saved)
+
+    def __enter__(self) -> "Loading":
+        optimizer = self._optimizer
+        self._hooks = (
+            optimizer.register_load_state_dict_pre_hook(self._keep),
+            optimizer.register_load_state_dict_post_hook(self._restore, prepend=True),
+        )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
 
 @dataclass(frozen=True)

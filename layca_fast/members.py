@@ -37,6 +37,17 @@ def rotates(param: Tensor, group: Mapping[str, Any]) -> bool:
     return param.dim() >= 2 if rotate is None else bool(rotate)
 
 
+def ignored_decay(groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """What to warn of, if a group asks for weight decay of tensors that rotate."""
+    for group, label, param in labelled(groups):
+        if group["weight_decay"] != 0 and rotates(param, group):
+            return (
+                f"weight_decay={group['weight_decay']} is ignored for {label} and every other tensor that rotates: "
+                "Layca keeps their norms fixed. Set weight_decay=0 there to silence this"
+            )
+    return None
+
+
 @dataclass
 class Member:
     """One parameter on its way into a batch; ``local`` is what this process has of it, ``layers`` those of all."""

@@ -1,7 +1,7 @@
 """FusedLayca, the optimizer: param groups, state and the order of things. It does no arithmetic."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -12,14 +12,14 @@ from torch.optim import Optimizer
 from .bases import BASES, Base, recommended_rate, scaled_rate
 from .caller import warn_caller
 from .capture import is_capturing
-from .checks import check_choice, check_group, check_options, check_parameter, find_base, labelled, named
+from .checks import check_choice, check_group, check_new, check_options, check_parameter, find_base, labelled, named
 from .compensation import HALVES, join, lost_rotation
 from .in_backward import StepInBackward
-from .loading import adopt, check_shapes, is_foreign, restore_types
-from .members import rotates
+from .loading import Loading
+from .members import ignored_decay, rotates
 from .plan import Plan
 from .sharding import local_of, wrap
-from .stats import RotationStats, joined, rotation_stats
+from .stats import RotationStats, rotation_stats
 from .unscaling import LossScale
 
 #: What every group holds whatever its base is.
@@ -27,21 +27,6 @@ COMMON_OPTIONS = (
     *("lr", "base", "rule", "rotate", "chunks", "radius", "weight_decay", "maximize"),
     *("compensate", "state_dtype", "capturable", "backend"),
 )
-
-
-def _check_new(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError, naming it, for a parameter of ``group`` that is there twice or in one of ``groups`` already."""
-    params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
-    seen = {id(param): label for _, label, param in labelled(groups)}
-    for index, entry in enumerate(params):
-        name, param = entry if isinstance(entry, tuple) else (None, entry)
-        label = f"parameter {index} of group {len(groups)}" if name is None else f"parameter {name!r}"
-        if id(param) in seen:
-            raise ValueError(
-                f"{label} is the same tensor as {seen[id(param)]}: pass each parameter once, tied weights under one of "
-                "their names"
-            )
-        seen[id(param)] = label
 
 
 class FusedLayca(Optimizer):
@@ -159,7 +144,7 @@ class FusedLayca(Optimizer):
             group["lr"] = scaled_rate(group["lr"], given["lr_factor"])
         keys = set(group)
         before = len(self.param_groups)
-        _check_new(group, self.param_groups)
+        check_new(group, self.param_groups)
         super().add_param_group(group)
         added = self.param_groups[before]
         for name in self.defaults.keys() - keys:
@@ -286,16 +271,10 @@ class FusedLayca(Optimizer):
             self._plan.sync_hyperparameters(self.param_groups, self.state, stale=self._stale)
 
     def _warn_of_ignored_decay(self) -> None:
-        if self._warned:
-            return
-        for group, label, param in labelled(self.param_groups):
-            if group["weight_decay"] != 0 and rotates(param, group):
-                self._warned = True
-                warn_caller(
-                    f"weight_decay={group['weight_decay']} is ignored for {label} and every other tensor that rotates: "
-                    "Layca keeps their norms fixed. Set weight_decay=0 there to silence this"
-                )
-                return
+        message = None if self._warned else ignored_decay(self.param_groups)
+        if message is not None:
+            self._warned = True
+            warn_caller(message)
 
     def _warn_of_lost_rotations(self) -> None:
         # Schedulers change the rates: asked at every step, but only of groups that asked for it.
@@ -314,38 +293,18 @@ class FusedLayca(Optimizer):
         hyperparameters stay, and radii are taken from the weights at the next step. Raises ValueError, before anything
         is modified, if groups or shapes do not fit.
         """
-        incoming: dict[str, Any] = {}
-        foreign = False
-
-        # Hooks registered by users may replace the dict, so ours looks at it after all of them.
-        def keep(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            nonlocal foreign
-            foreign = is_foreign(saved)
-            incoming.update(adopt(optimizer, saved) if foreign else saved)
-            for group in incoming["param_groups"]:
-                base = find_base(group.get("base", self.defaults["base"]))
-                check_group({**self._options_of(base), **group})
-            check_shapes(optimizer, incoming)
-            return incoming
-
-        def restore(optimizer: Optimizer) -> None:
-            restore_types(optimizer, incoming)
-
-        hooks = (
-            self.register_load_state_dict_pre_hook(keep),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        )
-        try:
+        with Loading(self, self._check_saved) as loading:
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if foreign:
+        if loading.is_foreign:
             warnings.warn(
                 "state_dict: another optimizer wrote this checkpoint. Its state is taken over; hyperparameters stay as "
                 "they are, and radii are taken from the weights at the next step",
                 stacklevel=2,
             )
+
+    def _check_saved(self, group: Mapping[str, Any]) -> None:
+        base = find_base(group.get("base", self.defaults["base"]))
+        check_group({**self._options_of(base), **group})
 
     def reset_radius(self) -> None:
         """Forget every layer's radius, after surgery on the weights: the next step that moves a layer sets it anew."""
@@ -374,10 +333,4 @@ class FusedLayca(Optimizer):
         plans = [] if self._plan is None else [self._plan]
         if self._in_backward is not None:
             plans += self._in_backward.plans
-        stats: dict[Tensor, RotationStats] = {}
-        for plan in plans:
-            found: dict[Tensor, list[RotationStats]] = {}
-            for batch, slot, rows in plan.rows():
-                found.setdefault(slot.owner, []).append(rotation_stats(batch, slot, rows, names.get(slot.owner, "")))
-            stats.update({param: joined(parts) for param, parts in found.items()})
-        return stats
+        return rotation_stats((plan.rows() for plan in plans), names)

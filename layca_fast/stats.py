@@ -1,6 +1,6 @@
 """What the last step did to each layer, from the numbers that the kernels have anyway."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -39,7 +39,7 @@ class RotationStats:
     broken: Tensor
 
 
-def rotation_stats(batch: Batch, slot: Slot, rows: slice, name: str) -> RotationStats:
+def _stats_of(batch: Batch, slot: Slot, rows: slice, name: str) -> RotationStats:
     """The stats of ``slot``, which has these ``rows`` in the batch's per-layer tables."""
     n2, d, q = batch.dots[rows].unbind(1)
     norm, step_norm = n2.sqrt(), q.sqrt()
@@ -68,9 +68,22 @@ def rotation_stats(batch: Batch, slot: Slot, rows: slice, name: str) -> Rotation
     )
 
 
-def joined(parts: Sequence[RotationStats]) -> RotationStats:
+def _joined(parts: Sequence[RotationStats]) -> RotationStats:
     """The stats of a tensor whose layers are in several slots, in their order."""
     if len(parts) == 1:
         return parts[0]
     tensors = [field.name for field in fields(RotationStats) if field.name != "name"]
     return RotationStats(parts[0].name, *(torch.cat([getattr(each, name) for each in parts]) for name in tensors))
+
+
+def rotation_stats(
+    plans: Iterable[Iterable[tuple[Batch, Slot, slice]]], names: Mapping[Tensor, str]
+) -> dict[Tensor, RotationStats]:
+    """The stats of every parameter that ``plans`` step, each given as its slots with their batch and rows in it."""
+    stats: dict[Tensor, RotationStats] = {}
+    for slots in plans:
+        found: dict[Tensor, list[RotationStats]] = {}
+        for batch, slot, rows in slots:
+            found.setdefault(slot.owner, []).append(_stats_of(batch, slot, rows, names.get(slot.owner, "")))
+        stats.update({param: _joined(parts) for param, parts in found.items()})
+    return stats

@@ -69,7 +69,8 @@ def test_float16_and_remainder_are_the_float32_down_to_2_to_the_minus_16(seed: i
     small = weight.abs() < 2.0**-16
     assert small.sum() > 1 << 15
     error = (restored.double() - weight.double()).abs()[small]
-    tie = (weight.double() - param.double())[small] == 2.0**-25
+    # What rounds to one unit more than 16 bits hold: halves, and what is next to them.
+    tie = (weight.double() - param.double())[small] >= 2.0**-25 - 2.0**-42
     assert error[~tie].max() <= 2.0**-41
     assert error[tie].max() == 2.0**-40
     large = weight.abs() >= 65520

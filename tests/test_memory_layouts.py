@@ -107,7 +107,7 @@ def check_layout(layout: Layout, backend: str, dtype: torch.dtype, home: torch.d
     plain = FusedLayca([Parameter(values.float() if half else values.clone())], 0.1, backend="torch", **options)
     given = {"momentum_buffer": arenas[1].view}
     if half:
-        arenas.append(Arena(layout, torch.zeros_like(values, dtype=torch.bfloat16)))
+        arenas.append(Arena(layout, torch.zeros_like(values)))
         given["remainder"] = arenas[2].view
     optimizer.state[param].update(given)
     for _ in range(3):
