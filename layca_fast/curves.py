@@ -3,8 +3,9 @@
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
 
 #: What is recorded of each layer, in the order in which files have it.
 QUANTITIES = ("rotation", "angle", "norm")
+
+
+def drawing() -> "Callable[..., Figure]":
+    """:func:`layca_fast.rotation_figure.draw`; ImportError, saying how to get it, where matplotlib is missing."""
+    try:
+        from .rotation_figure import draw
+    except ImportError as error:
+        raise ImportError(f'drawing needs matplotlib ({error}): pip install "layca_fast[monitor]"') from error
+    return draw
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,16 @@ class Curves:
         tensors = {name: getattr(self, name)[kept] for name in QUANTITIES}
         return Curves(self.names, [self.steps[index] for index in kept], **tensors)
 
+    def include(self, other: "Curves") -> bool:
+        """Whether all of the other's records are among these, with the same numbers."""
+        if other.names != self.names or not set(other.steps) <= set(self.steps):
+            return False
+        rows = [self.steps.index(step) for step in other.steps]
+        return all(
+            torch.equal(getattr(self, name)[rows].nan_to_num(nan=-1.0), getattr(other, name).nan_to_num(nan=-1.0))
+            for name in QUANTITIES
+        )
+
     def records(self) -> Iterator[dict[str, Any]]:
         """One dict per step: ``step``, and for each quantity that is known a dict from layer to number."""
         columns = {name: getattr(self, name).tolist() for name in QUANTITIES if name != "angle" or self.has_angles}
@@ -61,11 +81,7 @@ class Curves:
 
     def plot(self, path: "str | Path | None" = None, **options: Any) -> "Figure":
         """Draw the layer rotation curves as :func:`layca_fast.rotation_figure.draw` does; needs matplotlib."""
-        try:
-            from .rotation_figure import draw
-        except ImportError as error:
-            raise ImportError(f'drawing needs matplotlib ({error}): pip install "layca_fast[monitor]"') from error
-        return draw(self, path, **options)
+        return drawing()(self, path, **options)
 
 
 def curves_of(names: Sequence[str], records: Iterable[Mapping[str, Any]]) -> Curves:
@@ -84,8 +100,15 @@ def _number(value: Any) -> float:
     return math.nan if value is None or value == "" else float(value)
 
 
+def _complete_lines(path: Path) -> str:
+    """The lines that have an end: a run that was killed, or is still writing, may leave a part of one."""
+    with path.open(encoding="utf-8", newline="") as file:
+        text = file.read()
+    return text[: text.rfind("\n") + 1]
+
+
 def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in _complete_lines(path).splitlines():
         if not line.strip():
             continue
         row = json.loads(line)
@@ -95,20 +118,21 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = csv.DictReader(file)
-        lacking = {"step", "layer", *QUANTITIES}.difference(lines.fieldnames or ())
-        if lacking and lines.fieldnames is not None:
-            raise KeyError(f"no columns {sorted(lacking)}")
-        for line in lines:
-            row = rows.setdefault(line["step"], {"step": int(line["step"]), **{name: {} for name in QUANTITIES}})
-            for name in QUANTITIES:
-                row[name][line["layer"]] = _number(line[name])
+    lines = csv.DictReader(StringIO(_complete_lines(path), newline=""))
+    lacking = {"step", "layer", *QUANTITIES}.difference(lines.fieldnames or ())
+    if lacking and lines.fieldnames is not None:
+        raise KeyError(f"no columns {sorted(lacking)}")
+    for line in lines:
+        row = rows.setdefault(line["step"], {"step": int(line["step"]), **{name: {} for name in QUANTITIES}})
+        for name in QUANTITIES:
+            row[name][line["layer"]] = _number(line[name])
     yield from rows.values()
 
 
 def read_curves(path: str | Path) -> Curves:
     """The curves in a file that CsvWriter (``.csv``) or JsonLinesWriter (anything else) wrote.
+
+    A last line without an end, as a run leaves it that is killed while it writes, is left out.
 
     Raises ValueError, naming the file, where it holds something else, and OSError where it cannot be read.
     """

@@ -1,7 +1,7 @@
 """What a RotationMonitor keeps of weights, so that later ones can be compared with them."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +24,17 @@ class _Locals:
 
     def __init__(self, watched: Sequence[Watched]) -> None:
         self._watched = watched
+        self._shapes = [each.param.shape for each in watched]
         self._checked: list[tuple[object, ...]] = []
 
     def take(self) -> list[Tensor]:
+        for each, shape in zip(self._watched, self._shapes, strict=True):
+            if each.param.shape != shape:
+                raise ValueError(
+                    f"parameter {each.name!r} has shape {tuple(each.param.shape)}, and had {tuple(shape)} when the "
+                    "monitor was made: weights of other shapes have no angle; record where it is whole, or make "
+                    "another monitor"
+                )
         tensors = [each.local() for each in self._watched]
         layout = _layout(tensors)
         if layout != self._checked:
@@ -42,8 +50,8 @@ class View(Protocol):
     def take(self) -> tuple[list[Tensor], Tensor | None]:
         """The present weights, and their squared norms, (layers,) float64, where the dots do not give them."""
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Memory to keep one of the tensors of :meth:`take` in, with a copy of it."""
+    def memory(self, tensor: Tensor) -> Tensor:
+        """Memory to keep a copy of one of the tensors of :meth:`take` in."""
 
 
 class Whole:
@@ -56,14 +64,12 @@ class Whole:
     def take(self) -> tuple[list[Tensor], Tensor | None]:
         return self._locals.take(), None
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def memory(self, tensor: Tensor) -> Tensor:
         # In the same order of dimensions, so that both are walked as one run of memory.
         if self._keep == "cpu" and tensor.device.type != "cpu":
-            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        else:
-            short = self._keep == "bfloat16" and tensor.element_size() > 2
-            kept = torch.empty_like(tensor, dtype=torch.bfloat16 if short else tensor.dtype)
-        return kept.copy_(tensor, non_blocking=True)
+            return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        short = self._keep == "bfloat16" and tensor.element_size() > 2
+        return torch.empty_like(tensor, dtype=torch.bfloat16 if short else tensor.dtype)
 
 
 class Sketched:
@@ -90,8 +96,8 @@ class Sketched:
             squares.append(found.to(home, non_blocking=True))
         return self._sketches, torch.cat(squares)
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        return tensor.clone()
+    def memory(self, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor)
 
 
 class Reference:
@@ -112,18 +118,17 @@ class Reference:
     def set(self, weights: Sequence[Tensor]) -> None:
         """Copy the weights, into the memory of the last copies where there are any."""
         layout = _layout(weights)
-        if self.kept and layout == self._copied:
-            for kept, weight in zip(self.kept, weights, strict=True):
-                kept.copy_(weight, non_blocking=True)
-            return
-        self.kept = [self._view.keep(weight) for weight in weights]
-        self._copied, self._pairs = layout, None
+        if not self.kept or layout != self._copied:
+            self.kept = [self._view.memory(weight) for weight in weights]
+            self._copied, self._pairs = layout, None
+        for kept, weight in zip(self.kept, weights, strict=True):
+            kept.copy_(weight, non_blocking=True)
 
     def dots(self, weights: Sequence[Tensor]) -> Tensor:
         """<w,w>, <w,v> and <v,v> of each layer, w the weights and v the copies: (layers, 3) float64."""
         layout = _layout(weights)
         if self._pairs is None or layout != self._made_for:
-            if self._pairs is not None:
+            if self._made_for:
                 self._refit(weights)
             self._pairs = Pairs(weights, self.kept, self._layers, self._backend)
             self._made_for = layout
@@ -131,22 +136,30 @@ class Reference:
 
     def _refit(self, weights: Sequence[Tensor]) -> None:
         """Bring the copies to where the weights are now, in their order of dimensions; what they hold stays."""
+        self.wait()
         for index, (kept, weight) in enumerate(zip(self.kept, weights, strict=True)):
-            fresh = self._view.keep(weight)
+            fresh = self._view.memory(weight)
             if (fresh.device, fresh.stride()) != (kept.device, kept.stride()):
                 self.kept[index] = fresh.to(kept.dtype).copy_(kept)
 
     def restore(self, saved: Sequence[Tensor], squares: Tensor) -> None:
         """Take over copies that were saved, and their squared norms."""
         self.wait()
-        for kept, tensor in zip(self.kept, saved, strict=True):
-            kept.copy_(tensor)
+        for index, (kept, tensor) in enumerate(zip(self.kept, saved, strict=True)):
+            if kept.dtype != tensor.dtype:
+                # The weights were cast since they were copied.
+                self.kept[index], self._pairs = torch.empty_like(kept, dtype=tensor.dtype), None
+            self.kept[index].copy_(tensor)
         self.squares = squares.to(self.squares.device, torch.float64, copy=True)
 
     def wait(self) -> None:
         """Wait for copies to and from host memory that are under way: the host may then touch it."""
         for device in {layout[-1] for layout in self._made_for if getattr(layout[-1], "type", "") == "cuda"}:
             torch.cuda.synchronize(device)  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tables of addresses, and the backend's module: neither is worth a copy, or can have one.
+        return {**self.__dict__, "_pairs": None}
 
     @property
     def nbytes(self) -> int:

@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .backends.names import MODULES
+from .caller import warn_caller
+from .capture import is_capturing
 from .checks import check_choice
 from .curves import QUANTITIES, Curves
 from .distributed import Reduction
 from .formulas import orthogonal_square
 from .keeping import KEEPS, Reference, Sketched, View, Whole
-from .watched import watched_layers
+from .watched import replaced, watched_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +71,8 @@ class RotationMonitor:
         keep: where and how w_0 is kept. "device": a copy beside the weights. "cpu": in pinned host memory, brought over
             piece by piece at each record. "bfloat16": a copy of 2 bytes a weight, off by at most 1.96e-3 radians,
             so that a curve at the angle theta is off by 1.96e-3 * sin(theta) + 2e-6 at most. "sketch": about
-            ``sketch_size`` float32 numbers per layer, and as many to work in; the curve is an estimate: see below.
+            ``sketch_size`` float32 numbers per layer, and as many of the present weights; the curve is an estimate: see
+            below.
         every: measure at every so many-th call of :meth:`record`.
         layers: names of parameters to watch instead, also of one dimension; shell wildcards (``"*.attn.*"``) work.
         per_step: also measure the angle to the weights of the record before, which with ``every=1`` is the rotation of
@@ -81,9 +85,12 @@ class RotationMonitor:
         backend: "auto", "cpu", "triton", "cuda" or "torch": see :func:`layca_fast.backends`.
 
     A record costs one fused pass over weights and copies (two with ``per_step``), in float64 sums of fixed order, and
-    keeps 24 bytes a layer on the device until it is read; it does not wait for a GPU. With "sketch" it is a pass of
-    torch operations over blocks of the weights. Weights of 16 bits are taken as they are stored, without remainders.
-    Angles below about 1e-7 are lost in rounding.
+    keeps 24 bytes a layer on the device until it is read; it does not wait for a GPU. What is kept elsewhere, or in
+    another type, comes over through 64 MB that stay. With "sketch" it is a pass of torch operations over blocks of the
+    weights, which take up to about 70 MB of a GPU while it lasts. Weights of 16 bits are taken as they are stored,
+    without the remainders that FusedLayca keeps of them: bfloat16 rounds by up to 2e-3 radians, so that smaller angles
+    between records are mostly rounding (``rotation_stats()`` has the true ones). Angles below about 1e-7 are lost in
+    rounding.
 
     DTensor parameters, as of FSDP2: each process measures its shards, and the dots are added up by one float64
     all-reduce per mesh dimension that shards, so **all processes must record at the same steps**; each has all curves.
@@ -121,7 +128,8 @@ class RotationMonitor:
         self.sketch_size, self.seed = sketch_size, seed
         self._watched = watched_layers(model_or_optimizer, layers)
         self.names = [name for each in self._watched for name in each.layer_names]
-        self._optimizer = model_or_optimizer if isinstance(model_or_optimizer, Optimizer) else None
+        self._source = model_or_optimizer
+        self._told_of_replaced = False
         self._view: View = (
             Sketched(self._watched, sketch_size, seed) if keep == "sketch" else Whole(self._watched, keep)
         )
@@ -133,6 +141,9 @@ class RotationMonitor:
         self._hook: RemovableHandle | None = None
         self.reset()
 
+    # To compile a record would gain nothing, and be done again for every new step number.
+    @_disable_dynamo
+    @torch.inference_mode(False)
     @torch.no_grad()
     def reset(self, step: int = 0) -> None:
         """Take the present weights as the initial ones, forget all records, and record them as ``step``."""
@@ -147,11 +158,16 @@ class RotationMonitor:
             self._before.set(weights)
         self._measure(weights, squares, first=True)
 
+    @_disable_dynamo
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def record(self, step: int | None = None) -> bool:
         """Say that a step was taken, and measure the layers if it is one of every ``every``; returns whether it was.
 
         ``step``: its number, greater than the last one; None: the next. Where numbers are left out, the first from each
         multiple of ``every`` on is measured. Neither waits for the device nor modifies anything but the monitor.
+
+        Raises RuntimeError while a CUDA graph is captured, and ValueError where weights have another shape.
         """
         step = self.step + 1 if step is None else step
         _check_count("step", step, 0)
@@ -160,14 +176,27 @@ class RotationMonitor:
                 f"step={step!r}: the last one was {self.step}, and steps go up; reset() starts anew from the present "
                 "weights"
             )
+        if is_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, and its replays would not record: call record() after each replay "
+                "instead, or detach() the monitor from the optimizer whose step is captured"
+            )
         if step // self.every == self.step // self.every:
             self.step = step
             return False
-        with torch.no_grad():
-            weights, squares = self._view.take()
-            self.step = step
-            self._measure(weights, squares)
+        weights, squares = self._view.take()
+        self.step = step
+        self._measure(weights, squares)
         return True
+
+    def _warn_of_replaced(self) -> None:
+        gone = [] if self._told_of_replaced else replaced(self._source, self._watched)
+        if gone:
+            self._told_of_replaced = True
+            warn_caller(
+                f"parameters {gone} were replaced by others since this RotationMonitor was made, as fully_shard and "
+                "load_state_dict(assign=True) do: it still watches the old ones. Make the monitor after that"
+            )
 
     def _measure(self, weights: Sequence[Tensor], squares: Tensor | None, first: bool = False) -> None:
         references = [self._start] if self._before is None else [self._start, self._before]
@@ -202,7 +231,11 @@ class RotationMonitor:
 
     @property
     def curves(self) -> Curves:
-        """All records so far, as plain data. Waits for the device, and frees its memory of them."""
+        """All records so far, as plain data. Waits for the device, and frees its memory of them.
+
+        Warns once where parameters were replaced by others since the monitor was made: their curves stand still.
+        """
+        self._warn_of_replaced()
         if self._pending:
             self._read = torch.cat([self._read, torch.stack(self._pending).cpu()])
             self._pending = []
@@ -229,12 +262,17 @@ class RotationMonitor:
         Until :meth:`detach`, or the end of ``with monitor.attach(optimizer):``. Copies and pickles of the optimizer do
         not record. A step that GradScaler skips is no step, unless ``unscale_in_step`` leaves skipping to the kernels.
         """
-        optimizer = self._optimizer if optimizer is None else optimizer
+        if optimizer is None and isinstance(self._source, Optimizer):
+            optimizer = self._source
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer={optimizer!r}: must be the torch.optim.Optimizer whose steps are recorded")
+        # accelerate's wrapper is an Optimizer by its type alone: the hooks are those of the one inside.
+        inner: Any = optimizer
+        while not hasattr(inner, "_optimizer_step_post_hooks"):
+            inner = inner.optimizer
         if self._hook is not None:
             raise ValueError("this monitor records the steps of an optimizer already: call detach() first")
-        self._hook = optimizer.register_step_post_hook(self._after_step)
+        self._hook = inner.register_step_post_hook(self._after_step)
         return self
 
     def detach(self) -> None:
@@ -251,6 +289,9 @@ class RotationMonitor:
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hook": None, "_reduction": None}
 
     def state_dict(self) -> dict[str, Any]:
         """All that :meth:`load_state_dict` needs to go on: plain data and tensors, for torch.load(weights_only=True).

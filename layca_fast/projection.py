@@ -15,8 +15,8 @@ from torch import Tensor
 from .backends.torch_ import row_sums
 from .batch import scalar_device
 
-#: Elements that are signed and added up at a time.
-BLOCK_ON_CPU, BLOCK_ELSEWHERE = 2**18, 2**24
+#: Elements that are signed and added up at a time, in about 16 bytes each: who sketches has no memory to spare.
+BLOCK_ON_CPU, BLOCK_ELSEWHERE = 2**18, 2**22
 
 #: Bits that one hash gives.
 WORD = 32
@@ -90,8 +90,7 @@ class Projection:
         for first in range(0, elements.numel(), step):
             part = elements[first : first + step]
             # Along columns, torch adds up in an order that does not depend on the number of threads.
-            wide = part.double()
-            square += _fold(wide * wide, length).sum(0).sum()
+            square += _fold(part.double().square(), length).sum(0).sum()
             flips = sign_bits(key, first, len(part), part.device)
             signed = (part.float().view(torch.int32) ^ flips).view(torch.float32)
             sums += _fold(signed, length).sum(0, dtype=torch.float64)

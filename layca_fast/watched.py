@@ -1,5 +1,6 @@
 """Which tensors a RotationMonitor watches, under which names, and how they are spread over processes."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -75,10 +76,20 @@ def _of_model(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
 
 
 def _of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor, int | str | None]]:
-    """Every parameter with its chunks: None where it does not rotate, or would not under FusedLayca's default."""
+    """Every parameter with its chunks: None where it does not rotate, or would not under FusedLayca's default.
+
+    Names that several groups have, as those of two models do, begin with the number of the group.
+    """
+    numbers = {id(group): number for number, group in enumerate(optimizer.param_groups)}
+    found = list(named(optimizer.param_groups))
+    times = Counter(name for _, name, _ in found)
     return [
-        (name, param, group.get("chunks", 1) if rotates(param, {"rotate": group.get("rotate")}) else None)
-        for group, name, param in named(optimizer.param_groups)
+        (
+            name if times[name] == 1 else f"{numbers[id(group)]}.{name}",
+            param,
+            group.get("chunks", 1) if rotates(param, {"rotate": group.get("rotate")}) else None,
+        )
+        for group, name, param in found
     ]
 
 
@@ -101,6 +112,15 @@ def _named(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
     if any(param.requires_grad for param in model.parameters()):
         chunks = {name: chunks for name, _, chunks in _of_model(model)}
     return [(name, p, chunks.get(name)) for name, p in model.named_parameters() if p.is_floating_point()]
+
+
+def replaced(source: nn.Module | Optimizer, watched: Sequence[Watched]) -> list[str]:
+    """Names of parameters that ``source`` has no longer: they stand still, as if training did nothing."""
+    if isinstance(source, Optimizer):
+        present = {id(param) for group in source.param_groups for param in group["params"]}
+    else:
+        present = {id(param) for param in source.parameters()}
+    return list(dict.fromkeys(each.name for each in watched if id(each.param) not in present))
 
 
 def watched_layers(source: nn.Module | Optimizer, layers: Iterable[str] | None) -> list[Watched]:

@@ -1,7 +1,8 @@
 """Where rotation curves go beside the monitor: CSV, JSON lines, TensorBoard.
 
 Each writer has ``write(monitor)``, which adds the records since its last call, and so waits for the device. The first
-call writes all records that the monitor has, those from before a resume included, over what the file held.
+call writes all records that the monitor has, those from before a resume included, over what the file held. Of several
+processes that train together, one should write.
 """
 
 import csv
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from .checks import check_choice
-from .curves import QUANTITIES, Curves
+from .curves import QUANTITIES, Curves, drawing
 from .monitor import RotationMonitor
 
 
@@ -24,18 +25,19 @@ class Writer(Protocol):
 
 
 class _Incremental:
-    """Remembers up to which step it has written."""
+    """Remembers up to which record it has written."""
 
     def __init__(self) -> None:
-        self._last: int | None = None
+        self._last: Curves | None = None
 
     def _news(self, source: RotationMonitor | Curves) -> tuple[Curves, bool]:
         """All curves, or those of later steps than were written; and whether these go on from what was written."""
         curves = source if isinstance(source, Curves) else source.curves
-        # A monitor that was reset, or went back to a checkpoint, starts the file anew.
-        goes_on = self._last is not None and self._last in curves.steps
-        news = curves.after(self._last) if goes_on and self._last is not None else curves
-        self._last = curves.steps[-1] if curves.steps else None
+        # Another monitor, or one that was reset or went back to a checkpoint, starts the file anew: it may well have
+        # come to the same step by now.
+        goes_on = self._last is not None and curves.include(self._last)
+        news = curves.after(self._last.steps[-1]) if goes_on and self._last is not None else curves
+        self._last = curves.after(curves.steps[-2]) if len(curves.steps) > 1 else curves
         return news, goes_on
 
 
@@ -90,7 +92,8 @@ class TensorBoardWriter(_Incremental):
 
     Args:
         target: a ``torch.utils.tensorboard.SummaryWriter``, or anything with its ``add_scalar`` and ``add_figure``; or
-            the folder for a new one, which :meth:`close` closes.
+            the folder for a new one, which :meth:`close` closes. A resumed run writes its past to that folder once
+            more, with the same numbers.
         quantities: what becomes scalars: "rotation", "angle", "norm".
         figure: whether to draw; needs matplotlib.
     """
@@ -101,10 +104,17 @@ class TensorBoardWriter(_Incremental):
             check_choice({"quantities": name}, "quantities", QUANTITIES)
         self._quantities = tuple(quantities)
         self._figure = figure
+        if figure:
+            # Missing, it is missed now, and not by the first write of a training.
+            drawing()
         self._is_ours = isinstance(target, (str, Path))
         if self._is_ours:
-            from torch.utils.tensorboard import SummaryWriter
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    f"a new SummaryWriter needs tensorboard ({error}): pip install tensorboard"
+                ) from error
             target = SummaryWriter(str(target))
         self._target = target
 

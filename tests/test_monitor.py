@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layca_fast import FusedLayca, RotationMonitor, attach
+from layca_fast import monitor as monitor_module
 from layca_fast.demo_training import rotation_from
 from layca_fast.keeping import KEEPS
 
@@ -172,6 +174,68 @@ def test_a_hook_is_one_and_copies_have_none(seed: int) -> None:
     monitor.detach()
     train(optimizer, random_gradients([param], 1))
     assert monitor.step == 1
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_copy_goes_on_with_the_copied_model(keep: str, seed: int) -> None:
+    """By deepcopy and by pickle, with the weights' memory in another order since; no hook goes with it."""
+    model = nn.Sequential(nn.Conv2d(4, 3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = RotationMonitor(model, keep=keep, per_step=keep != "bfloat16").attach(optimizer)
+    start = model[0].weight.detach().clone()
+    monitor.record()
+    for copied in (copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))):
+        twin, follower = copied((model, monitor))
+        twin.to(memory_format=torch.channels_last)
+        twin[0].weight.data += torch.randn_like(twin[0].weight)
+        follower.record()
+        expected = [0.0, 0.0, *rotation_from([start], [twin[0].weight])]
+        assert follower.curves.of("0.weight") == pytest.approx(expected, abs=2e-3 if keep == "bfloat16" else 1e-13)
+        follower.attach(optimizer)
+        follower.detach()
+    assert monitor.curves.steps == [0, 1]
+
+
+def test_compiled_steps_record_without_being_compiled_again(seed: int) -> None:
+    model = nn.Linear(3, 4)
+    monitor = RotationMonitor(model)
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., object]:
+        compiled.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend)
+    def step(inputs: Tensor) -> Tensor:
+        doubled = 2 * inputs
+        monitor.record()
+        return doubled + 1
+
+    for _ in range(4):
+        step(torch.randn(2, 3))
+    assert monitor.curves.steps == [0, 1, 2, 3, 4]
+    assert len(compiled) == 2, "before the record, and after it"
+
+
+def test_in_inference_mode_a_monitor_is_made_and_records(seed: int) -> None:
+    model = nn.Linear(3, 4)
+    with torch.inference_mode():
+        monitor = RotationMonitor(model, per_step=True)
+        monitor.record()
+    model.weight.data *= -1
+    monitor.record()
+    monitor.load_state_dict(monitor.state_dict())
+    assert monitor.curves.rotation.flatten().tolist() == pytest.approx([0.0, 0.0, 2.0])
+
+
+def test_a_record_inside_of_a_captured_graph_is_refused(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Replays would run no line of it."""
+    monitor, _ = watching(torch.randn(3, 3), every=2)
+    monkeypatch.setattr(monitor_module, "is_capturing", lambda: True)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"record\(\) after each replay"):
+            monitor.record()
+    assert (monitor.step, monitor.curves.steps) == (0, [0])
 
 
 def test_steps_may_be_numbered_and_left_out(seed: int) -> None:

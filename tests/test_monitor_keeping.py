@@ -12,7 +12,7 @@ from layca_fast.demo_training import rotation_from
 from layca_fast.keeping import KEEPS
 from layca_fast.projection import Projection, largest_prime
 
-from .support import parameter
+from .support import parameter, same_bits
 
 SHAPES = ((12, 50), (5, 7, 3, 3), (1, 1), (3, 4099))
 
@@ -187,3 +187,15 @@ def test_a_sketch_is_decided_by_its_seed(seed: int) -> None:
     ]
     assert not any(torch.equal(other, first) for other in others)
     assert not torch.equal(first[0], first[1]), "each layer has signs of its own"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_weights_of_no_type_are_touched(keep: str, dtype: torch.dtype, seed: int) -> None:
+    """Types that need no conversion before a computation are those that one in place would write to."""
+    params = nn.ParameterList(param.to(dtype) for param in network())
+    before = [param.detach().clone() for param in params]
+    monitor = RotationMonitor(torch.optim.SGD(params, 0.1), keep=keep, per_step=keep != "bfloat16", sketch_size=20)
+    monitor.record()
+    assert same_bits(list(params), before)
+    assert monitor.curves.rotation[1].tolist() == pytest.approx([0.0] * len(SHAPES), abs=2e-6)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from layca_fast import FusedLayca, RotationMonitor, layer_groups
+from layca_fast.keeping import KEEPS
 
 from .support import Unknown
 
@@ -46,6 +47,15 @@ def test_of_an_optimizer_what_rotates_by_its_groups(seed: int) -> None:
     assert RotationMonitor(torch.optim.SGD(groups, 0.1)).names == ["0.0", "1.0[0]", "1.0[1]"]
 
 
+def test_layers_of_the_same_name_stay_apart(seed: int) -> None:
+    """Records by name, in files and in TensorBoard, have one number for each."""
+    groups = [
+        {"params": [("weight", torch.ones(3, 3))]},
+        {"params": [("weight", torch.ones(2, 3)), ("b", torch.ones(2, 2))]},
+    ]
+    assert RotationMonitor(torch.optim.SGD(groups, 0.1)).names == ["0.weight", "1.weight", "b"]
+
+
 def test_names_and_wildcards_choose_anything(seed: int) -> None:
     model = Model()
     chosen = ["frozen.*", "attention.in_*weight", "embed.weight"]
@@ -78,3 +88,32 @@ def test_weights_without_memory_are_an_error_at_the_record(seed: int) -> None:
     with pytest.raises(ValueError, match=r"the memory of parameter 'weight' .* was freed"):
         monitor.record()
     assert monitor.curves.steps == [0]
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 4), (0,)])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_weights_of_another_shape_are_an_error_at_the_record(keep: str, shape: tuple[int, ...], seed: int) -> None:
+    """As ZeRO-3, which empties parameters between uses, and what grows a layer leave them."""
+    model = nn.Linear(3, 4)
+    monitor = RotationMonitor(model, keep=keep)
+    model.weight.data = torch.randn(shape)
+    with pytest.raises(
+        ValueError, match=r"parameter 'weight' has shape .*, and had \(4, 3\) when the monitor was made"
+    ):
+        monitor.record()
+    assert monitor.curves.steps == [0]
+
+
+def test_parameters_that_were_replaced_are_told_once(seed: int) -> None:
+    """Their curves would look as if training did nothing."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    by_model, by_groups = RotationMonitor(model), RotationMonitor(optimizer)
+    assert by_model.curves.steps == by_groups.curves.steps == [0], "nothing to tell"
+    model[1].weight = nn.Parameter(torch.randn(4, 4))
+    optimizer.param_groups[0]["params"][0] = model[1].weight
+    for monitor, name in ((by_model, "1.weight"), (by_groups, "0.0")):
+        monitor.record()
+        with pytest.warns(UserWarning, match=rf"parameters \['{name}'\] were replaced"):
+            assert monitor.curves.steps == [0, 1]
+        assert monitor.curves.steps == [0, 1], "and not again"

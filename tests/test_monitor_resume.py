@@ -47,6 +47,21 @@ def test_a_resumed_curve_is_the_uninterrupted_one(keep: str, tmp_path: Path, see
     assert same_bits(everything(resumed), everything(whole))
 
 
+@pytest.mark.parametrize("keep", KEEPS)
+def test_weights_that_were_cast_are_compared_with_the_initial_ones_as_they_were(keep: str, seed: int) -> None:
+    """Also after a resume, whose monitor is made of weights of the new type."""
+    model = nn.Linear(9, 8)
+    options = {"keep": keep, "per_step": keep != "bfloat16", "sketch_size": 50}
+    monitor = RotationMonitor(model, **options)
+    model.bfloat16()
+    monitor.record()
+    resumed = RotationMonitor(model, **options)
+    resumed.load_state_dict(monitor.state_dict())
+    for each in (monitor, resumed):
+        each.record()
+    assert same_bits(everything(resumed), everything(monitor))
+
+
 CHANGES: dict[str, tuple[Any, str]] = {
     "layers": (lambda model: RotationMonitor(model[:1]), "names=.*make it as the other was made"),
     "keep": (lambda model: RotationMonitor(model, keep="cpu"), "keep='device'.*keep='cpu'"),

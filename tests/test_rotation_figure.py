@@ -12,6 +12,7 @@ from matplotlib.collections import LineCollection
 
 from layca_fast import Curves
 from layca_fast.rotation_figure import short_names
+from layca_fast.writers import TensorBoardWriter
 
 
 def curves_of(layers: int, steps: int = 30, highest: float = 0.9) -> Curves:
@@ -86,6 +87,9 @@ def test_without_matplotlib_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "layca_fast\[monitor\]"'):
         curves_of(2).plot()
+    with pytest.raises(ImportError, match=r'pip install "layca_fast\[monitor\]"'):
+        TensorBoardWriter(None)
+    TensorBoardWriter(None, figure=False)
 
 
 @pytest.mark.parametrize(

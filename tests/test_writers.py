@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,31 @@ def test_a_file_gives_back_every_bit(name: str, writer: Any, per_step: bool, tmp
     assert read_curves(tmp_path / name).steps == [0]
 
 
+@every_file
+def test_another_run_by_the_same_writer_starts_the_file_anew(name: str, writer: Any, tmp_path: Path, seed: int) -> None:
+    """Also one that has come further than the first when it is written: its numbers are others."""
+    file = writer(tmp_path / name)
+    for steps in (3, 9):
+        monitor, params = monitored()
+        go_on(monitor, params, steps)
+        file.write(monitor)
+    assert same_bits(contents(read_curves(tmp_path / name)), contents(monitor.curves))
+
+
+@every_file
+def test_a_file_of_a_killed_run_gives_its_whole_lines(name: str, writer: Any, tmp_path: Path, seed: int) -> None:
+    monitor, params = monitored()
+    go_on(monitor, params, 6)
+    writer(tmp_path / name).write(monitor)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: data.rindex(b"\n", 0, -1) + 3])
+    curves = read_curves(tmp_path / name)
+    last = monitor.names[:2] if name == "run.csv" else []
+    assert curves.steps == ([0, 3, 6] if last else [0, 3])
+    assert same_bits(torch.nan_to_num(curves.rotation[:2]), torch.nan_to_num(monitor.curves.rotation[:2]))
+    assert [curves.of(each)[-1] for each in last] == [monitor.curves.of(each)[-1] for each in last]
+
+
 def test_lines_are_plain_json(tmp_path: Path, seed: int) -> None:
     monitor, params = monitored(per_step=False)
     go_on(monitor, params, 3)
@@ -118,6 +144,13 @@ def test_tensorboard_gets_scalars_once_and_the_figure(seed: int) -> None:
     assert [step for _, step in target.figures] == [3, 6]
     with pytest.raises(ValueError, match="quantities='speed' is unknown"):
         TensorBoardWriter(target, quantities=("speed",))
+
+
+def test_without_tensorboard_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        TensorBoardWriter(tmp_path)
 
 
 @every_file

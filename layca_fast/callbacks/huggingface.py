@@ -23,8 +23,9 @@ class RotationCallback(TrainerCallback):  # type: ignore[misc]
 
     The initial weights are those when training starts. They and the records are saved in each checkpoint's folder, as
     ``rotation_monitor.pt`` (of sharded models one file per process), and a run that resumes from the checkpoint of that
-    step in ``output_dir`` goes on with them; where there is none it starts anew, with a warning. Writers are called, on
-    the first process, whenever the Trainer logs and at the end.
+    step in ``output_dir``, or from that in ``TrainingArguments(resume_from_checkpoint=...)``, goes on with them; where
+    there is none it starts anew, with a warning. Writers are called, on the first process, whenever the Trainer logs
+    and at the end.
 
     Args:
         writers: of :mod:`layca_fast.writers`.
@@ -44,10 +45,17 @@ class RotationCallback(TrainerCallback):  # type: ignore[misc]
         if step > 0:
             # A model with shards is known by the files that it left.
             names = (f"rotation_monitor_{args.process_index}.pt", "rotation_monitor.pt")
-            paths = [_folder(args, step) / name for name in names]
+            # Trainer.train does not say where it resumes from; its arguments may.
+            asked = args.resume_from_checkpoint
+            folders = [*([Path(asked)] if isinstance(asked, str) else []), _folder(args, step)]
+            paths = [folder / name for folder in folders for name in names]
             path = next((path for path in paths if path.exists()), None)
             if path is None:
-                warnings.warn(f"{paths[-1]} is missing: rotation counts from the weights at step {step}", stacklevel=2)
+                warnings.warn(
+                    f"{paths[-1]} is missing: rotation counts from the weights at step {step}; where the run resumes "
+                    "from another folder, name it as TrainingArguments(resume_from_checkpoint=...), too",
+                    stacklevel=2,
+                )
             else:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
         self._recorder.start(model, step, saved)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
 
-from layca_fast import FusedLayca, attach
+from layca_fast import FusedLayca, RotationMonitor, attach
 
 from ..support import copy_of, same_bits
 from .loops import Batch, classifier, labelled_points, overflowing_scaler, rotating, train_by_hand
@@ -126,3 +126,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(precision: str, make: Any, tmp_p
     assert resumed.epoch(batches) == taken
     assert same_bits(resumed.everything(), whole.everything())
     assert rotating(whole.optimizer) == 2
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_monitor_records_the_steps_that_are_taken(precision: str, seed: int) -> None:
+    """Attached to accelerate's wrapper, which has no hooks of its own; a skipped step is none."""
+    model = classifier()
+    run = Run(model, fused(model), precision)
+    with RotationMonitor(run.optimizer, per_step=True).attach() as monitor:
+        taken = run.epoch(labelled_points(3))
+    assert taken.count(True) == (2 if precision == "fp16" else 3)
+    assert monitor.curves.steps == list(range(taken.count(True) + 1))
+    assert (monitor.curves.angle[1:] > 0.01).all()
+    run.epoch(labelled_points(2))
+    assert monitor.step == taken.count(True)

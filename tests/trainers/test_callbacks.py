@@ -125,10 +125,14 @@ def test_huggingface_records_its_steps_and_resumes(tmp_path: Path, seed: int) ->
     assert "model.embed_tokens.weight" not in curves.names
     assert same_bits(numbers(read_curves(tmp_path / "run.jsonl")), numbers(curves))
 
-    resumed = huggingface.RotationCallback(keep="sketch", per_step=True)
-    trainer_for(twin, data, tmp_path / "run", resumed).train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
-    assert resumed.monitor is not None
-    assert same_bits(numbers(resumed.monitor.curves), numbers(curves))
+    checkpoint = str(tmp_path / "run/checkpoint-4")
+    for folder in ("elsewhere", "run"):
+        resumed = huggingface.RotationCallback(keep="sketch", per_step=True)
+        trainer = trainer_for(copy.deepcopy(twin), data, tmp_path / folder, resumed)
+        trainer.args.resume_from_checkpoint = checkpoint if folder == "elsewhere" else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert resumed.monitor is not None
+        assert same_bits(numbers(resumed.monitor.curves), numbers(curves))
 
     (tmp_path / "run/checkpoint-4/rotation_monitor.pt").unlink()
     late = huggingface.RotationCallback()
