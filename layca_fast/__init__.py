@@ -2,9 +2,8 @@
 
 from .attach import Handle, attach, detach
 from .backends import backends
-from .curves import Curves
 from .groups import LayerGroups, layer_groups
-from .monitor import RotationMonitor
+from .monitor import Curves, RotationMonitor
 from .optimizer import FusedLayca
 from .stats import RotationStats
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .curves import QUANTITIES, read_curves
+from .monitor.curves import QUANTITIES, read_curves
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from .checks import check_choice
-from .curves import QUANTITIES, Curves, drawing
 from .monitor import RotationMonitor
+from .monitor.curves import QUANTITIES, Curves, drawing
 
 
 class Writer(Protocol):

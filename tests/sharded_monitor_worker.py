@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from layca_fast import RotationMonitor
-from layca_fast.keeping import KEEPS
+from layca_fast.monitor.keeping import KEEPS
 
 from .support import same_bits
 

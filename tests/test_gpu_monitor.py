@@ -5,7 +5,7 @@ import torch
 from torch.nn import Parameter
 
 from layca_fast import RotationMonitor
-from layca_fast.keeping import KEEPS
+from layca_fast.monitor.keeping import KEEPS
 
 from .gpu_support import GPU, ON_GPU, every_gpu_backend, on, waiting_is_an_error, weights
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layca_fast import FusedLayca, RotationMonitor, attach
-from layca_fast import monitor as monitor_module
 from layca_fast.demo_training import rotation_from
-from layca_fast.keeping import KEEPS
+from layca_fast.monitor import rotation_monitor as monitor_module
+from layca_fast.monitor.keeping import KEEPS
 
 from .attach_support import OPTIMIZERS
 from .support import every_backend, parameter, random_gradients, same_bits, train

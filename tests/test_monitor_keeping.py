@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layca_fast import FusedLayca, RotationMonitor, pairs
+from layca_fast import FusedLayca, RotationMonitor
 from layca_fast.demo_training import rotation_from
-from layca_fast.keeping import KEEPS
-from layca_fast.projection import Projection, largest_prime
+from layca_fast.monitor import pairs
+from layca_fast.monitor.keeping import KEEPS
+from layca_fast.monitor.projection import Projection, largest_prime
 
 from .support import parameter, same_bits
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from layca_fast import FusedLayca, RotationMonitor, layer_groups
-from layca_fast.keeping import KEEPS
+from layca_fast.monitor.keeping import KEEPS
 
 from .support import Unknown
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from layca_fast import RotationMonitor
-from layca_fast.curves import QUANTITIES
-from layca_fast.keeping import KEEPS
+from layca_fast.monitor.curves import QUANTITIES
+from layca_fast.monitor.keeping import KEEPS
 
 from .support import copy_of, random_gradients, same_bits, train
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from layca_fast import Curves, RotationMonitor, __main__
-from layca_fast.curves import QUANTITIES, read_curves
+from layca_fast.monitor.curves import QUANTITIES, read_curves
 from layca_fast.writers import CsvWriter, JsonLinesWriter, TensorBoardWriter
 
 from .support import same_bits

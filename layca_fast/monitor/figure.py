@@ -13,8 +13,8 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from ..figure_style import new_figure
 from .curves import QUANTITIES, Curves
-from .figure_style import new_figure
 
 #: Inches.
 SIZE = (5.4, 2.7)
