@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .backends.torch_ import BACKEND as TORCH
 from .bases import BASES
-from .batch import Batch, Slot
+from .batch import Batch
+from .slot import Slot
 from .unscaling import LossScale
 
 if TYPE_CHECKING:
@@ -156,7 +157,11 @@ class _Share:
         table.index_copy_(0, rows, self.batch.dots.to(table.device))
 
     def take(self, table: Tensor) -> None:
-        self.batch.dots.copy_(table.index_select(0, self._rows.to(table.device)))
+        if table.device == self.batch.dots.device:
+            # Nothing is allocated.
+            torch.index_select(table, 0, self._rows, out=self.batch.dots)
+        else:
+            self.batch.dots.copy_(table.index_select(0, self._rows.to(table.device)))
         if self.still is not None:
             self.still.batch.dots.copy_(self.batch.dots.index_select(0, self.still.rows))
 

@@ -11,7 +11,7 @@ from .tables import MAX_OPTIONS, Hyper
 from .upload import Mirror
 
 if TYPE_CHECKING:
-    from .batch import Slot
+    from .slot import Slot
 
 
 class Hyperparameters:

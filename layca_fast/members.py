@@ -10,7 +10,7 @@ from torch import Tensor
 from .backends import choose
 from .backends.base import Backend
 from .bases import FORMULAS, Formula
-from .batch import Slot, scalar_device
+from .batch import scalar_device
 from .checks import (
     check_gradient,
     check_memory,
@@ -34,6 +34,7 @@ from .sharding import (
     wrap,
     wrap_radius,
 )
+from .slot import Slot
 from .zeros import have_zero_layers
 
 State = MutableMapping[Tensor, dict[str, Any]]

@@ -8,7 +8,7 @@ from torch.autograd.graph import increment_version
 
 from .backends.base import Backend
 from .bases import Formula
-from .batch import Batch, Slot
+from .batch import Batch
 from .capture import check_capture, is_capturing
 from .checks import find_base, labelled
 from .compensation import state_dtype
@@ -16,6 +16,7 @@ from .distributed import Groups, SharedDots
 from .formulas import KEEP
 from .members import Layers, State, check_norms, drop_remainders, members
 from .sharding import is_elsewhere, is_sharded
+from .slot import Slot
 from .tables import Coefficient
 from .unscaling import LossScale
 from .watch import gradients, same_objects

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .batch import Batch, Slot
+from .batch import Batch
 from .formulas import KEEP, orthogonal_square, rotation
+from .slot import Slot
 from .tables import Coefficient, Count
 
 

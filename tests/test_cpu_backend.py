@@ -10,8 +10,9 @@ from torch import Tensor
 
 from layca_fast.backends import load
 from layca_fast.bases import FORMULAS
-from layca_fast.batch import Batch, Slot
+from layca_fast.batch import Batch
 from layca_fast.formulas import KEEP
+from layca_fast.slot import Slot
 from layca_fast.tables import Coefficient, Count
 
 from .support import rows_by_formula, same_bits

@@ -16,7 +16,8 @@ from layca_fast import FusedLayca
 from layca_fast.backends import load
 from layca_fast.backends.cuda import BACKEND
 from layca_fast.bases import FORMULAS
-from layca_fast.batch import Batch, Slot
+from layca_fast.batch import Batch
+from layca_fast.slot import Slot
 from layca_fast.tables import Column, Count, Hyper, Tile
 from layca_fast.verify import BASE_OPTIONS, Case, compare
 

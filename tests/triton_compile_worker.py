@@ -27,7 +27,8 @@ from layca_fast.backends.triton_ import (
     rotate_launch,
 )
 from layca_fast.bases import BASES, FORMULAS
-from layca_fast.batch import Batch, Slot
+from layca_fast.batch import Batch
+from layca_fast.slot import Slot
 from layca_fast.verify import BASE_OPTIONS
 
 from .native_support import resource_usage, states_read

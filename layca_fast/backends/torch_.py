@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..batch import Batch, Slot, scalar_device
+from ..batch import Batch, scalar_device
 from ..compensation import join, split
 from ..formulas import (
     KEEP,
@@ -18,6 +18,7 @@ from ..formulas import (
     orthogonal_square,
 )
 from ..layout import memory_order
+from ..slot import Slot
 from ..tables import Coefficient, Column, Count, Flag, Hyper
 from .base import Backend
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..backends import choose
 from ..backends.base import Backend
 from ..bases import BASES
-from ..batch import Batch, Slot, scalar_device
+from ..batch import Batch, scalar_device
 from ..layout import layers_are_dense, memory_order
+from ..slot import Slot
 
 #: Elements that are brought together at a time where one of a pair lies elsewhere or in another type.
 BLOCK_ON_CPU, BLOCK_ELSEWHERE = 2**18, 2**24
