@@ -4,10 +4,10 @@ import os
 import random
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hypothesis
 import pytest
 import torch
 
@@ -42,8 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen = getattr(config, "workerinput", {}).get("layca_seed")
     option = config.getoption("--seed")
     config.layca_seed = chosen_seed(option) if chosen is None else chosen
-    hypothesis.settings.register_profile("repeatable", derandomize=option == "code", database=None)
-    hypothesis.settings.load_profile("repeatable")
+    # On a machine with a GPU it may be missing: what runs there does without.
+    if find_spec("hypothesis") is not None:
+        import hypothesis
+
+        hypothesis.settings.register_profile("repeatable", derandomize=option == "code", database=None)
+        hypothesis.settings.load_profile("repeatable")
 
 
 #: The files that take longest, those of few and long tests before others: at the end one core would wait for them.

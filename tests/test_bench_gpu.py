@@ -170,8 +170,11 @@ def test_the_parts_cover_what_must_be_proven() -> None:
     assert gpu.LARGE_TESTS in marked
     assert len(marked) >= 4
     assert {name.split()[-1] for name in names if name.startswith("pytest")} == marked - {gpu.LARGE_TESTS}
+    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-k", "triton", *sorted(marked)]
+    found = subprocess.run(collect, cwd=gpu.ROOT, capture_output=True, text=True, check=True).stdout
     for test in marked - {gpu.LARGE_TESTS}:
-        assert {f"pytest -m gpu -k '{which}' {test}" for which in ("triton", "not triton")} <= set(names)
+        assert f"pytest -m gpu -k 'not triton' {test}" in names
+        assert (f"pytest -m gpu -k 'triton' {test}" in names) == (f"{test}::" in found)
     devices = {part.command[-3]: part.command[-1] for part in parts if part.name.startswith("verify")}
     assert devices == {"cuda": "cuda", "triton": "cuda", "torch": "cuda", "cpu": "cpu"}
     assert [(part.name, part.missing) for part in parts[:3]] == [
