@@ -36,7 +36,7 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## make .venv and install layca_fast with its development tools into it
 
-demo: $(STAMP)  ## train on real MNIST digits with SGD and with FusedLayca; a table and a figure (about a minute)
+demo: $(STAMP)  ## train on real MNIST digits with SGD and with FusedLayca; a table and a figure (a minute, once set up)
 	@echo "==> Running the demo"
 	@$(RUN) layca_fast demo $(ARGS)
 
@@ -67,7 +67,7 @@ bench-full: $(BENCH_STAMP)  ## all models in interleaved rounds, and scaling: th
 gpu:  ## build, prove and measure on an NVIDIA GPU; one file in bench/results (WHEELS=folder: of missing packages)
 	@$(PYTHON) -m bench.gpu $(if $(WHEELS),--wheels '$(WHEELS)') $(ARGS)
 
-verify: $(STAMP)  ## check every backend available here against the float64 reference
+verify: $(STAMP)  ## check every backend available here against the float64 reference (minutes)
 	@echo "==> Checking every backend against the reference"
 	@$(RUN) layca_fast verify $(ARGS)
 
@@ -91,7 +91,7 @@ $(TORCH_STAMP): requirements/torch.txt
 	@echo "# chosen: $(TORCH)" >> $@
 
 $(STAMP): $(TORCH_STAMP) requirements/dev.txt $(SOURCES)
-	@echo "==> Building layca_fast and installing it with the development tools"
+	@echo "==> Building layca_fast (minutes where there is nvcc; LAYCA_CUDA=OFF does without) and installing its tools"
 	@$(PIP_INSTALL) --constraint $(TORCH_STAMP) --constraint requirements/dev.txt --editable '.[dev]'
 	@echo "LAYCA_REQUIRE_NATIVE=$(LAYCA_REQUIRE_NATIVE)" > $@
 

@@ -45,9 +45,11 @@ def first_error(log: str) -> str:
     lines = log.splitlines()
     for i, line in enumerate(lines):
         if line.startswith("CMake Error"):
-            message = [line]
+            # Where in CMake's own files it was raised, in a folder that has vanished, helps nobody.
+            message = ["CMake Error:"] if line.endswith("(message):") else [line]
             for below in lines[i + 1 :]:
-                if below and not below.startswith(" "):
+                # What follows is the output of a failed trial of the compiler, line by line.
+                if (below and not below.startswith(" ")) or "with the following output" in below:
                     break
                 message.append(below.strip())
             return " ".join(filter(None, message))

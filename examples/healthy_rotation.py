@@ -1,6 +1,7 @@
 """What healthy and unhealthy layer rotation look like: six trainings of the demo's network, and one figure.
 
-``python examples/healthy_rotation.py`` takes about a minute on one core and writes ``docs/healthy_rotation.png``. Needs
+``python examples/healthy_rotation.py --out docs/healthy_rotation.png`` made the figure of docs/monitoring.md, in about a
+minute on one core. Needs
 the extra "demo" (matplotlib, mlxtend, rich).
 """
 
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train all cases, print a table, write the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each training (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("docs/healthy_rotation.png"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("healthy_rotation.png"), help="default: %(default)s")
     options = parser.parse_args(argv)
     digits = load_digits()
     results = []

@@ -106,7 +106,7 @@ class Handle:
 def _check_optimizer(optimizer: Any) -> None:
     """Raise TypeError or ValueError for what Layca cannot be attached to."""
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer={optimizer!r}: must be a torch.optim.Optimizer, not a {type(optimizer).__name__}")
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: it must be a torch.optim.Optimizer")
     name = type(optimizer).__name__
     if isinstance(optimizer, FusedLayca):
         raise TypeError(f"optimizer is a {name}, which rotates by itself: use it without attach")

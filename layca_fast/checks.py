@@ -199,7 +199,8 @@ def check_options(base: Base, given: Mapping[str, Any]) -> None:
             others = sorted(each.name for each in BASES.values() if name in each.options)
             owner = f" (it belongs to {', '.join(others)})" if others else ""
             raise TypeError(
-                f"{name}={given[name]!r} is no option of base={base.name!r}{owner}: it has {sorted(base.options)}"
+                f"{name}={given[name]!r} is no option of base={base.name!r}{owner}: it has {sorted(base.options)}, "
+                "beside those of every base (lr, rotate, chunks, rule, radius, weight_decay, ...)"
             )
 
 

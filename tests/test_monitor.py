@@ -162,7 +162,7 @@ def test_a_hook_is_one_and_copies_have_none(seed: int) -> None:
     param = parameter(4, 3)
     optimizer = torch.optim.SGD([param], 0.1)
     monitor = RotationMonitor(nn.ParameterList([param]), layers=["0"])
-    with pytest.raises(TypeError, match="optimizer=None"):
+    with pytest.raises(TypeError, match="optimizer is a NoneType"):
         monitor.attach()
     monitor.attach(optimizer)
     with pytest.raises(ValueError, match="call detach"):

@@ -265,7 +265,8 @@ class RotationMonitor:
         if optimizer is None and isinstance(self._source, Optimizer):
             optimizer = self._source
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer={optimizer!r}: must be the torch.optim.Optimizer whose steps are recorded")
+            kind = type(optimizer).__name__
+            raise TypeError(f"optimizer is a {kind}: it must be the torch.optim.Optimizer whose steps are recorded")
         # accelerate's wrapper is an Optimizer by its type alone: the hooks are those of the one inside.
         inner: Any = optimizer
         while not hasattr(inner, "_optimizer_step_post_hooks"):
