@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .rows import Row, latest
+from .rows import Row, latest, shortened
 from .runner import COPY
 
 STYLE: Mapping[Any, Any] = {
@@ -135,12 +135,6 @@ def save_ratios(path: Path, rows: Sequence[Row], base: str, models: Sequence[str
         _save(figure, path)
 
 
-def _shortened(row: Row) -> float:
-    """By what to multiply the times of a row: a copy of many weights is timed on a part of them."""
-    copied = row.gb_per_s * 1e6 * row.median_ms / row.bytes_per_parameter
-    return row.parameters / copied if row.provider == COPY else 1.0
-
-
 def _lines(axes: Axes, rows: Sequence[Row], column: str, label: str) -> None:
     """Microseconds per step against one column, a line per provider."""
     for name in dict.fromkeys(row.provider for row in rows):
@@ -152,7 +146,7 @@ def _lines(axes: Axes, rows: Sequence[Row], column: str, label: str) -> None:
             colour, line, marker = "0.6", ":", "."
         where = [getattr(row, column) for row in points]
         times, firsts, thirds = (
-            [1e3 * getattr(row, field) * _shortened(row) for row in points] for field in ("median_ms", "q1_ms", "q3_ms")
+            [1e3 * getattr(row, field) * shortened(row) for row in points] for field in ("median_ms", "q1_ms", "q3_ms")
         )
         axes.plot(where, times, line, marker=marker, markersize=3, linewidth=1.2, color=colour, label=name)
         axes.fill_between(where, firsts, thirds, color=colour, alpha=0.2, linewidth=0)

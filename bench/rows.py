@@ -12,6 +12,8 @@ import torch
 
 from layca_fast import __version__
 
+from .runner import COPY
+
 
 @dataclass(frozen=True)
 class Row:
@@ -49,6 +51,13 @@ class Row:
     torch: str
     layca_fast: str
     package: str
+
+
+def shortened(row: Row) -> float:
+    """By what to multiply the times of a row: a copy of many weights is timed on a part of them."""
+    if row.provider != COPY or row.gb_per_s is None or row.median_ms is None or row.bytes_per_parameter is None:
+        return 1.0
+    return row.parameters / (row.gb_per_s * 1e6 * row.median_ms / row.bytes_per_parameter)
 
 
 def cpu_model() -> str:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .rows import Row, latest, read
+from .rows import Row, latest, read, shortened
 from .shapes import HEADLINE
 
 
@@ -19,9 +19,8 @@ def cell(row: Row | None) -> str:
         return ""
     if row.median_ms is None or row.ratio is None:
         return "not run"
-    text = (
-        f"{row.median_ms:.3g} ({row.ratio:.2f})" if row.median_ms < 1000 else f"{row.median_ms:.0f} ({row.ratio:.1f})"
-    )
+    median, ratio = row.median_ms * shortened(row), row.ratio * shortened(row)
+    text = f"{median:.3g} ({ratio:.2f})" if median < 1000 else f"{median:.0f} ({ratio:.1f})"
     return f"**{text}**" if is_ours(row.provider) else text
 
 

@@ -24,6 +24,9 @@ Made from the docstrings by `python docs/make_api.py`; do not edit it.
 
 MODULES = (layca_fast, writers, diagnostics)
 
+#: Read, not imported: each needs a package that the documentation does not.
+READ = ("layca_fast.callbacks.huggingface", "layca_fast.callbacks.lightning")
+
 #: Sections of a docstring whose lines are entries "name: text".
 ENTRIES = ("Args", "Raises")
 
@@ -33,12 +36,15 @@ LEFT_OUT = ("__version__",)
 
 def render() -> str:
     """The whole of docs/api.md."""
-    parts = [HEAD, *(f"- [`{module.__name__}`](#{module.__name__.replace('.', '')})" for module in MODULES)]
+    names = [*(module.__name__ for module in MODULES), *READ]
+    parts = [HEAD, *(f"- [`{name}`](#{name.replace('.', '')})" for name in names)]
     for module in MODULES:
         name = module.__name__
         parts += [f"\n## {name}\n", f"{_markdown(inspect.getdoc(module) or '')}"]
         for each in _public(module):
             parts += ["", *_entry(each, getattr(module, each))]
+    for name in READ:
+        parts += [f"\n## {name}\n", *_read(name)]
     return "\n".join(parts) + "\n"
 
 
@@ -64,6 +70,21 @@ def _entry(name: str, thing: Any) -> Iterator[str]:
     else:
         yield f"```text\n{_signature(name, _definition(thing))}\n```\n"
         yield _markdown(inspect.getdoc(thing) or "")
+
+
+def _read(module: str) -> Iterator[str]:
+    """The docstring of a module that is not imported, and its public classes with their properties."""
+    path = Path(layca_fast.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    yield _markdown(ast.get_docstring(tree) or "")
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield f"\n### {node.name}\n\n```text\n{_class_signature(node.name, node)}\n```\n"
+            yield _markdown(ast.get_docstring(node) or "")
+            for each in node.body:
+                if isinstance(each, ast.FunctionDef) and not each.name.startswith("_") and ast.get_docstring(each):
+                    yield f"\n#### {node.name}.{each.name}\n\n```text\n.{each.name}\n```\n"
+                    yield _markdown(ast.get_docstring(each) or "")
 
 
 def _definition(thing: Any) -> Any:
@@ -124,6 +145,7 @@ def _call(name: str, arguments: list[str], result: str) -> str:
 def _markdown(docstring: str) -> str:
     """Sections become bold words, entries bullets, and roles such as :func:`x` code."""
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", docstring.replace("``", "`"))
+    text = re.sub(r"^::\n\n", "", text, flags=re.M)
     lines, section = [], ""
     for line in text.splitlines():
         heading = re.fullmatch(r"(Args|Raises|Returns):(.*)", line)

@@ -8,9 +8,11 @@ COMMANDS = ("info", "verify", "demo", "plot")
 
 def main(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
-    if not argv or argv[0] not in COMMANDS:
-        print(f"usage: python -m layca_fast {{{','.join(COMMANDS)}}} [options]", file=sys.stderr)
-        return 2
+    asks = argv[:1] in (["-h"], ["--help"])
+    if asks or not argv or argv[0] not in COMMANDS:
+        usage = f"usage: python -m layca_fast {{{','.join(COMMANDS)}}} [options]"
+        print(usage, file=sys.stdout if asks else sys.stderr)
+        return 0 if asks else 2
     code: int = import_module(f"layca_fast.{argv[0]}").main(argv[1:])
     return code
 

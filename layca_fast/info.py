@@ -1,5 +1,6 @@
 """``python -m layca_fast info``: what is here, and what each backend says of itself."""
 
+import argparse
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -20,8 +21,7 @@ def installed(package: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print versions, devices, and the backends with the reasons of those that are missing."""
-    if argv:
-        raise SystemExit(f"python -m layca_fast info takes no arguments, not {list(argv)}")
+    argparse.ArgumentParser(prog="python -m layca_fast info", description=__doc__).parse_args(argv)
     from . import __version__
 
     facts = [

@@ -87,7 +87,7 @@ def _check_install(arguments: list[str]) -> None:
     (section,) = re.findall(r"^\[project\.optional-dependencies\]\n(.+?)^\[", project, re.M | re.S)
     known = set(re.findall(r"^(\w+) = ", section, re.M))
     (package,) = (word for word in arguments if not word.startswith("-"))
-    extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", package)
+    extras = re.fullmatch(r"(?:\.|layca_fast)(?:\[([\w,]+)\])?", package)
     assert extras, f"pip install {package}: what is that?"
     assert set((extras[1] or "").split(",")) <= known | {""}
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from layca_fast import RotationMonitor
+from layca_fast.diagnostics import convergence_rate, convergence_rates, gradient_covariance, norm_propagation, snapshot
 from layca_fast.monitor.keeping import KEEPS
 
 from .support import same_bits
@@ -120,6 +121,29 @@ def check_refusals() -> None:
         RotationMonitor(partial)
 
 
+def check_diagnostics() -> None:
+    """Convergence rates of sharded layers are those of the whole ones; what needs a plain model says so."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    weights = [torch.randn(5, 4) for _ in range(3)]
+    snapshots = []
+    for weight in weights:
+        model = nn.Linear(4, 5, bias=False)
+        model.load_state_dict({"weight": weight})
+        fully_shard(model, mesh=mesh)
+        snapshots.append(snapshot(model))
+    rates = convergence_rates({0: snapshots[0], 2: snapshots[1]}, snapshots[2])
+    assert rates == {"weight": [convergence_rate(*weights, 2)]}
+    with pytest.raises(TypeError, match="the weights are a DTensor: pass whole tensors"):
+        convergence_rate(model.weight, *weights[1:], 2)
+    inputs = torch.randn(3, 4)
+    for refused in (
+        lambda: norm_propagation(model, inputs, torch.sum),
+        lambda: gradient_covariance(model, lambda rows: model(rows).sum(), [inputs, inputs]),
+    ):
+        with pytest.raises(TypeError, match=r"parameter 'weight' .* is a DTensor: pass a plain model"):
+            refused()
+
+
 def main(folder: Path, rank: int, seed: int) -> None:
     torch.manual_seed(seed)
     torch.set_num_threads(1)
@@ -129,6 +153,7 @@ def main(folder: Path, rank: int, seed: int) -> None:
     check_sketches_of_shards()
     check_fsdp(folder, rank)
     check_refusals()
+    check_diagnostics()
     dist.barrier()
     dist.destroy_process_group()
     print("all checks passed")

@@ -252,6 +252,17 @@ def test_plot_and_table_of_a_file(seed: int, tmp_path: Path, capsys: pytest.Capt
         assert row.skipped in printed
 
 
+def test_the_table_has_the_copy_of_the_whole_model(seed: int) -> None:
+    """It is timed on a part where a model is large."""
+    copied = next(row for row in tiny_rows("momentum", "GPT-2 small") if row.provider == COPY)
+    assert copied.median_ms is not None
+    assert copied.ratio is not None
+    part = dataclasses.replace(copied, parameters=3 * copied.parameters)
+    median, ratio = (float(each.strip("()")) for each in table.cell(part).split())
+    assert median == pytest.approx(3 * copied.median_ms, rel=0.01)
+    assert ratio == pytest.approx(3 * copied.ratio, rel=0.01, abs=0.01)
+
+
 def test_plot_refuses_a_file_without_such_rows(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.csv"
     write(path, tiny_rows("sgd"))

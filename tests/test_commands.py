@@ -141,6 +141,22 @@ def test_unknown_commands_show_the_usage(argv: list[str], capsys: pytest.Capture
     assert "info,verify,demo" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["info", "--help"], ["verify", "-h"], ["demo", "--help"], ["plot", "-h"]])
+def test_every_command_explains_itself(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: object = __main__.main(argv)
+    except SystemExit as end:
+        code = end.code
+    assert code == 0
+    assert "usage: python -m layca_fast" in capsys.readouterr().out
+
+
+def test_info_refuses_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        info.main(["cuda"])
+    assert "cuda" in capsys.readouterr().err
+
+
 def test_the_module_runs_as_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "layca_fast", "info"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -185,6 +185,22 @@ def test_refinement_in_closed_form(scale: float, cosine: float, seed: int) -> No
     assert math.isnan(refinement.records[0]["0"].cosine)
 
 
+def test_a_branch_is_kept_until_its_gradient_is_there(seed: int) -> None:
+    """Also where h is a leaf, whose hooks outlive the pass."""
+    model, h = nn.Sequential(Descent(0.5)), torch.randn(5, 3).requires_grad_()
+    with IterativeRefinement(model, ["0"]) as refinement:
+        loss = model(h)[0].square().sum()
+        notes = refinement._notes
+        assert notes is not None
+        (call,) = notes["0"]
+        assert call.branch is not None
+        loss.backward()
+        assert call.branch is None
+        assert len(call.cosines) == 1
+        model(h)[0].square().sum().backward()
+        assert len(call.cosines) == 1, "an earlier pass heard of a later one"
+
+
 def train(*, watched: bool, every: int = 1) -> tuple[list[Tensor], list[int]]:
     """Six steps with batch norm, dropout, checkpointing and a validation pass; what they leave, bit for bit."""
     torch.manual_seed(5)

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,9 @@ NEED_A_GPU = {"README.md": 1}
 
 PRINTED = "printed"
 
+#: Pages whose blocks of text are compared with the code in other ways: below, and by tests/test_faq.py.
+TEXT_COMPARED = ("api.md", "faq.md")
+
 
 @pages
 def test_python_blocks_run_in_order(
@@ -63,13 +67,22 @@ def test_shell_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPat
                     check_command(words, context)
 
 
+@pages
+def test_commands_in_the_text_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in sorted(set(re.findall(r"`((?:python|make|pip|torchrun) [^`]+)`", prose(page).replace("\n", " ")))):
+        with monkeypatch.context() as context:
+            check_command(shlex.split(command), context)
+
+
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
-    """So no block is passed over because of its language or a misspelt note."""
+    """So no block is passed over because of its language, its fence or a misspelt note."""
     for page in PAGES:
         assert page.read_text(encoding="utf-8").count("```") == 2 * len(blocks(page)), page.name
         for block in blocks(page):
             assert block.language in ("python", "bash", "text"), block.place
             assert block.note in ("", PRINTED) or re.fullmatch("not run: .+", block.note), block.place
+            assert block.language != "text" or block.note == PRINTED or page.name in TEXT_COMPARED, block.place
+        assert not re.search(r"^ *(?:~~~|(?:    |\t)(?:import|from|python|pip|make) )", prose(page), re.M), page.name
 
 
 def test_blocks_that_no_test_runs_are_counted() -> None:

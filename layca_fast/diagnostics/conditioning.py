@@ -30,7 +30,11 @@ class LayerCondition:
         return None if self.gradients is None else self.inputs.largest * self.gradients.largest
 
     def condition(self, p: float = 1.0) -> float | None:
-        """kappa_p of the block (see :meth:`Spectrum.condition`); None where no gradient came back."""
+        """The product of the two kappa_p (:meth:`Spectrum.condition`); None where no gradient came back.
+
+        At p = 1 it is the condition number of the block. Below it is not the block's own kappa_p, whose eigenvalues are
+        the products of every two of theirs.
+        """
         return None if self.gradients is None else self.inputs.condition(p) * self.gradients.condition(p)
 
 

@@ -7,14 +7,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ..sharding import is_sharded
 from .hooks import check_model
 from .spectrum import precise
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU of all parameters, by name; memory of the model, time of copying it off its device."""
+    """Copies on the CPU of all parameters, by name; memory of the model, time of copying it off its device.
+
+    Sharded ones (DTensor, FSDP2) are gathered, one at a time, so all processes must call it together; each gets all.
+    """
     check_model(model)
-    return {name: param.detach().to("cpu", copy=True) for name, param in model.named_parameters()}
+    named = ((name, param.detach()) for name, param in model.named_parameters())
+    whole = ((name, each.full_tensor() if is_sharded(each) else each) for name, each in named)
+    return {name: each.to("cpu", copy=True) for name, each in whole}
 
 
 def convergence_rate(before: Tensor, after: Tensor, final: Tensor, elapsed: float) -> float:
@@ -22,8 +28,11 @@ def convergence_rate(before: Tensor, after: Tensor, final: Tensor, elapsed: floa
 
     In the inverse of the unit of ``elapsed`` (steps, epochs); positive while the layer comes nearer. Infinite where
     ``after`` is ``final``, minus infinite where ``before`` is, NaN where both are. One pass over the tensors; memory:
-    three copies of a tensor in float64. Raises ValueError for shapes that differ or elapsed <= 0.
+    three copies of a tensor in float64. Raises ValueError for shapes that differ or elapsed <= 0, and TypeError for a
+    DTensor, of which a process knows its part.
     """
+    if any(is_sharded(each) for each in (before, after, final)):
+        raise TypeError("the weights are a DTensor: pass whole tensors, as snapshot(model) or full_tensor() give them")
     if not before.shape == after.shape == final.shape:
         raise ValueError(f"shapes {[tuple(each.shape) for each in (before, after, final)]}: they must be the same")
     if not 0.0 < elapsed < math.inf:

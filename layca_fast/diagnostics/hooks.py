@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..checks import describe
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -22,6 +24,12 @@ def check_model(model: object) -> None:
     """Raise TypeError for what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
+
+
+def check_plain(name: str, param: Tensor) -> None:
+    """Raise TypeError for a parameter that is shared out over processes, or another tensor with rules of its own."""
+    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(f"{describe(f'parameter {name!r}', param)} is a {type(param).__name__}: pass a plain model")
 
 
 def _check_every(every: Any) -> None:

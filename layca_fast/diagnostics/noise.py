@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import describe
-from .hooks import check_model, undisturbed
+from .hooks import check_model, check_plain, undisturbed
 from .spectrum import PART, Spectrum, precise, spectrum_of
 
 
@@ -46,8 +45,7 @@ def gradient_covariance(model: nn.Module, loss: Callable[[Any], Tensor], batches
     if not named:
         raise ValueError(f"model: no parameter of this {type(model).__name__} requires a gradient")
     for name, param in named:
-        if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            raise TypeError(f"{describe(f'parameter {name!r}', param)} is a {type(param).__name__}: pass a plain model")
+        check_plain(name, param)
     params = [param for _, param in named]
     with undisturbed(model):
         rows = [_gradients(params, loss(batch)) for batch in batches]

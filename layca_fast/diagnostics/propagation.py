@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hooks import check_model, first_of, undisturbed
+from .hooks import check_model, check_plain, first_of, undisturbed
 from .rows import batched, choose_layers, input_rows, output_rows
 from .spectrum import precise
 
@@ -41,7 +41,7 @@ def norm_propagation(
     """Norms of every layer's input and of its weight gradient, sample by sample, from one forward and backward pass.
 
     Args:
-        model: takes ``inputs`` to one tensor; in the mode in which it is to be measured.
+        model: takes ``inputs`` to one tensor; in the mode in which it is to be measured; not sharded (DTensor, FSDP2).
         inputs: floating, of shape (N, ...).
         loss: takes the output to a tensor: one element, a sum or mean over samples, or a loss per sample.
         layers: names of Linear, Conv1d, Conv2d or Conv3d modules with trainable weights; None: all that there are.
@@ -58,6 +58,8 @@ def norm_propagation(
     _check_inputs(inputs)
     chosen = choose_layers(model, layers, patches=True, way_out="leave it out of layers")
     weights: dict[str, Tensor] = {name: layer.get_parameter("weight") for name, layer in chosen.items()}
+    for name, weight in weights.items():
+        check_plain(f"{name}.weight" if name else "weight", weight)
     frozen = [name for name, weight in weights.items() if not weight.requires_grad]
     if frozen:
         raise ValueError(f"layers {frozen} have weights that require no gradient: leave them out of layers")

@@ -112,6 +112,7 @@ class IterativeRefinement(PassWatcher[dict[str, list[_Call]], Refinement]):
         if call.branch is not None and call.branch.shape == grad.shape:
             step, down = precise(call.branch).flatten(1), -precise(grad).flatten(1)
             call.cosines.append((step * down).sum(1) / (_norms(step) * _norms(down)))
+            call.branch = None
 
     def _results(self, notes: dict[str, list[_Call]]) -> dict[str, Refinement]:
         return {
