@@ -1,8 +1,7 @@
 """What healthy and unhealthy layer rotation look like: six trainings of the demo's network, and one figure.
 
-``python examples/healthy_rotation.py --out docs/healthy_rotation.png`` made the figure of docs/monitoring.md, in about a
-minute on one core. Needs
-the extra "demo" (matplotlib, mlxtend, rich).
+``python examples/healthy_rotation.py --out docs/healthy_rotation.png`` made the figure of docs/monitoring.md, in about
+a minute on one core. Needs the extra "demo" (matplotlib, mlxtend, rich).
 """
 
 import argparse

@@ -27,8 +27,9 @@ _HOOKS = {
 
 
 def _handle_of(optimizer: Optimizer) -> "Handle | None":
-    hook = optimizer._optimizer_step_pre_hooks.get(_KEY)
-    handle: Handle | None = None if hook is None else hook.__self__  # type: ignore[attr-defined]
+    # Not an optimizer: has none either.
+    hook = getattr(optimizer, "_optimizer_step_pre_hooks", {}).get(_KEY)
+    handle: Handle | None = None if hook is None else hook.__self__
     return handle
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,6 +18,12 @@ from .sharding import check_placements, check_same_mesh, is_sharded, local_of
 RADII = ("initial", "current")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STATE_DTYPES = (None, torch.bfloat16, torch.float32)
+
+#: What every group holds whatever its base is.
+COMMON_OPTIONS = (
+    *("lr", "base", "rule", "rotate", "chunks", "radius", "weight_decay", "maximize"),
+    *("compensate", "state_dtype", "capturable", "backend"),
+)
 
 
 def labelled(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], str, Tensor]]:
@@ -131,6 +138,20 @@ def check_new(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
                 "their names"
             )
         seen[id(param)] = label
+
+
+def misspelt(group: Mapping[str, Any], others: Sequence[str] = ()) -> str | None:
+    """What to warn of, if a key of a param group is next to one that is read; other keys are the user's own.
+
+    ``others``: more names that are read.
+    """
+    known = [*COMMON_OPTIONS, "lr_factor", *others, *(name for base in BASES.values() for name in base.options)]
+    for key in group:
+        # OneCycleLR's "max_momentum" is further from "momentum" than this.
+        close = [] if key in known else get_close_matches(str(key), known, n=1, cutoff=0.85)
+        if close:
+            return f"{key}={group[key]!r} is kept in the param group, but nothing reads it: did you mean {close[0]!r}?"
+    return None
 
 
 def check_lr(lr: Any, name: str = "lr") -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .bases import scaled_rate
-from .checks import check_choice, check_initialized, check_lr, count_layers
+from .checks import check_choice, check_initialized, check_lr, count_layers, misspelt
 from .console import aligned
 from .roles import EMBEDDINGS, Asked, asked_types, decide
 from .zeros import have_zero_layers
@@ -197,6 +197,9 @@ def _check_arguments(
     for name in RESERVED:
         if name in options:
             raise TypeError(f"{name}={options[name]!r}: layer_groups sets it itself; leave it out")
+    message = misspelt(options, ("alpha", "others", "others_lr", "embeddings"))
+    if message is not None:
+        raise TypeError(message)
     if options.get("base") == "rmsprop" and alpha != 0:
         raise ValueError(
             f"alpha={alpha!r} with base='rmsprop': here alpha sets layer-wise rates, and RMSprop has its own. "

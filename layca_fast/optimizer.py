@@ -12,7 +12,18 @@ from torch.optim import Optimizer
 from .bases import BASES, Base, recommended_rate, scaled_rate
 from .caller import warn_caller
 from .capture import is_capturing
-from .checks import check_choice, check_group, check_new, check_options, check_parameter, find_base, labelled, named
+from .checks import (
+    COMMON_OPTIONS,
+    check_choice,
+    check_group,
+    check_new,
+    check_options,
+    check_parameter,
+    find_base,
+    labelled,
+    misspelt,
+    named,
+)
 from .compensation import HALVES, join, lost_rotation
 from .in_backward import StepInBackward
 from .loading import Loading
@@ -21,12 +32,6 @@ from .plan import Plan
 from .sharding import local_of, wrap
 from .stats import RotationStats, rotation_stats
 from .unscaling import LossScale
-
-#: What every group holds whatever its base is.
-COMMON_OPTIONS = (
-    *("lr", "base", "rule", "rotate", "chunks", "radius", "weight_decay", "maximize"),
-    *("compensate", "state_dtype", "capturable", "backend"),
-)
 
 
 class FusedLayca(Optimizer):
@@ -91,6 +96,11 @@ class FusedLayca(Optimizer):
         backend: str = "auto",
         **base_options: Any,
     ) -> None:
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"params is a module, {type(params).__name__}: pass its parameters, model.parameters() or "
+                "layca_fast.layer_groups(model)"
+            )
         row = find_base(base)
         check_options(row, base_options)
         options = {**row.options, **base_options}
@@ -142,6 +152,9 @@ class FusedLayca(Optimizer):
         check_group(group)
         if given.get("lr") is None and "lr_factor" in given:
             group["lr"] = scaled_rate(group["lr"], given["lr_factor"])
+        message = misspelt(given)
+        if message is not None:
+            warn_caller(message)
         keys = set(group)
         before = len(self.param_groups)
         check_new(group, self.param_groups)

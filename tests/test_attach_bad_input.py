@@ -143,8 +143,8 @@ class Wrapper(Optimizer):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda param: param, TypeError, r"must be a torch\.optim\.Optimizer, not a Parameter"),
-        (lambda param: [SGD([param], 0.1)], TypeError, r"must be a torch\.optim\.Optimizer, not a list"),
+        (lambda param: param, TypeError, r"optimizer is a Parameter: it must be a torch\.optim\.Optimizer"),
+        (lambda param: [SGD([param], 0.1)], TypeError, r"optimizer is a list: it must be a torch\.optim\.Optimizer"),
         (lambda param: FusedLayca([param], 0.1), TypeError, r"FusedLayca, which rotates by itself"),
         (lambda param: LBFGS([param]), TypeError, r"LBFGS, whose step needs closure.*many steps.*torch\.optim\.SGD"),
         (lambda param: NeedsBatch([param], 0.1), TypeError, r"NeedsBatch, whose step needs batch"),

@@ -143,7 +143,8 @@ def read_curves(path: str | Path) -> Curves:
         curves = curves_of(names, rows)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{path}: holds no rotation curves: CSV (.csv) or JSON lines of layca_fast.writers are expected ({type(error).__name__}: {error})"
+            f"{path}: holds no rotation curves: CSV (.csv) or JSON lines of layca_fast.writers are expected "
+            f"({type(error).__name__}: {error})"
         ) from error
     if not rows:
         raise ValueError(f"{path}: holds no records")
