@@ -12,23 +12,17 @@ import torch
 from torch import Tensor
 
 from layca_fast import FusedLayca
-from layca_fast.bases import Formula
 from layca_fast.checks import RULES
 from layca_fast.verify import BASE_OPTIONS, describe_base
 
 from .by_hand import RATE, Step
 from .measure import measure
+from .predict import group_of, moved_bytes
 from .providers import LAYCA_ACCURACY, Provider, layca_skipped, providers, yardstick
 from .ratios import positive, show
 from .shapes import MODELS
 
 BACKENDS = ("cuda", "triton", "cpu")
-
-
-def _bytes(formula: Formula) -> int:
-    """w, g and the states read, the states written; then w and what the step is made of read, and w written."""
-    states = len(formula.states)
-    return 4 * (2 + 2 * states) + 4 * (2 + states + formula.reads_grad)
 
 
 def _step_of(options: dict[str, Any]) -> Callable[[Sequence[Tensor]], Step]:
@@ -46,7 +40,7 @@ def contestants(device: torch.device) -> Iterator[Provider]:
             _, formula = describe_base(options)
             yield Provider(
                 f"{name}, {rule}, {backend}",
-                _bytes(formula),
+                moved_bytes(torch.float32, group_of(options)),
                 _step_of({**options, "rule": rule, "backend": backend}),
                 4 * len(formula.states),
                 # Hyperball turns by an angle that depends on the step.

@@ -8,6 +8,7 @@ processes that train together, one should write.
 import csv
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -41,7 +42,7 @@ class _Incremental:
         return news, goes_on
 
 
-class _FileWriter(_Incremental):
+class _FileWriter(_Incremental, ABC):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path)
@@ -53,8 +54,9 @@ class _FileWriter(_Incremental):
         with self.path.open("a" if goes_on else "w", encoding="utf-8", newline="") as file:
             self._append(file, news, new=not goes_on)
 
+    @abstractmethod
     def _append(self, file: TextIO, curves: Curves, new: bool) -> None:
-        raise NotImplementedError
+        """Write the curves to the end of a file, which is empty where ``new``."""
 
 
 class CsvWriter(_FileWriter):
