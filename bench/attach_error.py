@@ -11,8 +11,8 @@ import torch
 from torch.nn import Parameter
 from torch.optim import SGD
 
-from layca_fast.console import print_table
-from layca_fast.verify import angle_between
+from layca_fast.commands.verify import angle_between
+from layca_fast.figures.console import print_table
 
 EPS = torch.finfo(torch.float32).eps
 

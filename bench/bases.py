@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from layca_fast import FusedLayca
-from layca_fast.checks import RULES
-from layca_fast.verify import BASE_OPTIONS, describe_base
+from layca_fast.commands.verify import BASE_OPTIONS, describe_base
+from layca_fast.formulas.options import RULES
 
 from .by_hand import RATE, Step
 from .measure import measure

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from layca_fast.console import print_table
+from layca_fast.figures.console import print_table
 
 from .providers import FLOOR, OURS, Provider, providers, yardstick
 from .ratios import new_file, positive

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from layca_fast import FusedLayca
-from layca_fast.bases import BASES, Formula
-from layca_fast.compensation import is_compensated, state_dtype
+from layca_fast.formulas.bases import BASES, Formula
+from layca_fast.state.compensation import is_compensated, state_dtype
 
 from .shapes import Shape, llama_1b, llama_7b, llama_70b
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from layca_fast.console import print_table
+from layca_fast.figures.console import print_table
 
 from .measure import measure
 from .providers import BASES, Provider, providers, yardstick

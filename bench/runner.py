@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from layca_fast.verify import angle_between, angle_tolerance
+from layca_fast.commands.verify import angle_between, angle_tolerance
 
 from .by_hand import RATE
 from .providers import Provider

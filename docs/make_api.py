@@ -13,7 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import layca_fast
-from layca_fast import diagnostics, writers
+from layca_fast import diagnostics
+from layca_fast.monitor import writers
 
 TARGET = Path(__file__).with_name("api.md")
 

@@ -16,10 +16,10 @@ from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 
 from layca_fast import FusedLayca
-from layca_fast.console import print_table
-from layca_fast.demo_training import Run, load_digits, one_cpu_thread, train
-from layca_fast.figure_style import new_figure
-from layca_fast.groups import lr_factors
+from layca_fast.commands.demo.training import Run, load_digits, one_cpu_thread, train
+from layca_fast.figures.console import print_table
+from layca_fast.figures.style import new_figure
+from layca_fast.groups.layer_groups import lr_factors
 
 EPOCHS = 12
 RATE = 3**-3

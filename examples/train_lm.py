@@ -25,7 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from layca_fast import FusedLayca, layer_groups
-from layca_fast.console import print_table
+from layca_fast.figures.console import print_table
 
 #: Peak learning rates: what a layer turns by, in radians, under ours.
 RATES = {"layca": 0.02, "hyperball": 0.02, "adamw": 0.02}

@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from layca_fast import RotationMonitor
-from layca_fast.demo_training import BATCH, Network, load_digits, one_cpu_thread
-from layca_fast.writers import JsonLinesWriter
+from layca_fast.commands.demo.training import BATCH, Network, load_digits, one_cpu_thread
+from layca_fast.monitor.writers import JsonLinesWriter
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from .backends import backends
 from .groups import LayerGroups, layer_groups
 from .monitor import Curves, RotationMonitor
 from .optimizer import FusedLayca
-from .stats import RotationStats
+from .step.stats import RotationStats
 
 __all__ = [
     "Curves",

@@ -3,7 +3,8 @@
 import sys
 from importlib import import_module
 
-COMMANDS = ("info", "verify", "demo", "plot")
+#: Each command, and the module of ``commands/`` that has its ``main``.
+COMMANDS = {"info": "info", "verify": "verify", "demo": "demo.main", "plot": "plot"}
 
 
 def main(argv: list[str]) -> int:
@@ -13,7 +14,7 @@ def main(argv: list[str]) -> int:
         usage = f"usage: python -m layca_fast {{{','.join(COMMANDS)}}} [options]"
         print(usage, file=sys.stdout if asks else sys.stderr)
         return 0 if asks else 2
-    code: int = import_module(f"layca_fast.{argv[0]}").main(argv[1:])
+    code: int = import_module(f"layca_fast.commands.{COMMANDS[argv[0]]}").main(argv[1:])
     return code
 
 

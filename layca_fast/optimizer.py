@@ -9,10 +9,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from .bases import BASES, Base, recommended_rate, scaled_rate
-from .caller import warn_caller
-from .capture import is_capturing
-from .checks import (
+from .formulas.bases import BASES, Base, recommended_rate, scaled_rate
+from .formulas.options import (
     COMMON_OPTIONS,
     check_choice,
     check_group,
@@ -24,14 +22,16 @@ from .checks import (
     misspelt,
     named,
 )
-from .compensation import HALVES, join, lost_rotation
-from .in_backward import StepInBackward
-from .loading import Loading
-from .members import ignored_decay, rotates
-from .plan import Plan
-from .sharding import local_of, wrap
-from .stats import RotationStats, rotation_stats
-from .unscaling import LossScale
+from .in_backward.handle import StepInBackward
+from .messages import warn_caller
+from .state.compensation import HALVES, join, lost_rotation
+from .state.loading import Loading
+from .state.members import ignored_decay, rotates
+from .state.sharding import local_of, wrap
+from .step.capture import is_capturing
+from .step.plan import Plan
+from .step.stats import RotationStats, rotation_stats
+from .step.unscaling import LossScale
 
 
 class FusedLayca(Optimizer):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adafactor, Adagrad, AdamW, Muon, Optimizer, RMSprop
 
-from layca_fast.verify import layers_of
+from layca_fast.commands.verify import layers_of
 
 from .support import params_of
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from layca_fast import FusedLayca
-from layca_fast.batch import Batch
-from layca_fast.unscaling import LossScale
-from layca_fast.upload import Mirror
+from layca_fast.step.batch import Batch
+from layca_fast.step.unscaling import LossScale
+from layca_fast.step.upload import Mirror
 
 
 def record(optimizer: FusedLayca, capturing: Callable[[bool], None]) -> Callable[[], None]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from layca_fast.demo_training import Digits, Run
+    from layca_fast.commands.demo.training import Digits, Run
 
 if not torch.cuda.is_available():
     # Read by Triton when the kernels are defined, so before any test imports them.
@@ -81,7 +81,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="session")
 def digits() -> "Digits":
     """The demo's."""
-    from layca_fast.demo_training import load_digits
+    from layca_fast.commands.demo.training import load_digits
 
     return load_digits()
 
@@ -89,12 +89,12 @@ def digits() -> "Digits":
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Says whether the capture of a CUDA graph is to be seen under way; CPU tensors then pass for recorded ones."""
-    from layca_fast import capture
+    from layca_fast.step import capture
 
     monkeypatch.setattr(capture, "RECORDED_DEVICES", ("cuda", "cpu"))
 
     def say(whether: bool) -> None:
-        for module in ("plan", "optimizer"):
+        for module in ("step.plan", "optimizer"):
             monkeypatch.setattr(f"layca_fast.{module}.is_capturing", lambda: whether)
 
     return say
@@ -103,7 +103,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Train as the demo does, also where a test calls its parts."""
-    from layca_fast.demo_training import one_cpu_thread
+    from layca_fast.commands.demo.training import one_cpu_thread
 
     with one_cpu_thread():
         yield
@@ -118,7 +118,7 @@ def few_digits(digits: "Digits") -> "Digits":
 @pytest.fixture
 def recorded_runs(monkeypatch: pytest.MonkeyPatch) -> "list[list[Run]]":
     """What the demo's ``main`` trained, so that what it prints can be compared with it."""
-    from layca_fast import demo
+    from layca_fast.commands.demo import main as demo
 
     runs: list[list[Run]] = []
     train_all = demo.train_all

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layca_fast.backends.native import import_native
-from layca_fast.bases import FORMULAS
+from layca_fast.formulas.bases import FORMULAS
 
 from .native_support import ROOT, as_json_lines, disassembly, resource_usage
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import matplotlib.image
 
-from layca_fast import demo_figure, figure_style
+from layca_fast.commands.demo import figure as demo_figure
+from layca_fast.figures import style as figure_style
 
 
 def table_rows(printed: str) -> dict[str, list[str]]:

@@ -15,8 +15,8 @@ import pybind11
 import pytest
 import torch
 
-from layca_fast.bases import Formula
-from layca_fast.tables import MAX_OPTIONS
+from layca_fast.formulas.bases import Formula
+from layca_fast.formulas.tables import MAX_OPTIONS
 
 ROOT = Path(__file__).parents[1]
 

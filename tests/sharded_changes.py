@@ -7,7 +7,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
-from layca_fast.slot import Slot
+from layca_fast.state.slot import Slot
 
 from .sharded_support import STEPS, Place, draw, expect, give, network, off, on, params_of, shared, whole
 

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from layca_fast import FusedLayca, in_backward
-from layca_fast.sharding import local_of
+from layca_fast import FusedLayca
+from layca_fast.in_backward import handle as in_backward
+from layca_fast.state.sharding import local_of
 
 from .sharded_support import Place, counting, expect, network, on
 from .support import same_bits

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from layca_fast import FusedLayca, LayerGroups
 from layca_fast.backends import load
-from layca_fast.bases import BASES, Base
-from layca_fast.verify import BASE_OPTIONS
+from layca_fast.commands.verify import BASE_OPTIONS
+from layca_fast.formulas.bases import BASES, Base
 
 #: Every backend of this version. None is skipped: the native module is always built for the tests, and Triton's
 #: kernels run under its interpreter where there is no GPU.

@@ -13,9 +13,9 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from layca_fast import FusedLayca, attach, detach
-from layca_fast.checks import RULES
+from layca_fast.commands.verify import angle_between, angle_tolerance, layers_of
+from layca_fast.formulas.options import RULES
 from layca_fast.reference import layca
-from layca_fast.verify import angle_between, angle_tolerance, layers_of
 
 from .attach_support import OPTIMIZERS, all_layers, new_params
 from .support import (
@@ -206,7 +206,7 @@ def test_the_exchange_in_blocks_changes_no_bit(block: int, monkeypatch: pytest.M
     # Clones of strided parameters are dense.
     optimizers.append(SGD(params, 0.05, momentum=0.9))
     attach(optimizers[0])
-    monkeypatch.setattr("layca_fast.shadow.BLOCK_ON_CPU", block)
+    monkeypatch.setattr("layca_fast.attach.shadow.BLOCK_ON_CPU", block)
     attach(optimizers[1])
     for optimizer in optimizers:
         train(optimizer, gradients)

@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 from layca_fast import attach, detach
-from layca_fast.verify import angle_between, layers_of
+from layca_fast.commands.verify import angle_between, layers_of
 
 from .attach_support import OPTIMIZERS, new_params
 from .support import clones, contents, copy_of, parameter, params_of, random_gradients, same_bits, train

@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from layca_fast import attach
-from layca_fast.verify import angle_between, layers_of
+from layca_fast.commands.verify import angle_between, layers_of
 
 from .support import (
     clones,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from layca_fast import FusedLayca, attach
-from layca_fast.plan import Plan
-from layca_fast.tables import Hyper
+from layca_fast.formulas.tables import Hyper
+from layca_fast.step.plan import Plan
 
 from .capture_support import record
 from .support import (
@@ -100,7 +100,7 @@ def test_a_capture_is_no_place_for_a_first_step(capturing: Callable[[bool], None
 
 def test_parameters_off_the_gpu_are_no_part_of_a_graph(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     optimizer = running(capturable=True)
-    monkeypatch.setattr("layca_fast.plan.is_capturing", lambda: True)
+    monkeypatch.setattr("layca_fast.step.plan.is_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"parameter 'matrix' .* is on cpu: a CUDA graph repeats only"):
         optimizer.step()
 

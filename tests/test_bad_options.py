@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from layca_fast import FusedLayca, detach, layer_groups
 from layca_fast.backends import load
-from layca_fast.bases import BASES
+from layca_fast.formulas.bases import BASES
 
 from .support import (
     contents,

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from layca_fast import FusedLayca
-from layca_fast.bases import BASES
+from layca_fast.formulas.bases import BASES
 
 from .support import (
     assert_close,

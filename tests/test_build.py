@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from layca_fast import _cpu, tables
-from layca_fast.bases import FORMULAS
+from layca_fast import _cpu
+from layca_fast.formulas import tables
+from layca_fast.formulas.bases import FORMULAS
 
 from .native_support import ROOT, keep_formulas
 

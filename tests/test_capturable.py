@@ -12,8 +12,8 @@ import torch
 from torch.optim import lr_scheduler
 
 from layca_fast import FusedLayca
-from layca_fast.upload import Mirror
-from layca_fast.watch import column
+from layca_fast.step.upload import Mirror
+from layca_fast.step.watch import column
 
 from .capture_support import record
 from .support import (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
-from layca_fast.verify import angle_between
+from layca_fast.commands.verify import angle_between
 
 from .support import (
     assert_close,

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from layca_fast import __main__, backends, console, info, verify
+from layca_fast import __main__, backends
 from layca_fast.backends.cuda import CudaBackend
 from layca_fast.backends.torch_ import TorchBackend
-from layca_fast.batch import Batch
-from layca_fast.tables import Coefficient
+from layca_fast.commands import info, verify
+from layca_fast.figures import console
+from layca_fast.formulas.tables import Coefficient
+from layca_fast.step.batch import Batch
 
 from .support import BACKENDS
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from layca_fast.compensation import HALVES, join, split
 from layca_fast.reference import weight_of
+from layca_fast.state.compensation import HALVES, join, split
 
 from .support import same_bits
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from layca_fast import FusedLayca
-from layca_fast.compensation import HALVES
+from layca_fast.state.compensation import HALVES
 
 from .support import contents, native_backends, same_bits
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from layca_fast.backends import load
-from layca_fast.bases import FORMULAS
-from layca_fast.batch import Batch
-from layca_fast.formulas import KEEP
-from layca_fast.slot import Slot
-from layca_fast.tables import Coefficient, Count
+from layca_fast.formulas.base_steps import KEEP
+from layca_fast.formulas.bases import FORMULAS
+from layca_fast.formulas.tables import Coefficient, Count
+from layca_fast.state.slot import Slot
+from layca_fast.step.batch import Batch
 
 from .support import rows_by_formula, same_bits
 

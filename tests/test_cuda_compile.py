@@ -10,7 +10,7 @@ import torch
 
 from layca_fast.backends import backends
 from layca_fast.backends.native import import_native
-from layca_fast.bases import FORMULAS
+from layca_fast.formulas.bases import FORMULAS
 
 from . import cuda_code
 from .cuda_code import ARCHITECTURES, DTYPES, Kernel

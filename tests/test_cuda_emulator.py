@@ -15,11 +15,11 @@ from torch import Tensor
 from layca_fast import FusedLayca
 from layca_fast.backends import load
 from layca_fast.backends.cuda import BACKEND
-from layca_fast.bases import FORMULAS
-from layca_fast.batch import Batch
-from layca_fast.slot import Slot
-from layca_fast.tables import Column, Count, Hyper, Tile
-from layca_fast.verify import BASE_OPTIONS, Case, compare
+from layca_fast.commands.verify import BASE_OPTIONS, Case, compare
+from layca_fast.formulas.bases import FORMULAS
+from layca_fast.formulas.tables import Column, Count, Hyper, Tile
+from layca_fast.state.slot import Slot
+from layca_fast.step.batch import Batch
 
 from . import test_unscaling
 from .emulator_support import emulated, emulator  # noqa: F401

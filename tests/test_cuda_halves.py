@@ -11,12 +11,12 @@ from torch import Tensor
 from layca_fast import FusedLayca
 from layca_fast.backends import load
 from layca_fast.backends.cuda import BACKEND
-from layca_fast.bases import FORMULAS
-from layca_fast.batch import Batch
-from layca_fast.compensation import HALVES, join, split
-from layca_fast.formulas import LINEAR
-from layca_fast.slot import Slot
-from layca_fast.tables import Coefficient, Count
+from layca_fast.formulas.base_steps import LINEAR
+from layca_fast.formulas.bases import FORMULAS
+from layca_fast.formulas.tables import Coefficient, Count
+from layca_fast.state.compensation import HALVES, join, split
+from layca_fast.state.slot import Slot
+from layca_fast.step.batch import Batch
 
 from . import test_half_plans, test_half_state, test_half_training, test_unscaling
 from .emulator_support import emulated, emulator  # noqa: F401

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from layca_fast import FusedLayca, demo, demo_figure
+from layca_fast import FusedLayca
 from layca_fast.backends import choose, load
-from layca_fast.demo_bases import contestants
-from layca_fast.demo_training import (
+from layca_fast.commands.demo import figure as demo_figure
+from layca_fast.commands.demo import main as demo
+from layca_fast.commands.demo.bases import contestants
+from layca_fast.commands.demo.training import (
     DROP_FACTOR,
     Contestant,
     Digits,

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from layca_fast import FusedLayca, demo, demo_figure
-from layca_fast.demo_bases import PAPER_BASES, contestants
-from layca_fast.demo_tables import spread_in_points
-from layca_fast.demo_training import Contestant, Digits, Result, Run
+from layca_fast import FusedLayca
+from layca_fast.commands.demo import figure as demo_figure
+from layca_fast.commands.demo import main as demo
+from layca_fast.commands.demo.bases import PAPER_BASES, contestants
+from layca_fast.commands.demo.tables import spread_in_points
+from layca_fast.commands.demo.training import Contestant, Digits, Result, Run
 
 from .demo_support import check_png, table_rows
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layca_fast.checks import RULES
-from layca_fast.verify import BASE_OPTIONS, ODD_SHAPES, Case, compare
+from layca_fast.commands.verify import BASE_OPTIONS, ODD_SHAPES, Case, compare
+from layca_fast.formulas.options import RULES
 
 from .support import BACKENDS
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from layca_fast.demo_training import Digits
+from layca_fast.commands.demo.training import Digits
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "healthy_rotation.py"
 

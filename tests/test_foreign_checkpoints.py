@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from layca_fast import FusedLayca
-from layca_fast.verify import angle_between
+from layca_fast.commands.verify import angle_between
 
 from .support import (
     clones,

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 
 from layca_fast import FusedLayca
 from layca_fast.backends import load
-from layca_fast.upload import SPARES
+from layca_fast.step.upload import SPARES
 
 from .gpu_support import GPU_BACKENDS, ON_GPU, waiting_is_an_error
 from .support import contents, copy_of, params_of, same_bits, train

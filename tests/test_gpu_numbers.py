@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
-from layca_fast.checks import RULES
-from layca_fast.verify import BASE_OPTIONS, Case, compare
+from layca_fast.commands.verify import BASE_OPTIONS, Case, compare
+from layca_fast.formulas.options import RULES
 
 from .gpu_support import GPU, GPU_BACKENDS, ON_GPU, SHAPES, every_gpu_backend, give, on, ready, weights
 from .support import contents, params_of, relative_distance, same_bits

@@ -12,9 +12,9 @@ from torch.optim import lr_scheduler
 
 from layca_fast import FusedLayca
 from layca_fast import optimizer as optimizer_module
-from layca_fast.compensation import HALVES
-from layca_fast.plan import Plan
-from layca_fast.verify import BASE_OPTIONS
+from layca_fast.commands.verify import BASE_OPTIONS
+from layca_fast.state.compensation import HALVES
+from layca_fast.step.plan import Plan
 
 from .capture_support import record
 from .support import (

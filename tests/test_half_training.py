@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
-from layca_fast.bases import BASES
-from layca_fast.verify import BASE_OPTIONS
+from layca_fast.commands.verify import BASE_OPTIONS
+from layca_fast.formulas.bases import BASES
 
 from .support import (
     copy_of,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
-from layca_fast.compensation import HALVES
+from layca_fast.state.compensation import HALVES
 
 from .support import contents, copy_of, native_backends, parameter, random_gradients, same_bits, train
 from .test_unscaling import OPTIONS, scaler_for, set_scaled, states, with_overflow

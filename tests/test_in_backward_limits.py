@@ -155,7 +155,7 @@ def test_a_capture_is_refused(seed: int, monkeypatch: pytest.MonkeyPatch) -> Non
     train_in_backward(inside, rows[:1])
     before = contents(inside)
     with monkeypatch.context() as patched:
-        patched.setattr("layca_fast.in_backward.is_capturing", lambda: True)
+        patched.setattr("layca_fast.in_backward.handle.is_capturing", lambda: True)
         with pytest.raises(RuntimeError, match="cannot be part of a CUDA graph"):
             backward(params_of(inside), rows[1])
     inside.zero_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from layca_fast import FusedLayca, layer_groups
-from layca_fast.verify import angle_between, angle_tolerance, layers_of
+from layca_fast.commands.verify import angle_between, angle_tolerance, layers_of
 
 from .support import contents, copy_of, native_backends, params_of, relative_distance, same_bits
 

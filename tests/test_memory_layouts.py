@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
-from layca_fast.compensation import HALVES
+from layca_fast.state.compensation import HALVES
 
 from .support import (
     assert_close,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layca_fast import FusedLayca, RotationMonitor, attach
-from layca_fast.demo_training import rotation_from
+from layca_fast.commands.demo.training import rotation_from
 from layca_fast.monitor import rotation_monitor as monitor_module
 from layca_fast.monitor.keeping import KEEPS
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from layca_fast import FusedLayca, RotationMonitor
-from layca_fast.demo_training import rotation_from
+from layca_fast.commands.demo.training import rotation_from
 from layca_fast.monitor import pairs
 from layca_fast.monitor.keeping import KEEPS
 from layca_fast.monitor.projection import Projection, largest_prime

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from layca_fast import FusedLayca
-from layca_fast.verify import angle_between
+from layca_fast.commands.verify import angle_between
 
 from .support import (
     BACKENDS,

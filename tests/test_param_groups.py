@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from layca_fast import FusedLayca
-from layca_fast.verify import angle_between
+from layca_fast.commands.verify import angle_between
 
 from .support import (
     contents,

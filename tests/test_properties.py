@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from layca_fast import FusedLayca
-from layca_fast.verify import angle_between, angle_tolerance
+from layca_fast.commands.verify import angle_between, angle_tolerance
 
 from .support import BACKENDS
 

@@ -11,8 +11,8 @@ import torch
 from matplotlib.collections import LineCollection
 
 from layca_fast import Curves
-from layca_fast.monitor.figure import short_names
-from layca_fast.writers import TensorBoardWriter
+from layca_fast.figures.rotation import short_names
+from layca_fast.monitor.writers import TensorBoardWriter
 
 
 def curves_of(layers: int, steps: int = 30, highest: float = 0.9) -> Curves:
@@ -83,7 +83,7 @@ def test_what_cannot_be_drawn_is_an_error() -> None:
 
 
 def test_without_matplotlib_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "layca_fast.monitor.figure")
+    monkeypatch.delitem(sys.modules, "layca_fast.figures.rotation")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "layca_fast\[monitor\]"'):
         curves_of(2).plot()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from layca_fast import FusedLayca
-from layca_fast.verify import angle_between
+from layca_fast.commands.verify import angle_between
 
 from .support import every_backend, native_backends, parameter, random_gradients, relative_distance, same_bits, train
 from .test_properties import search

@@ -12,7 +12,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from layca_fast import FusedLayca
-from layca_fast.verify import angle_between, angle_tolerance
+from layca_fast.commands.verify import angle_between, angle_tolerance
 
 from .support import every_backend, native_backends, parameter, random_gradients, relative_distance
 

@@ -12,11 +12,11 @@ from torch import Tensor, sqrt, where
 
 from layca_fast.backends import load
 from layca_fast.backends.triton_ import BACKEND, FINISH_BLOCK, TILE, Launch, finish_launch
-from layca_fast.bases import FORMULAS, Formula
-from layca_fast.batch import Batch
-from layca_fast.formulas import KEEP
-from layca_fast.slot import Slot
-from layca_fast.tables import Coefficient, Column, Count, Tile
+from layca_fast.formulas.base_steps import KEEP
+from layca_fast.formulas.bases import FORMULAS, Formula
+from layca_fast.formulas.tables import Coefficient, Column, Count, Tile
+from layca_fast.state.slot import Slot
+from layca_fast.step.batch import Batch
 
 from .support import device_of, relative_distance, rows_by_formula, same_bits
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from layca_fast.bases import FORMULAS
+from layca_fast.formulas.bases import FORMULAS
 
 from .native_support import as_json_lines
 

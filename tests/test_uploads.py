@@ -9,7 +9,7 @@ import torch
 from torch.autograd import DeviceType
 
 from layca_fast import FusedLayca
-from layca_fast.upload import MOST, READY, SPARES, Buffers, Mirror
+from layca_fast.step.upload import MOST, READY, SPARES, Buffers, Mirror
 
 from .gpu_support import kernels_and_others, waiting_is_an_error
 from .support import contents, params_of, random_gradients, running, same_bits, train

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from layca_fast import FusedLayca, watch
-from layca_fast.watch import Layouts, addresses
+from layca_fast import FusedLayca
+from layca_fast.step import watch
+from layca_fast.step.watch import Layouts, addresses
 
 from .host_support import every_base, many
 from .support import clones, copy_of, parameter, params_of, random_gradients, same_bits

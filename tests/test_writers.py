@@ -14,7 +14,7 @@ from torch import nn
 
 from layca_fast import Curves, RotationMonitor, __main__
 from layca_fast.monitor.curves import QUANTITIES, read_curves
-from layca_fast.writers import CsvWriter, JsonLinesWriter, TensorBoardWriter
+from layca_fast.monitor.writers import CsvWriter, JsonLinesWriter, TensorBoardWriter
 
 from .support import same_bits
 

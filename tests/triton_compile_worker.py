@@ -26,10 +26,10 @@ from layca_fast.backends.triton_ import (
     prepare_launch,
     rotate_launch,
 )
-from layca_fast.bases import BASES, FORMULAS
-from layca_fast.batch import Batch
-from layca_fast.slot import Slot
-from layca_fast.verify import BASE_OPTIONS
+from layca_fast.commands.verify import BASE_OPTIONS
+from layca_fast.formulas.bases import BASES, FORMULAS
+from layca_fast.state.slot import Slot
+from layca_fast.step.batch import Batch
 
 from .native_support import resource_usage, states_read
 

@@ -7,7 +7,7 @@ import torch
 
 if TYPE_CHECKING:
     # Not at run time: a batch needs the checks, and these the names of the backends.
-    from ..batch import Batch
+    from ..step.batch import Batch
 
 
 class Backend(ABC):

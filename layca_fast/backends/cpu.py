@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..batch import Batch
+from ..step.batch import Batch
 from .base import Backend
 from .native import Views
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..batch import Batch
+from ..step.batch import Batch
 
 View = TypeVar("View")
 

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..batch import Batch, scalar_device
-from ..compensation import join, split
-from ..formulas import (
+from ..formulas.base_steps import (
     KEEP,
     LINEAR,
     PRECISE,
@@ -17,9 +15,11 @@ from ..formulas import (
     is_nearly_parallel,
     orthogonal_square,
 )
-from ..layout import memory_order
-from ..slot import Slot
-from ..tables import Coefficient, Column, Count, Flag, Hyper
+from ..formulas.tables import Coefficient, Column, Count, Flag, Hyper
+from ..state.compensation import join, split
+from ..state.layout import memory_order
+from ..state.slot import Slot
+from ..step.batch import Batch, scalar_device
 from .base import Backend
 
 #: Sums run over rows of this length first: torch's own full reductions split by the number of threads, so their bits

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import Batch
+from ..step.batch import Batch
 from .base import Backend
 
 #: The first version of Triton whose compiler takes tuples.

@@ -15,7 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .. import formulas
+from ..formulas import base_steps as formulas
 
 
 def _probe():

@@ -20,8 +20,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .. import formulas
-from ..tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Hyper, Layer, Tile
+from ..formulas import base_steps as formulas
+from ..formulas.tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Hyper, Layer, Tile
 from .triton_formulas import constant, device_function, finite_or_zero, lower
 from .triton_types import VECTOR, decode, encode, load, load_weight, pointers, store_weight
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..monitor import RotationMonitor
-from ..writers import Writer
+from ..monitor.writers import Writer
 from .recorder import Recorder
 
 

@@ -10,7 +10,7 @@ except ImportError:
     from pytorch_lightning import Callback
 
 from ..monitor import RotationMonitor
-from ..writers import Writer
+from ..monitor.writers import Writer
 from .recorder import Recorder
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..monitor import RotationMonitor
-from ..writers import Writer
+from ..monitor.writers import Writer
 
 
 class Recorder:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..sharding import is_sharded
+from ..state.sharding import is_sharded
 from .hooks import check_model
 from .spectrum import precise
 

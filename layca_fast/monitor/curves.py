@@ -20,9 +20,9 @@ QUANTITIES = ("rotation", "angle", "norm")
 
 
 def drawing() -> "Callable[..., Figure]":
-    """:func:`layca_fast.monitor.figure.draw`; ImportError, saying how to get it, where matplotlib is missing."""
+    """:func:`layca_fast.figures.rotation.draw`; ImportError, saying how to get it, where matplotlib is missing."""
     try:
-        from .figure import draw
+        from ..figures.rotation import draw
     except ImportError as error:
         raise ImportError(f'drawing needs matplotlib ({error}): pip install "layca_fast[monitor]"') from error
     return draw
@@ -80,7 +80,7 @@ class Curves:
         return not bool(self.angle.isnan().all())
 
     def plot(self, path: "str | Path | None" = None, **options: Any) -> "Figure":
-        """Draw the layer rotation curves as :func:`layca_fast.monitor.figure.draw` does; needs matplotlib."""
+        """Draw the layer rotation curves as :func:`layca_fast.figures.rotation.draw` does; needs matplotlib."""
         return drawing()(self, path, **options)
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..backends import choose
 from ..backends.base import Backend
-from ..bases import BASES
-from ..batch import Batch, scalar_device
-from ..layout import layers_are_dense, memory_order
-from ..slot import Slot
+from ..formulas.bases import BASES
+from ..state.layout import layers_are_dense, memory_order
+from ..state.slot import Slot
+from ..step.batch import Batch, scalar_device
 
 #: Elements that are brought together at a time where one of a pair lies elsewhere or in another type.
 BLOCK_ON_CPU, BLOCK_ELSEWHERE = 2**18, 2**24

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..backends.names import MODULES
-from ..caller import warn_caller
-from ..capture import is_capturing
-from ..checks import check_choice
-from ..distributed import Reduction
-from ..formulas import orthogonal_square
+from ..formulas.base_steps import orthogonal_square
+from ..formulas.options import check_choice
+from ..messages import warn_caller
+from ..step.capture import is_capturing
+from ..step.distributed import Reduction
 from .curves import QUANTITIES, Curves
 from .keeping import KEEPS, Reference, Sketched, View, Whole
 from .watched import replaced, watched_layers
@@ -243,7 +243,7 @@ class RotationMonitor:
         return Curves(list(self.names), list(self._steps), rotation=rotation, angle=angle, norm=norm)
 
     def plot(self, path: str | Path | None = None, **options: Any) -> "Figure":
-        """Draw the curves, one line per layer: see :func:`layca_fast.monitor.figure.draw`. Needs matplotlib."""
+        """Draw the curves, one line per layer: see :func:`layca_fast.figures.rotation.draw`. Needs matplotlib."""
         return self.curves.plot(path, **options)
 
     @property

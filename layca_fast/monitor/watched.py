@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checks import check_memory, check_parameter, count_layers, named
-from ..groups import trainable_entries
-from ..members import rotates
-from ..roles import EMBEDDINGS
-from ..sharding import Piece, is_sharded, local_of, sharding_of
+from ..formulas.options import check_memory, check_parameter, count_layers, named
+from ..groups.layer_groups import trainable_entries
+from ..groups.roles import EMBEDDINGS
+from ..state.members import rotates
+from ..state.sharding import Piece, is_sharded, local_of, sharding_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layca_fast.verify import angle_between, angle_tolerance, layers_of
+from layca_fast.commands.verify import angle_between, angle_tolerance, layers_of
 
 from ..support import params_of
 

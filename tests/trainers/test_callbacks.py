@@ -18,7 +18,7 @@ from layca_fast import Curves, RotationMonitor
 from layca_fast.callbacks import huggingface
 from layca_fast.callbacks import lightning as for_lightning
 from layca_fast.monitor.curves import QUANTITIES, read_curves
-from layca_fast.writers import CsvWriter, JsonLinesWriter, TensorBoardWriter
+from layca_fast.monitor.writers import CsvWriter, JsonLinesWriter, TensorBoardWriter
 
 from ..support import same_bits
 

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
 
 from layca_fast import FusedLayca, attach, layer_groups
-from layca_fast.stats import RotationStats
+from layca_fast.step.stats import RotationStats
 
 from ..support import copy_of, norm_of, same_bits
 from .loops import Batch, classifier, labelled_points, overflowing_scaler, rotating, train_by_hand

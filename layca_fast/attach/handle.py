@@ -1,0 +1,203 @@
+"""Layca on any torch optimizer, through the hooks that torch gives every optimizer."""
+
+import inspect
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ..formulas.options import labelled
+from ..optimizer import FusedLayca
+from ..state.loading import keep_options, shield_radii, unshield_radii
+from .shadow import OPTIONS, Shadow, check_turning, plan_groups
+
+#: Our key among the hooks. torch numbers hooks per process, so a number that came with a pickle could be given again.
+_KEY: Any = "layca_fast"
+
+#: torch's dicts of hooks on an optimizer, and the method of :class:`Handle` that goes into each.
+_HOOKS = {
+    "_optimizer_step_pre_hooks": "_before_step",
+    "_optimizer_step_post_hooks": "_after_step",
+    "_optimizer_load_state_dict_pre_hooks": "_before_load",
+    "_optimizer_load_state_dict_post_hooks": "_after_load",
+}
+
+
+def _handle_of(optimizer: Optimizer) -> "Handle | None":
+    # Not an optimizer: has none either.
+    hook = getattr(optimizer, "_optimizer_step_pre_hooks", {}).get(_KEY)
+    handle: Handle | None = None if hook is None else hook.__self__
+    return handle
+
+
+class Handle:
+    """What :func:`attach` returns: :meth:`remove` gives the plain optimizer back. Also a context manager that does."""
+
+    def __init__(self, optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+        # Weak: the optimizer holds its hooks, so a strong reference would keep its state from being freed at once.
+        self._optimizer: weakref.ref[Optimizer] = weakref.ref(optimizer)
+        self._options = dict(options)
+        self._shadow: Shadow | None = None
+        for hooks, method in _HOOKS.items():
+            getattr(optimizer, hooks)[_KEY] = getattr(self, method)
+        # The user's own hooks after a step or a load then see what this one has made of it.
+        for hooks in ("_optimizer_step_post_hooks", "_optimizer_load_state_dict_post_hooks"):
+            getattr(optimizer, hooks).move_to_end(_KEY, last=False)
+        # torch leaves hooks out of copies and pickles. An instance attribute is found before the class's method.
+        optimizer.__getstate__ = self._state_of_optimizer  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Take the hooks off, and the radii out of the optimizer's state. Does nothing the second time."""
+        optimizer = self._optimizer()
+        if optimizer is not None and _handle_of(optimizer) is self:
+            detach(optimizer)
+            self._shadow = None
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    # Weights and plan are made again at the next step: a copy of the optimizer has parameters of its own.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self._optimizer(), "options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._optimizer = weakref.ref(state["optimizer"])
+        self._options = state["options"]
+        self._shadow = None
+
+    def _state_of_optimizer(self) -> dict[str, Any]:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise RuntimeError(
+                "this optimizer is a shallow copy of an attached one that is gone: copy.deepcopy makes copies that last"
+            )
+        ours = {hooks: OrderedDict({_KEY: getattr(self, method)}) for hooks, method in _HOOKS.items()}
+        state: dict[str, Any] = type(optimizer).__getstate__(optimizer)
+        return {**state, **ours, "__getstate__": self._state_of_optimizer}
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._fitting_shadow(optimizer).keep(optimizer)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # Some optimizers put new memory under a parameter while they step, and hooks may have changed lr.
+        self._fitting_shadow(optimizer).turn(optimizer)
+
+    def _fitting_shadow(self, optimizer: Optimizer) -> Shadow:
+        groups = plan_groups(optimizer, self._options)
+        if self._shadow is None or not self._shadow.fits(groups):
+            self._shadow = Shadow(optimizer, groups, self._shadow)
+        self._shadow.take_rates(groups)
+        return self._shadow
+
+    def _before_load(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        return shield_radii(keep_options(optimizer, saved, OPTIONS))
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        unshield_radii(optimizer)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    """Raise TypeError or ValueError for what Layca cannot be attached to."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: it must be a torch.optim.Optimizer")
+    name = type(optimizer).__name__
+    if isinstance(optimizer, FusedLayca):
+        raise TypeError(f"optimizer is a {name}, which rotates by itself: use it without attach")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(f"optimizer is a {name} without step hooks, a wrapper: attach to the optimizer inside it")
+    # Of the class: a learning rate scheduler replaces the method of the instance.
+    arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    needed = [each.name for each in arguments if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    if needed:
+        raise TypeError(
+            f"optimizer is a {name}, whose step needs {', '.join(needed)}: it takes many steps inside one, of which "
+            "none could be turned; use an optimizer that takes one, such as torch.optim.SGD"
+        )
+    if _handle_of(optimizer) is not None:
+        raise ValueError(
+            f"this {name} is attached already, as copies of an attached optimizer are: set options in its param "
+            "groups, or call layca_fast.detach(optimizer) first"
+        )
+
+
+def attach(
+    optimizer: Optimizer,
+    rule: str = "layca",
+    rotate: bool | None = None,
+    *,
+    chunks: int | str = 1,
+    radius: str = "initial",
+    backend: str = "auto",
+) -> Handle:
+    """Make any torch optimizer turn its layers by exactly atan(lr) per step, in the direction of its own step.
+
+    Before each step the rotating weights are copied; after it the difference u = w_before - w_after is the base step,
+    the weights are put back, and they are rotated by u and the group's lr as :class:`layca_fast.FusedLayca` rotates.
+    The optimizer stays what it is: schedulers, param groups, state_dict, deepcopy and pickle work, and copies of an
+    attached optimizer are attached. Tensors that do not rotate keep the optimizer's own step.
+
+    Args:
+        optimizer: any torch.optim.Optimizer whose ``step`` needs no closure. Its rotating parameters are float32 or
+            float64 and dense. Its lr becomes the rotation rate too: a rotating layer turns by atan(lr) radians.
+        rule: as in FusedLayca, like the next four.
+        rotate: which tensors rotate: True, False, or None for those of two or more dimensions.
+        chunks: layers per rotating tensor: equal slices of its first dimension, or "all" for one per slice.
+        radius: "initial" or "current", the norm that each step restores.
+        backend: "auto", "cpu", "triton", "cuda" or "torch".
+
+    A param group's own "rule", "rotate", "chunks", "radius" or "backend" wins over the argument.
+
+    State: ``optimizer.state[param]["radius"]``, float64 of shape (layers,), kept with its type by load_state_dict. A
+    state loaded without radii takes them from the weights at the next step.
+
+    Memory: one copy of the weights that rotate and may move (frozen ones are not copied), kept between steps, and a
+    scratch of at most 2**18 elements per dtype on a CPU, 2**22 on other devices.
+
+    Precision: w_after is stored in the parameter's type, so u carries its rounding: its direction is off by an angle of
+    at most eps/2 * |w|/|u|, eps being 1.2e-7 in float32, and on random weights by 0.4 of that: 2.5e-5 radians where the
+    base step is 1e-3 of the weights, 2.5e-2 where it is 1e-6. Elements of u below half a unit in the last place of
+    their weight are lost. The angle turned is atan(lr) all the same. ``python -m bench.attach_error`` measures this;
+    the README says what to do about it.
+
+    A step below eps/2 * |w| (once projected) is not told from rounding, so the layer stays as it is.
+
+    Weight decay inside the optimizer: a decay that is parallel to w is projected away by rule="layca". So it is with
+    decoupled decay (AdamW) and with SGD without momentum. L2 decay that goes through momentum or is divided by a second
+    moment (SGD with momentum, Adam) does change the direction, and under rule="hyperball", which does not project,
+    every decay tilts the step. Set weight_decay=0 for what rotates to be rid of it.
+
+    Hooks that change weights before the step must be registered before ``attach``: later ones would be part of the base
+    step. An optimizer that keeps copies of the weights in its state (ASGD) keeps those of its own step.
+
+    Returns:
+        A handle: ``handle.remove()`` restores the plain optimizer, as leaving ``with attach(optimizer):`` does.
+
+    Raises:
+        TypeError, ValueError: before anything is modified, for an optimizer, options or parameters that it cannot take;
+            here, or, for parameters and options that changed since and layers whose weights are all zero, at the step.
+    """
+    _check_optimizer(optimizer)
+    options = {"rule": rule, "rotate": rotate, "chunks": chunks, "radius": radius, "backend": backend}
+    check_turning(plan_groups(optimizer, options))
+    return Handle(optimizer, options)
+
+
+def detach(optimizer: Optimizer) -> None:
+    """What ``handle.remove()`` does, where the handle is not at hand, as for a copy. ValueError if not attached."""
+    if _handle_of(optimizer) is None:
+        raise ValueError(f"optimizer is a {type(optimizer).__name__} to which nothing is attached")
+    for hooks in _HOOKS:
+        del getattr(optimizer, hooks)[_KEY]
+    del optimizer.__dict__["__getstate__"]
+    for _, _, param in labelled(optimizer.param_groups):
+        state = optimizer.state.get(param, {})
+        if state.pop("radius", None) is not None and not state:
+            del optimizer.state[param]

@@ -1,0 +1,292 @@
+"""``python -m layca_fast verify``: every backend on this machine against the float64 reference."""
+
+import argparse
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import backends, load
+from ..figures.console import print_table
+from ..formulas.bases import Formula
+from ..formulas.options import find_base
+from ..optimizer import FusedLayca
+from ..reference import reference_step
+from ..state.compensation import HALVES
+from ..state.members import rotates
+
+Shape = tuple[int, ...]
+
+ODD_SHAPES: tuple[Shape, ...] = ((17, 31), (64, 129), (8, 3, 3, 3), (1, 1), (2, 1), (33,), (), (4, 0), (130, 65))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one row of the table runs: tensors of ``shapes`` under ``options`` of FusedLayca, for ``steps`` steps.
+
+    Of 16-bit types what is compared is the weight that the parameter and its remainder stand for.
+
+    ``sine``: of the angle between weights and gradient of the layers that rotate; None for random directions.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...] = ODD_SHAPES
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    steps: int = 50
+    lr: float = 0.05
+    sine: float | None = None
+
+
+@dataclass
+class Errors:
+    """The largest errors over the layers and steps of a case, each divided by what is allowed for it.
+
+    ``angle``: of the realised rotation, relative to atan(lr), at any step; ``norm``: relative to the radius, at any
+    step; ``weight``: distance to the reference after the last step, relative to the tensor's norm. The ``*_ratio``
+    are these over their tolerances: 1 or less passes.
+    """
+
+    angle: float = 0.0
+    norm: float = 0.0
+    weight: float = 0.0
+    angle_ratio: float = 0.0
+    norm_ratio: float = 0.0
+    weight_ratio: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        # Written so that NaN fails.
+        return all(ratio <= 1.0 for ratio in (self.angle_ratio, self.norm_ratio, self.weight_ratio))
+
+    def add(self, kind: str, error: float, allowed: float) -> None:
+        """Keep ``error`` if it is the worst of its kind so far (NaN is the worst of all)."""
+        ratio, worst = error / allowed, getattr(self, f"{kind}_ratio")
+        if not math.isnan(worst) and not ratio <= worst:
+            setattr(self, kind, error)
+            setattr(self, f"{kind}_ratio", ratio)
+
+
+def angle_between(before: Tensor, after: Tensor) -> float:
+    """The angle between two float64 vectors in radians, exact for small angles, where arccos is not."""
+    dot = torch.dot(before, after)
+    orthogonal = after - dot / torch.dot(before, before) * before
+    return math.atan2(float(orthogonal.norm() * before.norm()), float(dot))
+
+
+def angle_tolerance(dtype: torch.dtype, angle: float, n: int) -> float:
+    """Relative error allowed in a rotation of n weights by ``angle`` radians: storing them costs the second term."""
+    exact, stored = (1e-12, 6e-16) if dtype == torch.float64 else (1e-6, 3e-7)
+    return exact + stored / (angle * math.sqrt(n))
+
+
+def layers_of(tensor: Tensor, chunks: int | str) -> list[Tensor]:
+    """The layers of a rotating tensor as flat float64 vectors on the CPU."""
+    wide = tensor.detach().to("cpu", torch.float64, copy=True)
+    if chunks == 1:
+        return [wide.flatten()]
+    return [layer.flatten() for layer in wide.chunk(len(wide) if chunks == "all" else int(chunks))]
+
+
+def _gradient(param: Tensor, case: Case, turns: bool, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(param.shape, dtype=torch.float64, generator=generator)
+    if case.sine is None or not turns:
+        return noise.to(case.dtype)
+    weight = param.cpu().double()
+    orthogonal = noise - (noise * weight).sum() / weight.square().sum() * weight
+    tilted: Tensor = case.sine * orthogonal / orthogonal.norm() + math.sqrt(1 - case.sine**2) * weight / weight.norm()
+    return tilted.to(case.dtype)
+
+
+def _away_from_ties(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    """``grad`` changed where Lion's step, a sign, would hang on the last bit: no two precisions agree there."""
+    if group["base"] != "lion":
+        return grad
+    wide = -grad.double() if group["maximize"] else grad.double()
+    mixed = torch.lerp(wide, state.get("exp_avg", torch.zeros_like(wide)), group["betas"][0])
+    return torch.where(mixed.abs() < 1e-4, grad + 0.1, grad)
+
+
+def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Errors:
+    """Run ``case`` on one backend beside the reference in float64 on the same gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(shape, dtype=case.dtype, generator=generator) for shape in case.shapes]
+    params = [weight.to(device, copy=True).requires_grad_() for weight in weights]
+    expected = [weight.to(torch.float64, copy=True) for weight in weights]
+    states: list[dict[str, Any]] = [{} for _ in params]
+    optimizer = FusedLayca(params, case.lr, backend=backend, **case.options)
+    group = optimizer.param_groups[0]
+    turns = [rotates(param, group) and param.numel() > 1 for param in params]
+    errors = Errors()
+    chunks = [group["chunks"] if turn else 1 for turn in turns]
+    largest = [[0.0] * len(layers_of(weight, each)) for weight, each in zip(expected, chunks, strict=True)]
+    for _ in range(case.steps):
+        ours = [optimizer.effective_weight(param) for param in params]
+        before = [layers_of(weight, group["chunks"]) if turn else [] for weight, turn in zip(ours, turns, strict=True)]
+        asked: list[list[float]] = []
+        for param, start, weight, state, turn in zip(params, ours, expected, states, turns, strict=True):
+            grad = _away_from_ties(_gradient(start, case, turn, generator), state, group)
+            if case.sine is not None:
+                # A hair's difference between the weights turns such a step elsewhere: compare single steps.
+                weight.copy_(start)
+            param.grad = grad.to(device)
+            step = reference_step(weight, grad.double(), state, lr=case.lr, **case.options)
+            asked.append(_asked_angles(group, start, step) if turn else [])
+        optimizer.step()
+        for param, layers, angles in zip(params, before, asked, strict=True):
+            if layers:
+                _add_rotation(errors, case, optimizer, param, layers, angles)
+        # The norm of a tensor that does not rotate may pass through zero: it is measured by its largest.
+        for norms, weight, each in zip(largest, expected, chunks, strict=True):
+            norms[:] = map(max, norms, (float(layer.norm()) for layer in layers_of(weight, each)))
+    allowed = 1e-12 if case.dtype == torch.float64 else 1e-6
+    for param, weight, norms, each in zip(params, expected, largest, chunks, strict=True):
+        layers = layers_of(optimizer.effective_weight(param), each)
+        for layer, theirs, norm in zip(layers, layers_of(weight, each), norms, strict=True):
+            if layer.numel() > 0:
+                errors.add("weight", float((layer - theirs).norm()) / norm, allowed)
+    return errors
+
+
+def _asked_angles(group: Mapping[str, Any], weights: Tensor, step: Tensor) -> list[float]:
+    """The rotation that each layer of a tensor is to make from ``weights`` on this base step, in radians."""
+    lr, angles = group["lr"], []
+    for weight, direction in zip(layers_of(weights, group["chunks"]), layers_of(step, group["chunks"]), strict=True):
+        phi = angle_between(weight, direction)
+        hyperball = math.atan2(lr * math.sin(phi), 1 - lr * math.cos(phi))
+        angles.append(hyperball if group["rule"] == "hyperball" else math.atan(lr))
+    return angles
+
+
+def _add_rotation(
+    errors: Errors, case: Case, optimizer: FusedLayca, param: Tensor, before: list[Tensor], asked: list[float]
+) -> None:
+    group = optimizer.param_groups[0]
+    radii = optimizer.state[param]["radius"].tolist()
+    after = layers_of(optimizer.effective_weight(param), group["chunks"])
+    for old, new, radius, angle in zip(before, after, radii, asked, strict=True):
+        error = abs(angle_between(old, new) / angle - 1)
+        errors.add("angle", error, angle_tolerance(case.dtype, angle, old.numel()))
+        target = float(old.norm()) if group["radius"] == "current" else radius
+        errors.add("norm", abs(float(new.norm()) / target - 1), 1e-12 if case.dtype == torch.float64 else 2e-7)
+
+
+BASE_OPTIONS: tuple[Mapping[str, Any], ...] = (
+    {"base": "sgd"},
+    {"base": "sgd", "momentum": 0.9},
+    {"base": "sgd", "momentum": 0.8, "dampening": 0.3},
+    {"base": "sgd", "momentum": 0.9, "nesterov": True},
+    {"base": "sgd_amom", "momentum": 0.95},
+    {"base": "rmsprop", "alpha": 0.9, "eps": 1e-3},
+    {"base": "rmsprop", "alpha": 0.8, "eps": 1e-2, "centered": True},
+    {"base": "rmsprop", "alpha": 0.9, "eps": 1e-3, "momentum": 0.7},
+    {"base": "rmsprop", "alpha": 0.8, "eps": 1e-2, "centered": True, "momentum": 0.6},
+    {"base": "adagrad", "eps": 1e-3, "initial_accumulator_value": 0.1},
+    {"base": "adam", "betas": (0.8, 0.95), "eps": 1e-3},
+    {"base": "adam", "betas": (0.7, 0.9), "eps": 1e-2, "amsgrad": True},
+    {"base": "lion", "betas": (0.8, 0.95)},
+)
+
+
+def describe_base(options: Mapping[str, Any]) -> tuple[str, Formula]:
+    """What to call a base with these options, and the formula that it then runs."""
+    base = find_base(options["base"])
+    formula = base.formula({**base.options, **options})
+    return formula.name if formula.name.startswith(base.name) else f"{base.name} ({formula.name})", formula
+
+
+def cases(interpreted: bool, many: int = 1000) -> Iterator[Case]:
+    """The rows of the table, one of them with so ``many`` tensors.
+
+    Interpreted kernels take milliseconds per tile, so they get fewer and shorter ones.
+    """
+    steps = 10 if interpreted else 50
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for options in BASE_OPTIONS:
+            name, _ = describe_base(options)
+            yield Case(name, ODD_SHAPES, options, dtype, steps)
+            # The rule is made of float64 numbers, which know nothing of 16 bits.
+            if dtype not in HALVES:
+                yield Case(f"{name}, hyperball", ODD_SHAPES, {**options, "rule": "hyperball"}, dtype, steps)
+        momentum = {"base": "sgd", "momentum": 0.9}
+        slices = {**momentum, "chunks": "all", "radius": "current", "maximize": True}
+        yield Case("chunks=all, radius=current", ((12, 30), (5, 4, 7)), slices, dtype, steps)
+        plain = {**momentum, "rotate": False, "weight_decay": 0.1}
+        yield Case("no rotation, weight decay", ODD_SHAPES, plain, dtype, steps)
+        if dtype not in (torch.float32, torch.bfloat16):
+            # How many tensors and how large they are, kernels are told alike in every type.
+            continue
+        small = ((10, 10),) * (20 if interpreted else many)
+        yield Case(f"{len(small)} small tensors", small, momentum, dtype, min(steps, 10))
+        large: Shape = (300, 333) if interpreted else (1024, 4099)
+        yield Case(f"{math.prod(large) / 1e6:.1f} M weights", (large,), momentum, dtype, 5)
+    for sine in (1e-1, 1e-3, 1e-5):
+        yield Case(f"sin(w, u) = {sine:g}", ((100, 100),), {}, steps=5, sine=sine)
+
+
+def places() -> Iterator[tuple[str, torch.device]]:
+    """Every (backend, device) pair that can run here."""
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    for name, status in backends().items():
+        for device in devices:
+            if status.available and load(name).refuses(device) is None:
+                yield name, device
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run under its interpreter: always where there is no GPU for them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _verify(name: str, device: torch.device, seed: int) -> list[bool]:
+    """Print the table of one backend; returns whether each case passed."""
+    interpreted = name == "triton" and interpreting()
+    # There this backend launches dozens of kernels for every tensor.
+    few = name == "torch" and device.type == "cuda"
+    chosen = list(cases(interpreted, 300) if few else cases(interpreted))
+    place = "in the interpreter" if interpreted else f"on {device.type}"
+    print(f"==> Backend {name} {place}: {len(chosen)} cases, up to minutes", flush=True)
+    rows, passed = [], []
+    for case in chosen:
+        errors = compare(case, name, device, seed)
+        passed.append(errors.passed)
+        figures = [f"{value:.1e}" for value in (errors.angle, errors.norm, errors.weight)]
+        dtype = str(case.dtype).removeprefix("torch.")
+        rows.append([case.name, dtype, *figures, "pass" if errors.passed else "FAIL"])
+    title = f"{name} {place}: largest relative errors against the float64 reference"
+    print_table(title, ["case", "dtype", "angle", "norm", "weight", ""], rows)
+    return passed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a table per backend; returns 1 if any row failed."""
+    parser = argparse.ArgumentParser(prog="python -m layca_fast verify", description=__doc__)
+    parser.add_argument("--backend", action="append", help="only this backend (may be repeated)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="only on tensors there (default: everywhere)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and gradients (default 0)")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    for name in args.backend or ():
+        status = backends()[load(name).name]
+        if not status.available:
+            parser.error(f"--backend {name} cannot run here: {status.reason}")
+    count = failed = 0
+    for name, device in places():
+        if (args.backend and name not in args.backend) or args.device not in (None, device.type):
+            continue
+        passed = _verify(name, device, args.seed)
+        count, failed = count + len(passed), failed + passed.count(False)
+    for name, status in backends().items():
+        if not status.available:
+            print(f"not run: {name} ({status.reason})")
+    if not count:
+        print("no backend that was asked for takes tensors on the device that was asked for")
+    print(f"{count - failed} of {count} cases passed")
+    return 1 if failed or not count else 0

@@ -1,0 +1,1 @@
+"""Drawing, and tables on the terminal."""

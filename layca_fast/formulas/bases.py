@@ -1,0 +1,261 @@
+"""The table of base optimizers: which state they keep, which hyperparameters they take, which formula they run.
+
+A base optimizer proposes the direction that Layca turns a layer in. Everything that is particular to one stands in
+its row here, in ``formulas.py`` and in ``csrc/base_steps.h``; the rest of the package knows no optimizer by name.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+from . import base_steps as formulas
+
+Options = Mapping[str, Any]
+
+#: The paper's recommended rotation rates (arXiv 1806.01603, section 4): where the direction is the gradient of one
+#: step, and where it is averaged over steps.
+RATE_OF_ONE_STEP, RATE_OF_AVERAGE = 3.0**-3, 3.0**-5
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What a backend runs for one (base, flavour): compiled backends look it up by its name.
+
+    ``states`` names the state buffers that it reads and writes, in the order of the formula's tuple; ``reads_grad``
+    says whether the base step needs the gradient beside the advanced state, so whether rotate must load it again;
+    ``counts_steps`` whether torch's optimizer keeps the number of steps in the state ``step``, so ours does;
+    ``prepare`` makes this step's options from that number and the scalars of the group; ``admit`` puts 0 in the place
+    of gradient elements that cannot be used.
+    """
+
+    name: str
+    advance: Callable[..., Any]
+    step: Callable[..., Any]
+    states: tuple[str, ...]
+    reads_grad: bool
+    counts_steps: bool = False
+    prepare: Callable[..., Any] = formulas.same_options
+    admit: Callable[..., Any] = formulas.finite_or_zero
+
+
+@dataclass(frozen=True)
+class Base:
+    """One base optimizer. Names, defaults and state keys are those of ``torch.optim``.
+
+    ``formula(group)`` chooses what runs, ``scalars(group, fresh)`` makes the numbers it takes (``fresh``: the
+    tensor's state was created in this very step), ``check(group)`` raises on values out of range, ``averages(group)``
+    says whether the direction is averaged over steps, ``starts`` names the option that a new state buffer is filled
+    with, where that is not zero.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    formula: Callable[[Options], Formula]
+    scalars: Callable[[Options, bool], tuple[float, ...]]
+    check: Callable[[Options], None]
+    averages: Callable[[Options], bool]
+    starts: Mapping[str, str] = field(default_factory=dict)
+
+
+def recommended_rate(base: Base, group: Options) -> float:
+    """The paper's rotation rate for this base: 3**-3 without averaging over steps, 3**-5 with."""
+    return RATE_OF_AVERAGE if base.averages(group) else RATE_OF_ONE_STEP
+
+
+def scaled_rate(lr: Any, factor: Any) -> Any:
+    """``lr * factor``, a tensor as a new tensor; at factor 1 ``lr`` itself, so that tensors stay shared.
+
+    Raises TypeError or ValueError for a factor that is no finite number >= 0.
+    """
+    if not isinstance(factor, Real):
+        raise TypeError(f"lr_factor={factor!r}: must be a number")
+    if not (0.0 <= float(factor) < math.inf):
+        raise ValueError(f"lr_factor={factor!r}: must be finite and >= 0; it multiplies the lr of its group")
+    return lr if factor == 1 else lr * float(factor)
+
+
+def _check_range(group: Options, name: str, low: float, high: float, interval: str) -> None:
+    value = group[name]
+    if not isinstance(value, Real) or not (low <= float(value) < high):
+        raise ValueError(f"{name}={value!r}: must be a number in {interval}")
+
+
+def _check_truth(group: Options, *names: str) -> None:
+    for name in names:
+        if group[name] not in (True, False):
+            raise ValueError(f"{name}={group[name]!r}: must be True or False")
+
+
+def _check_betas(group: Options) -> None:
+    betas = group["betas"]
+    if (
+        not isinstance(betas, Sequence)
+        or len(betas) != 2
+        or not all(isinstance(beta, Real) and 0.0 <= float(beta) < 1.0 for beta in betas)
+    ):
+        raise ValueError(f"betas={betas!r}: must be two numbers in [0, 1)")
+
+
+def _check_eps(group: Options) -> None:
+    _check_range(group, "eps", 0.0, math.inf, "[0, inf)")
+
+
+def _check_sgd(group: Options) -> None:
+    _check_range(group, "momentum", 0.0, math.inf, "[0, inf)")
+    _check_truth(group, "nesterov")
+    dampening, nesterov = group["dampening"], group["nesterov"]
+    if not isinstance(dampening, Real) or not math.isfinite(dampening):
+        raise ValueError(f"dampening={dampening!r}: must be a finite number")
+    if nesterov and (group["momentum"] <= 0 or dampening != 0):
+        raise ValueError(
+            f"nesterov={nesterov!r} needs momentum > 0 and dampening = 0, not momentum={group['momentum']!r} and "
+            f"dampening={dampening!r}; set those, or nesterov=False"
+        )
+
+
+def _check_momentum(group: Options) -> None:
+    _check_range(group, "momentum", 0.0, 1.0, "[0, 1)")
+
+
+def _check_rmsprop(group: Options) -> None:
+    _check_range(group, "alpha", 0.0, 1.0, "[0, 1)")
+    _check_range(group, "momentum", 0.0, math.inf, "[0, inf)")
+    _check_eps(group)
+    _check_truth(group, "centered")
+
+
+def _check_adagrad(group: Options) -> None:
+    _check_range(group, "initial_accumulator_value", 0.0, math.inf, "[0, inf)")
+    _check_eps(group)
+
+
+def _check_adam(group: Options) -> None:
+    _check_betas(group)
+    _check_eps(group)
+    _check_truth(group, "amsgrad")
+
+
+def _check_lion(group: Options) -> None:
+    _check_betas(group)
+    if group["betas"][1] < 0.01:
+        # The last average is taken from the new one, of which it must be a good part.
+        raise ValueError(f"betas={group['betas']!r}: the second beta of lion must be at least 0.01")
+
+
+#: Every formula that some base runs, by name: what a compiled backend must offer.
+FORMULAS: dict[str, Formula] = {}
+
+
+def _formula(name: str, *states: str, reads_grad: bool, **more: Any) -> Formula:
+    """The formula that ``formulas.py`` has as ``<name>_advance`` and ``<name>_step``, listed in FORMULAS."""
+    advance, step = getattr(formulas, f"{name}_advance"), getattr(formulas, f"{name}_step")
+    FORMULAS[name] = Formula(name, advance, step, states, reads_grad, **more)
+    return FORMULAS[name]
+
+
+_SGD = _formula("sgd", reads_grad=True)
+_MOMENTUM = _formula("sgd_momentum", "momentum_buffer", reads_grad=False)
+_NESTEROV = _formula("sgd_nesterov", "momentum_buffer", reads_grad=True)
+#: What torch's optimizers that square gradients have in common.
+_SQUARES: Mapping[str, Any] = {"counts_steps": True, "admit": formulas.finite_square_or_zero}
+_RMSPROP = {
+    (False, False): _formula("rmsprop", "square_avg", reads_grad=True, **_SQUARES),
+    (True, False): _formula("rmsprop_centered", "square_avg", "grad_avg", reads_grad=True, **_SQUARES),
+    (False, True): _formula("rmsprop_momentum", "square_avg", "momentum_buffer", reads_grad=False, **_SQUARES),
+    (True, True): _formula(
+        "rmsprop_centered_momentum", "square_avg", "grad_avg", "momentum_buffer", reads_grad=False, **_SQUARES
+    ),
+}
+_ADAGRAD = _formula("adagrad", "sum", reads_grad=True, **_SQUARES)
+_OF_ADAM: Mapping[str, Any] = {"reads_grad": False, "prepare": formulas.adam_prepare, **_SQUARES}
+_ADAM = _formula("adam", "exp_avg", "exp_avg_sq", **_OF_ADAM)
+_AMSGRAD = _formula("adam_amsgrad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", **_OF_ADAM)
+_LION = _formula("lion", "exp_avg", reads_grad=True)
+
+
+def _sgd_formula(group: Options) -> Formula:
+    if group["momentum"] == 0:
+        return _SGD
+    return _NESTEROV if group["nesterov"] else _MOMENTUM
+
+
+def _sgd_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
+    if group["momentum"] == 0:
+        return ()
+    # torch.optim.SGD copies the first gradient into the buffer undampened. Our buffer starts as zeros, so
+    # weighting that gradient by 1 is the same.
+    return (float(group["momentum"]), 1.0 if fresh else 1.0 - group["dampening"])
+
+
+def _rmsprop_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
+    alpha = float(group["alpha"])
+    return (alpha, 1.0 - alpha, float(group["eps"]), float(group["momentum"]))
+
+
+def _adam_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
+    beta1, beta2 = map(float, group["betas"])
+    logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+    return (1.0 - beta1, beta2, 1.0 - beta2, float(group["eps"]), *logs)
+
+
+def _lion_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
+    beta1, beta2 = map(float, group["betas"])
+    return (1.0 - beta2, beta1 / beta2, (1.0 - beta1) - beta1 / beta2 * (1.0 - beta2))
+
+
+BASES: Mapping[str, Base] = {
+    base.name: base
+    for base in (
+        Base(
+            "sgd",
+            options={"momentum": 0.0, "dampening": 0.0, "nesterov": False},
+            formula=_sgd_formula,
+            scalars=_sgd_scalars,
+            check=_check_sgd,
+            averages=lambda group: bool(group["momentum"] != 0),
+        ),
+        Base(
+            "sgd_amom",
+            options={"momentum": 0.9},
+            formula=lambda group: _MOMENTUM,
+            scalars=lambda group, fresh: (float(group["momentum"]), 1.0 - group["momentum"]),
+            check=_check_momentum,
+            averages=lambda group: True,
+        ),
+        Base(
+            "rmsprop",
+            options={"alpha": 0.99, "eps": 1e-8, "momentum": 0.0, "centered": False},
+            formula=lambda group: _RMSPROP[bool(group["centered"]), group["momentum"] != 0],
+            scalars=_rmsprop_scalars,
+            check=_check_rmsprop,
+            averages=lambda group: bool(group["momentum"] != 0),
+        ),
+        Base(
+            "adagrad",
+            options={"eps": 1e-10, "initial_accumulator_value": 0.0},
+            formula=lambda group: _ADAGRAD,
+            scalars=lambda group, fresh: (float(group["eps"]),),
+            check=_check_adagrad,
+            averages=lambda group: False,
+            starts={"sum": "initial_accumulator_value"},
+        ),
+        Base(
+            "adam",
+            options={"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
+            formula=lambda group: _AMSGRAD if group["amsgrad"] else _ADAM,
+            scalars=_adam_scalars,
+            check=_check_adam,
+            averages=lambda group: True,
+        ),
+        Base(
+            "lion",
+            options={"betas": (0.9, 0.99)},
+            formula=lambda group: _LION,
+            scalars=_lion_scalars,
+            check=_check_lion,
+            averages=lambda group: True,
+        ),
+    )
+}

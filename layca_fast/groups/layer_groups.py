@@ -1,0 +1,279 @@
+"""layer_groups: which tensors of a model rotate, decided by module type, and the paper's layer-wise rates."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..figures.console import aligned
+from ..formulas.bases import scaled_rate
+from ..formulas.options import check_choice, check_initialized, check_lr, count_layers, misspelt
+from ..state.zeros import have_zero_layers
+from .roles import EMBEDDINGS, Asked, asked_types, decide
+
+OTHERS = ("train", "freeze")
+
+#: Keys of a group that only ``layer_groups`` may set.
+RESERVED = ("params", "param_names", "chunks", "lr_factor")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trainable tensor in the plan: ``lr_factor`` is None and ``reason`` says why where it does not rotate."""
+
+    name: str
+    shape: tuple[int, ...]
+    layers: int
+    lr_factor: float | None
+    reason: str
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """What :meth:`LayerGroups.summary` shows of it."""
+        if self.lr_factor is None:
+            return self.name, str(self.shape), f"no: {self.reason}", "-"
+        rotates = "yes" if self.layers == 1 else f"yes, as {self.layers} layers"
+        return self.name, str(self.shape), rotates, f"{self.lr_factor:.4g}"
+
+
+class LayerGroups(list[dict[str, Any]]):
+    """Param groups for any torch optimizer, and the plan behind them: ``rows``, one per tensor in the model's order.
+
+    ``print(groups)`` shows the plan as it was made, whatever an optimizer did to the groups since. ``left_out`` counts
+    the parameters that were not trainable.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]] = (), rows: Iterable[Row] = (), left_out: int = 0) -> None:
+        super().__init__(groups)
+        self.rows = tuple(rows)
+        self.left_out = left_out
+
+    def summary(self) -> str:
+        """A table of names, shapes, what rotates or why not, and lr factors; below it, how many of each."""
+        turning = [row for row in self.rows if row.lr_factor is not None]
+        total = f"rotating: {len(turning)} ({sum(row.layers for row in turning)} layers)"
+        total += f", others: {len(self.rows) - len(turning)}"
+        if self.left_out:
+            total += f", left out with requires_grad=False: {self.left_out}"
+        columns = ("parameter", "shape", "rotates", "lr factor")
+        return f"{aligned(columns, [row.cells() for row in self.rows])}\n{total}"
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+@dataclass
+class _Entry:
+    """One trainable tensor on its way into a group; ``chunks`` is None where it does not rotate."""
+
+    name: str
+    param: Tensor
+    chunks: int | str | None
+    reason: str
+
+    @property
+    def layers(self) -> int:
+        return 1 if self.chunks is None else count_layers(self.param, self.chunks, f"parameter {self.name!r}")
+
+
+def _check_alpha(alpha: Any) -> None:
+    if not isinstance(alpha, Real):
+        raise TypeError(f"alpha={alpha!r}: must be a number between -1 and 1")
+    if not -1.0 < float(alpha) < 1.0:
+        raise ValueError(
+            f"alpha={alpha!r}: must lie strictly between -1 (the first layers turn fastest) and 1 (the last do); "
+            "0 gives every layer the same rate"
+        )
+
+
+def lr_factors(layers: int, alpha: float) -> list[float]:
+    """The paper's layer-wise rates as multiples of lr, for ``layers`` tensors in forward order (arXiv 1806.01603).
+
+    Tensor l of L gets (1 + alpha)^(5 l/(L-1)) for alpha <= 0, so that the first turn fastest, and
+    (1 - alpha)^(5 (L-1-l)/(L-1)) for alpha > 0, so that the last do. A single one gets 1. Raises TypeError or
+    ValueError outside of -1 < alpha < 1.
+    """
+    _check_alpha(alpha)
+    base, span = 1.0 - abs(float(alpha)), max(layers - 1, 1)
+    factors = [base ** (5 * distance / span) for distance in range(layers)]
+    return factors if alpha <= 0 else factors[::-1]
+
+
+def trainable_entries(model: nn.Module, asked: Asked) -> tuple[dict[Tensor, str], list[_Entry]]:
+    """Every trainable parameter with its name, and those that can be placed, in the order of definition.
+
+    A parameter can be placed if a module registers it and ``model.named_parameters()`` yields it, too.
+    """
+    names: dict[Tensor, str] = {}
+    for name, param in model.named_parameters():
+        names.setdefault(param, name)
+    owners: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    trainable: dict[Tensor, str] = {param: name for param, name in names.items() if param.requires_grad}
+    for prefix, module in model.named_modules():
+        # Not the module's own method, which a model may override.
+        for leaf, param in nn.Module.named_parameters(module, recurse=False, remove_duplicate=False):
+            if param.requires_grad:
+                owners.setdefault(param, []).append((module, leaf))
+                trainable.setdefault(param, f"{prefix}.{leaf}" if prefix else leaf)
+    if not trainable:
+        raise ValueError(f"model: no parameter of this {type(model).__name__} requires a gradient: nothing to train")
+    for tensor, name in trainable.items():
+        check_initialized(tensor, f"parameter {name!r}")
+    placed = {param: names[param] for param in owners if param in names}
+    return trainable, [_Entry(name, param, *decide(owners[param], param, asked)) for param, name in placed.items()]
+
+
+def _set_aside_zeros(entries: Sequence[_Entry]) -> list[_Entry]:
+    """Move tensors with a layer of zeros to the others, and return them. Waits once for each device."""
+    rotating = [entry for entry in entries if entry.chunks is not None]
+    zeros = have_zero_layers([(entry.param, entry.layers) for entry in rotating])
+    moved = [entry for entry, is_zero in zip(rotating, zeros, strict=True) if is_zero]
+    for entry in moved:
+        entry.reason = "all zero" if entry.layers == 1 else f"one of its {entry.layers} layers is all zero"
+        entry.chunks = None
+    return moved
+
+
+def _rotating_groups(
+    entries: Sequence[_Entry], factors: Sequence[float], lr: float | Tensor | None, options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    groups: dict[tuple[float, int | str | None], dict[str, Any]] = {}
+    # Nothing decays on a sphere: another optimizer's own default must not step in.
+    shared = {**options, "weight_decay": 0.0} if "weight_decay" in options else options
+    for entry, factor in zip(entries, factors, strict=True):
+        key = factor, entry.chunks
+        if key not in groups:
+            rate = {} if lr is None else {"lr": scaled_rate(lr, factor)}
+            ours = {"params": [], "rotate": True, "chunks": entry.chunks, "lr_factor": factor}
+            groups[key] = {**ours, **rate, **shared}
+        groups[key]["params"].append((entry.name, entry.param))
+    return list(groups.values())
+
+
+def _check_complete(groups: Iterable[Mapping[str, Any]], trainable: Mapping[Tensor, str]) -> None:
+    """Raise ValueError, naming them, for trainable parameters that are not in exactly one group."""
+    placed = Counter(param for group in groups for _, param in group["params"])
+    wrong = [name for param, name in trainable.items() if placed[param] != 1]
+    if wrong:
+        raise ValueError(
+            f"trainable parameters {wrong} land in no group: model.named_parameters() and what the model's modules "
+            "register do not agree on them. Register each in a module and have named_parameters() yield it, or call "
+            "requires_grad_(False) on it"
+        )
+
+
+def _freeze(entries: Iterable[_Entry], zeros: Sequence[_Entry]) -> None:
+    if zeros:
+        warnings.warn(
+            "others='freeze' freezes weights that are all zero, or have a layer of zeros: "
+            f"{[entry.name for entry in zeros]} will never train. Initialize them, or use others='train'",
+            stacklevel=3,
+        )
+    for entry in entries:
+        entry.param.requires_grad_(False)
+        entry.param.grad = None
+        entry.reason += ", frozen"
+
+
+def _check_arguments(
+    model: Any, lr: Any, alpha: Any, others: Any, others_lr: Any, embeddings: Any, options: Mapping[str, Any]
+) -> None:
+    """Raise TypeError or ValueError for what ``layer_groups`` cannot take."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: it must be a torch.nn.Module, whose module types decide")
+    _check_alpha(alpha)
+    check_choice({"others": others}, "others", OTHERS)
+    check_choice({"embeddings": embeddings}, "embeddings", (False, True))
+    for name, rate in (("lr", lr), ("others_lr", others_lr)):
+        if rate is not None:
+            check_lr(rate, name)
+    if others == "freeze" and others_lr is not None:
+        raise ValueError(
+            f"others_lr={others_lr!r}: others='freeze' trains no others; leave others_lr out, or use others='train'"
+        )
+    for name in RESERVED:
+        if name in options:
+            raise TypeError(f"{name}={options[name]!r}: layer_groups sets it itself; leave it out")
+    message = misspelt(options, ("alpha", "others", "others_lr", "embeddings"))
+    if message is not None:
+        raise TypeError(message)
+    if options.get("base") == "rmsprop" and alpha != 0:
+        raise ValueError(
+            f"alpha={alpha!r} with base='rmsprop': here alpha sets layer-wise rates, and RMSprop has its own. "
+            "Give base, and its alpha, to the optimizer: FusedLayca(layer_groups(...), base='rmsprop', alpha=...)"
+        )
+
+
+def layer_groups(
+    model: nn.Module,
+    lr: float | Tensor | None = None,
+    alpha: float = 0.0,
+    others: str = "train",
+    others_lr: float | Tensor | None = None,
+    embeddings: bool = False,
+    rotate: Iterable[type[nn.Module]] | Mapping[type[nn.Module], int | str] = (),
+    **options: Any,
+) -> LayerGroups:
+    """Param groups in which the weights of the model's layers rotate, and nothing else; ``print`` shows the plan.
+
+    Rotating: the weights of Linear, Bilinear, Conv1d to 3d and ConvTranspose1d to 3d; MultiheadAttention's packed
+    ``in_proj_weight`` as 3 layers; the weights of RNN, LSTM, GRU and their cells as one layer per gate. The others:
+    biases, norm layers, embeddings, vectors, parametrized weights (weight_norm and the like), weights of which a layer
+    is all zero, and whatever modules of unknown types hold (see ``rotate``). Parameters with requires_grad=False are
+    left out. A tied tensor counts once, under its first name; it rotates if any module that shares it makes it rotate,
+    but one that is an embedding anywhere is an embedding.
+
+    Args:
+        model: any module, wrapped (DDP, torch.compile) or not. Names are those of ``model.named_parameters()``.
+        lr: the rotation rate. None leaves it to the optimizer: its own lr, or the paper's recommendation.
+        alpha: layer-wise rates, -1 < alpha < 1: see :func:`lr_factors`. Positions count rotating tensors in the order
+            in which the modules are defined, a packed tensor as one. Each rotating group holds its ``lr_factor``; with
+            ``lr=None``, FusedLayca multiplies its lr by it, and any other optimizer ignores it: give those an lr.
+            Schedulers that multiply keep the ratios; those that set rates (OneCycleLR) need a list with one per group.
+        others: "train" them by the plain base step, or "freeze" them, as the official code does: **modifies the model**
+            (requires_grad=False, grad=None), so call it before DDP wraps the model. They stay in a group with lr=0.
+            Weights of zeros are frozen, too, with a warning, since they never train then.
+        others_lr: the lr of the others; None: ``lr``. Only for others="train".
+        embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
+        rotate: module types of which every tensor of two or more dimensions, biases apart, rotates besides, such as the
+            Conv1D of transformers; as a dict, with the ``chunks`` of each (1, n or "all"), also for the types above.
+        options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0
+            into those that rotate.
+
+    Returns:
+        A list of dicts that any torch optimizer takes (torch >= 2.6), with named parameters. Rotating tensors with the
+        same factor and chunks share a group; the others come last.
+
+    Raises:
+        TypeError, ValueError: for arguments out of range, lazy parameters that are not initialized, no trainable
+            parameter at all, and trainable parameters that would land in no group; before anything is modified.
+    """
+    _check_arguments(model, lr, alpha, others, others_lr, embeddings, options)
+    asked = asked_types(rotate)
+    if embeddings:
+        asked = {**asked, **{kind: 1 for kind in EMBEDDINGS if kind not in asked}}
+
+    trainable, entries = trainable_entries(model, asked)
+    zeros = _set_aside_zeros(entries)
+    rotating = [entry for entry in entries if entry.chunks is not None]
+    rest = [entry for entry in entries if entry.chunks is None]
+    factors = lr_factors(len(rotating), alpha)
+    groups = _rotating_groups(rotating, factors, lr, options)
+    if rest:
+        rate = 0.0 if others == "freeze" else lr if others_lr is None else others_lr
+        own = {} if rate is None else {"lr": rate}
+        groups.append({"params": [(entry.name, entry.param) for entry in rest], "rotate": False, **own, **options})
+    _check_complete(groups, trainable)
+    left_out = sum(not param.requires_grad for param in model.parameters())
+    if others == "freeze":
+        _freeze(rest, zeros)
+
+    factor_of = dict(zip((entry.param for entry in rotating), factors, strict=True))
+    rows = [
+        Row(entry.name, tuple(entry.param.shape), entry.layers, factor_of.get(entry.param), entry.reason)
+        for entry in entries
+    ]
+    return LayerGroups(groups, rows, left_out)

@@ -1,0 +1,1 @@
+"""Stepping inside of backward, one parameter at a time."""

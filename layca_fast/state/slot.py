@@ -1,0 +1,71 @@
+"""One parameter's place in a batch: its tensors, as kernels see them, and what is asked of its step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formulas.base_steps import RULES
+from ..formulas.bases import Base
+from ..formulas.options import check_gradient
+from ..formulas.tables import Flag
+from .sharding import Piece, local_gradient
+
+
+@dataclass
+class Slot:
+    """One parameter's place in a batch.
+
+    ``states`` are the buffers of the formula in its order, ``step`` the 0-d float32 number of steps taken (None where
+    the formula does not count them), ``radius`` the float64 state (None where the tensor does not rotate), ``layers``
+    the number of equal slices, ``dense`` whether these lie in memory one after the other, ``fresh`` whether the state
+    was created for the coming step. ``entry`` is what the optimizer keeps for the parameter: the states by their names.
+    ``remainder`` completes a 16-bit parameter (compensation.py); None where it has none. ``dtensor`` is the
+    parameter of which ``param``, like the states, is the ``piece`` that lies here (None: ``param`` is it), ``number``
+    its place among the tensors that are summed over processes.
+    """
+
+    param: Tensor
+    group: Mapping[str, Any]
+    base: Base
+    label: str
+    states: tuple[Tensor, ...]
+    step: Tensor | None
+    radius: Tensor | None
+    layers: int
+    dense: bool
+    fresh: bool
+    entry: Mapping[str, Any] = field(default_factory=dict)
+    remainder: Tensor | None = None
+    dtensor: Tensor | None = None
+    piece: Piece = field(default_factory=lambda: Piece(0, 1))
+    number: int = 0
+
+    @property
+    def owner(self) -> Tensor:
+        """The parameter as the user knows it."""
+        return self.param if self.dtensor is None else self.dtensor
+
+    def gradient(self, dtype: torch.dtype) -> Tensor | None:
+        """This step's gradient, checked, with the parameter's strides where kernels walk both as one run of memory."""
+        grad = self.owner.grad
+        if grad is None:
+            return None
+        check_gradient(grad, self.owner, self.label)
+        grad = self.piece.of(local_gradient(grad, self.owner)).resolve_neg().to(dtype)
+        if not self.dense or grad.stride() == self.param.stride():
+            return grad
+        return torch.empty_like(self.param, dtype=dtype).copy_(grad)
+
+    @property
+    def flags(self) -> int:
+        if self.radius is None:
+            return 0
+        current = Flag.CURRENT if self.group["radius"] == "current" else 0
+        return Flag.ROTATES | current | (Flag.PART if self.piece.is_part else 0)
+
+    @property
+    def rule(self) -> int:
+        return RULES[self.group["rule"]]

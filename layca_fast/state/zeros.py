@@ -1,0 +1,77 @@
+"""Layers whose weights are all zero: they have no direction to turn."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..formulas.options import is_wrapper
+from .sharding import Sharding, is_elsewhere, is_sharded, local_of, sharding_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def have_zero_layers(tensors: Sequence[tuple[Tensor, int]]) -> list[bool]:
+    """Whether each tensor, given with its number of layers, holds a layer whose weights are all zero.
+
+    Waits once for each device. Of DTensors all processes ask together, and agree. Tensors without plain numbers (empty,
+    meta, sparse, wrappers) are not looked into: what the optimizer cannot take, it refuses itself.
+    """
+    flags = [False] * len(tensors)
+    found: dict[torch.device, dict[int, Tensor]] = {}
+    shared = []
+    for index, (tensor, layers) in enumerate(tensors):
+        local = local_of(tensor)
+        if local.layout != torch.strided or local.is_meta or is_wrapper(local) or is_elsewhere(tensor):
+            continue
+        if is_sharded(tensor):
+            sharding = sharding_of(tensor, layers, f"a parameter of shape {tuple(tensor.shape)}")
+            shared.append((index, tensor, sharding, _zero_layers(local, sharding)))
+        elif tensor.numel() > 0:
+            found.setdefault(tensor.device, {})[index] = _are_zero(tensor, layers).any()
+    for index, value in _agreed(shared):
+        found.setdefault(value.device, {})[index] = value
+    for on_device in found.values():
+        for index, is_zero in zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True):
+            flags[index] = is_zero
+    return flags
+
+
+def _are_zero(tensor: Tensor, layers: int) -> Tensor:
+    # The norm needs no memory for the absolute values.
+    largest: Tensor = torch.linalg.vector_norm(tensor.detach().reshape(layers, -1), torch.inf, dim=1)
+    return largest == 0
+
+
+def _zero_layers(local: Tensor, sharding: Sharding) -> Tensor:
+    """Of each layer that this process knows, whether what it has of it is all zero: (layers,) float64, 1 or 0."""
+    zero = torch.ones(sharding.layers, dtype=torch.float64, device=local.device)
+    for piece in sharding.pieces:
+        part = piece.of(local)
+        if part.numel() > 0:
+            zero[piece.first : piece.first + piece.layers] = _are_zero(part, piece.layers).double()
+    return zero
+
+
+def _agreed(shared: "Sequence[tuple[int, Tensor, Sharding, Tensor]]") -> list[tuple[int, Tensor]]:
+    """For each (index, DTensor, its sharding, zero layers here): whether it has one anywhere, 0-d, by its index.
+
+    A layer is zero where all its parts are; a tensor has a zero layer where any process that has whole ones finds one.
+    """
+    from ..step.distributed import reduce_together
+
+    reduce_together([(zero, sharding.groups) for _, _, sharding, zero in shared], "min")
+    anywhere = []
+    for _, tensor, sharding, zero in shared:
+        whole: tuple[ProcessGroup, ...] = ()
+        if is_sharded(tensor):
+            whole = tuple(tensor.device_mesh.get_group(dim) for dim in sharding.whole)
+        anywhere.append((zero.amax(0, keepdim=True) if len(zero) else zero.new_zeros(1), whole))
+    reduce_together(anywhere, "max")
+    # An empty tensor has no weights that could be zero.
+    return [
+        (index, (flag > 0).squeeze() & (tensor.numel() > 0))
+        for (index, tensor, _, _), (flag, _) in zip(shared, anywhere, strict=True)
+    ]

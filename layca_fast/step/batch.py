@@ -1,0 +1,308 @@
+"""The flattened multi-tensor batch: all tensors of one device, type and formula, as tables of numbers.
+
+A backend walks these tables (``tables.py``) with a fixed number of launches however many tensors there are.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formulas.bases import Formula
+from ..formulas.tables import MAX_OPTIONS, Coefficient, Column, Count, Layer, Tile
+from ..state.compensation import compute_dtype
+from ..state.sharding import is_sharded, local_of
+from ..state.slot import Slot
+from .hypers import Hyperparameters
+from .unscaling import LossScale, ScaledTables
+from .upload import SPARES, Mirror
+from .watch import Entries, Layouts, addresses, all_there, column, gradients, same_objects
+
+_SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
+
+
+def scalar_device(device: torch.device) -> torch.device:
+    """Where the float64 dots and coefficients of tensors on ``device`` live: MPS has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+class Batch:
+    """The tables for ``slots``: tensors of one device, dtype and formula, cut into tiles of ``tile`` elements.
+
+    All of them have a remainder or none has. Formulas run in ``compute_dtype``, on states of ``state_dtype`` and on
+    gradients of ``grad_dtype``, which may differ from step to step: the parameters' own type, or ``compute_dtype``
+    where one of them has a gradient of another.
+
+    The structure (which tensors, how many layers) is fixed at construction; :meth:`refresh` brings pointers and
+    hyperparameters up to date before each step and :meth:`release` lets the gradients go after it. A backend reads
+    ``tensors`` (tensors, Column.WIDTH), ``hypers`` (rows, Hyper.WIDTH), ``layers`` (layers, Layer.WIDTH) and ``tiles``
+    (tiles, Tile.WIDTH), and writes ``dots`` (layers, 3: n2, d, q), ``coefficients`` (layers, Coefficient.WIDTH),
+    ``counts`` (layers, Count.WIDTH), the parameters and their states. All lie on the parameters' device.
+    """
+
+    def __init__(self, formula: Formula, slots: Sequence[Slot], tile: int) -> None:
+        self.formula = formula
+        self.slots = list(slots)
+        self.tile = tile
+        self.params = [slot.param for slot in self.slots]
+        self.owners = [slot.owner for slot in self.slots]
+        self._local_owners = [local_of(owner) for owner in self.owners] if is_sharded(self.owners[0]) else None
+        self.states = [[slot.states[i] for slot in self.slots] for i in range(len(formula.states))]
+        self.grads: list[Tensor | None] = [None] * len(self.slots)
+        self._grad_addresses: bytes | None = None
+        self._specs: list[Any] | None = None
+        self.device = self.params[0].device
+        self.dtype = self.params[0].dtype
+        self.compute_dtype = compute_dtype(self.dtype)
+        self.state_dtype = self.slots[0].states[0].dtype if formula.states else self.compute_dtype
+        self.grad_dtype = self.dtype
+        self.compensated = self.slots[0].remainder is not None
+        self._home = scalar_device(self.device)
+        self.n_layers = sum(slot.layers for slot in self.slots)
+        self.dots = torch.zeros(self.n_layers, 3, dtype=torch.float64, device=self._home)
+        self.coefficients = torch.zeros(self.n_layers, Coefficient.WIDTH, dtype=torch.float64, device=self._home)
+        self.counts = torch.zeros(self.n_layers, Count.WIDTH, dtype=torch.int64, device=self._home)
+
+        self.hyperparameters = Hyperparameters(self.slots, self.dtype, self._home)
+        self._tensor_mirror = Mirror(len(self.slots), Column.WIDTH, torch.int64, self._home)
+        self.first_layers = list(accumulate((slot.layers for slot in self.slots[:-1]), initial=0))
+        table = self._tensor_mirror
+        table.set_column(Column.NUMEL, column([slot.param.numel() for slot in self.slots]))
+        table.set_column(Column.LAYERS, column([slot.layers for slot in self.slots]))
+        table.set_column(Column.FIRST_LAYER, column(self.first_layers))
+        table.set_column(Column.FLAGS, column([slot.flags for slot in self.slots]))
+        table.set_column(Column.RULE, column([slot.rule for slot in self.slots]))
+        table.set_column(Column.RADIUS, addresses([slot.radius for slot in self.slots]))
+        table.set_column(Column.STEP, addresses([slot.step for slot in self.slots]))
+        table.set_column(Column.PARAM, addresses(self.params))
+        table.set_column(Column.REMAINDER, addresses([slot.remainder for slot in self.slots]))
+        for i, states in enumerate(self.states):
+            table.set_column(Column.STATE + i, addresses(states))
+
+        self._settled = False
+        self._scaled: ScaledTables | None = None
+        #: Whether the step is taken, 0-d int64 on the device; None where that needs no asking.
+        self.taken: Tensor | None = None
+        self._set_hyper_rows()
+        kept = [tensor for states in self.states for tensor in states]
+        kept += [slot.step for slot in self.slots if slot.step is not None]
+        kept += [slot.remainder for slot in self.slots if slot.remainder is not None]
+        kept += [slot.radius for slot in self.slots if slot.radius is not None]
+        entries = [slot.entry for slot in self.slots]
+        names = (*formula.states, "step", "remainder", "radius")
+        self._entries = Entries({name: [(each, each[name]) for each in entries if name in each] for name in names})
+        self._layouts = Layouts(self.params)
+        # A view still knows the memory that its tensor has left.
+        cut = [slot for slot in self.slots if slot.piece.rows is not None]
+        kept += [local_of(slot.owner) for slot in cut]
+        kept += [local_of(slot.entry[name]) for slot in cut for name in names if name in slot.entry]
+        self._kept = Layouts(kept)
+        # Kernels know a gradient by its address, which that of an empty tensor lacks: its steps are counted here.
+        self._empty = [(i, slot.step) for i, slot in enumerate(self.slots) if slot.param.numel() == 0]
+
+    def holds(self) -> bool:
+        """Whether parameters, states and radii lie in memory as they did when the batch was made for them."""
+        if self._local_owners is not None and not same_objects(list(map(local_of, self.owners)), self._local_owners):
+            return False
+        return self._entries.hold() and self._layouts.hold() and self._kept.hold()
+
+    def take_gradients(self) -> None:
+        """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
+        self.grads = gradients(self.owners)
+        self.grad_dtype = self.dtype
+        plain = self._plain_gradients()
+        self._grad_addresses = None if plain is None else self._layouts.fit(plain)
+        if plain is not None and self._grad_addresses is not None:
+            self.grads = plain
+        else:
+            owned = self.grads
+            # All else goes the slow way: gradients that are missing, lie otherwise, are of another type, or are wrong.
+            if any(grad is not None and grad.dtype != self.dtype for grad in self.grads):
+                self.grad_dtype = self.compute_dtype
+            self.grads = [slot.gradient(self.grad_dtype) for slot in self.slots]
+            self._specs = self._known_specs(owned)
+
+    def _plain_gradients(self) -> list[Any] | None:
+        """The gradients as plain tensors; of DTensors only where they are shared out as those of the last step."""
+        if self._local_owners is None:
+            return self.grads
+        if self._specs is None or not all(map(is_sharded, self.grads)):
+            return None
+        return list(map(_LOCAL, self.grads)) if same_objects(list(map(_SPEC, self.grads)), self._specs) else None
+
+    def _known_specs(self, grads: Sequence[Any]) -> list[Any] | None:
+        """What tells how these gradients, of DTensors, are shared out, if that is as their parameters and uncut."""
+        if self._local_owners is None or not all_there(grads):
+            return None
+        if any(slot.piece.rows is not None for slot in self.slots):
+            return None
+        owners: Sequence[Any] = self.owners
+        alike = all(grad.placements == owner.placements for grad, owner in zip(grads, owners, strict=True))
+        return list(map(_SPEC, grads)) if alike else None
+
+    def check_capture(self) -> None:
+        """Raise RuntimeError if the host would have to do something for the step that is being captured."""
+        fresh = any(slot.fresh and grad is not None for slot, grad in zip(self.slots, self.grads, strict=True))
+        if fresh or not self.hyperparameters.are_pushed():
+            raise RuntimeError(
+                "the device does not have the hyperparameters of the step being captured: before the capture, take the "
+                "first step of every tensor, and call optimizer.sync_hyperparameters() after any later change"
+            )
+        if not self._tensor_mirror.can_record():
+            raise RuntimeError(
+                "no memory is ready for another CUDA graph, and a capture must not take any: call "
+                f"optimizer.sync_hyperparameters() before the capture, after every {SPARES} captures at least, and "
+                "after setting capturable=True in a group"
+            )
+
+    def sync_hyperparameters(self) -> None:
+        """Outside of captures: what the next captures and replays need of the host."""
+        self._keep_spares()
+        self.hyperparameters.push_ahead()
+
+    def _keep_spares(self) -> None:
+        if self.hyperparameters.capturable:
+            self._tensor_mirror.keep_spares()
+
+    def refresh(self, loss_scale: LossScale | None = None, capturing: bool = False) -> None:
+        """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone).
+
+        With ``capturing`` a CUDA graph is being recorded, to which the table of addresses then belongs.
+        """
+        table = self._tensor_mirror
+        if self._scaled is None and loss_scale is not None:
+            self._scaled = ScaledTables(self.tensors, self.hypers, self._await_first_gradients())
+        if self._scaled is not None:
+            # The device has modified these.
+            table.forget(Column.GRAD)
+            table.forget(Column.HYPER)
+            self._set_hyper_rows()
+        table.set_column(Column.GRAD, self._grad_addresses or addresses(self.grads))
+        if capturing:
+            table.record()
+            self.hyperparameters.record()
+        else:
+            self._keep_spares()
+            table.push()
+            self.hyperparameters.push()
+        self.fetch(loss_scale)
+
+    def fetch(self, loss_scale: LossScale | None = None) -> None:
+        """Take over what only the device knows: rates in tensors, the loss scale. The host reads none of it."""
+        self.hyperparameters.fetch()
+        if self._scaled is not None:
+            self.taken = self._scaled.apply(loss_scale or LossScale())
+        for index, step in self._empty:
+            if step is not None and self.grads[index] is not None:
+                step += 1 if self.taken is None else self.taken
+
+    def _await_first_gradients(self) -> Tensor:
+        """Which tensors have yet to take their first gradient, (tensors,) int64 on the device.
+
+        Steps since their state was made may all have been skipped, also in a run that this one resumes. Only the state
+        itself, still of zeros, can tell; it is asked where it matters.
+        """
+        flags = torch.tensor([slot.fresh for slot in self.slots], dtype=torch.int64, device=self._home)
+        for index, slot in enumerate(self.slots):
+            rows = (slot.base.scalars(slot.group, fresh) for fresh in (False, True))
+            if not slot.fresh and len(set(rows)) > 1:
+                flags[index : index + 1] = ~slot.states[0].any()
+        return flags
+
+    def _set_hyper_rows(self) -> None:
+        rows = self.hyperparameters.first_rows
+        if self._scaled is None:
+            rows = [row + slot.fresh for row, slot in zip(rows, self.slots, strict=True)]
+        self._tensor_mirror.set_column(Column.HYPER, column(rows))
+
+    def release(self) -> None:
+        """After a step: drop the gradients, so that zero_grad frees them, and settle the slots that had one."""
+        if not self._settled:
+            for slot, grad in zip(self.slots, self.grads, strict=True):
+                slot.fresh &= grad is None
+            self._settled = not any(slot.fresh for slot in self.slots)
+            self._set_hyper_rows()
+        self.grads, self._grad_addresses = [None] * len(self.slots), None
+
+    @property
+    def stepped(self) -> list[Tensor]:
+        """The parameters that have a gradient in this step; of a DTensor both it and the tensor inside."""
+        stepped = self.params
+        if not all_there(self.grads):
+            stepped = [param for param, grad in zip(self.params, self.grads, strict=True) if grad is not None]
+        return stepped if self._local_owners is None else [*stepped, *self.owners]
+
+    def options(self, slot: Slot) -> tuple[float, ...]:
+        """What the base makes of the group of ``slot``, on the host: ``formula.prepare`` makes this step's of it."""
+        return slot.base.scalars(slot.group, slot.fresh)
+
+    def hyper_row(self, index: int) -> Tensor | None:
+        """The hyperparameters of a slot, where the device knows more of them than the host: (Hyper.WIDTH,)."""
+        if self._scaled is None and not self.slots[index].group.get("capturable"):
+            return None
+        # Not by indexing: with a number on the device that would make the host wait.
+        return self.hypers.index_select(0, self.tensors[index : index + 1, Column.HYPER])[0]
+
+    @property
+    def tensors(self) -> Tensor:
+        """The tensor table, (tensors, Column.WIDTH) int64."""
+        return self._tensor_mirror.device_tensor
+
+    @property
+    def hypers(self) -> Tensor:
+        """The hyperparameter table, (rows, Hyper.WIDTH) float64."""
+        return self.hyperparameters.table
+
+    @cached_property
+    def layer_tensors(self) -> Tensor:
+        """The tensor row of each layer, (layers,) int64."""
+        return self.layers[:, Layer.TENSOR]
+
+    @cached_property
+    def layers(self) -> Tensor:
+        """The layer table, (layers, Layer.WIDTH) int64."""
+        rows, first_tile = [], 0
+        for tensor, slot in enumerate(self.slots):
+            length = slot.param.numel() // slot.layers
+            tiles = -(-length // self.tile)
+            for _ in range(slot.layers):
+                rows.append((tensor, first_tile, tiles))
+                first_tile += tiles
+        return torch.tensor(rows, dtype=torch.int64, device=self._home)
+
+    @cached_property
+    def tiles(self) -> Tensor:
+        """The tile table, (tiles, Tile.WIDTH) int64."""
+        rows, layer = [], 0
+        for tensor, slot in enumerate(self.slots):
+            length = slot.param.numel() // slot.layers
+            for i in range(slot.layers):
+                rows += [
+                    (tensor, layer + i, i * length + start, min(self.tile, length - start))
+                    for start in range(0, length, self.tile)
+                ]
+            layer += slot.layers
+        return torch.tensor(rows, dtype=torch.int64, device=self._home).reshape(-1, Tile.WIDTH)
+
+    @cached_property
+    def n_tiles(self) -> int:
+        return sum(slot.layers * -(-(slot.param.numel() // slot.layers) // self.tile) for slot in self.slots)
+
+    @cached_property
+    def partials(self) -> Tensor:
+        """Scratch for the dots of each tile, (tiles, 3) float64."""
+        return torch.zeros(self.n_tiles, 3, dtype=torch.float64, device=self._home)
+
+    @cached_property
+    def step_options(self) -> Tensor:
+        """This step's options of every tensor, (tensors, MAX_OPTIONS) float64, where the formula counts its steps."""
+        return torch.zeros(len(self.slots), MAX_OPTIONS, dtype=torch.float64, device=self._home)
+
+    @cached_property
+    def partial_counts(self) -> Tensor:
+        """Scratch for the non-finite elements of each tile, (tiles,) int64."""
+        return torch.zeros(self.n_tiles, dtype=torch.int64, device=self._home)

@@ -1,0 +1,208 @@
+"""From param groups to batches: which tensors are stepped, by which backend, with which state."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from ..backends.base import Backend
+from ..formulas.base_steps import KEEP
+from ..formulas.bases import Formula
+from ..formulas.options import find_base, labelled
+from ..formulas.tables import Coefficient
+from ..state.compensation import state_dtype
+from ..state.members import Layers, State, check_norms, drop_remainders, members
+from ..state.sharding import is_elsewhere, is_sharded
+from ..state.slot import Slot
+from .batch import Batch
+from .capture import check_capture, is_capturing
+from .distributed import Groups, SharedDots
+from .unscaling import LossScale
+from .watch import gradients, same_objects
+
+
+def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """All that fixes the structure of the batches, beside the tensors themselves."""
+    return [
+        (
+            id(group),
+            find_base(group["base"]).formula(group).name,
+            group["base"],
+            group["rule"],
+            group["rotate"],
+            group["chunks"],
+            group["radius"],
+            group["backend"],
+            bool(group["weight_decay"]),
+            group["compensate"],
+            group["state_dtype"],
+        )
+        for group in groups
+    ]
+
+
+class Plan:
+    """The batches for the parameters that have a gradient or had one before, and the state that they need.
+
+    Building it checks everything, then creates the missing state in ``state``; nothing is modified if a check fails.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, previous: "Plan | None" = None) -> None:
+        if is_capturing():
+            check_capture(groups)
+            raise RuntimeError(
+                "the step being captured would have to create or change state: take a step before the capture, with "
+                "gradients for the same parameters (one at lr = 0 moves nothing)"
+            )
+        stepped = set() if previous is None else {id(slot.owner) for _, slot, _ in previous.rows()}
+        found = list(members(groups, state, stepped))
+        states = [member.new_states(state.get(member.param, {})) for member in found]
+        known = set() if previous is None else {id(each.param) for each in previous._zero}
+        turning = [Layers(m.group, m.label, m.param, m.layers) for m in found if m.rotates]
+        # A process may make its plan anew alone: what is agreed upon is not asked before they all have to.
+        zero = [each for each in turning if id(each.param) in known]
+        asked = [each for each in zero if not each.is_at_rest]
+        asked += [e for e in turning if id(e.param) not in known and "radius" not in state.get(e.param, {})]
+        self._zero: list[Layers] = [*(each for each in zero if each.is_at_rest), *check_norms(asked)]
+
+        drop_remainders(groups, state)
+        self._groups, self._state = groups, state
+        self._signature = _signature(groups)
+        self._params = [list(group["params"]) for group in groups]
+        member_ids = {id(member.param) for member in found}
+        others = [param for _, _, param in labelled(groups) if id(param) not in member_ids]
+        self._waiting = [param for param in others if not is_elsewhere(param)]
+        self._frozen = [param for param in self._waiting if is_sharded(param)]
+        slots: dict[tuple[Any, ...], list[Slot]] = {}
+        kinds: dict[tuple[Any, ...], tuple[Backend, Formula, bool]] = {}
+        layout: list[tuple[int, Groups]] = []
+        for member, (kept, local) in zip(found, states, strict=True):
+            old = state.get(member.param, {})
+            fresh = any(old.get(name) is None for name in member.formula.states)
+            entry = state[member.param]
+            entry.update(kept)
+            types = (member.param.dtype, state_dtype(member.param.dtype, member.group), "remainder" in kept)
+            lies = (member.local.device, is_sharded(member.param), member.is_shared)
+            key = (member.backend.name, member.formula.name, *types, *lies)
+            kinds[key] = member.backend, member.formula, member.is_shared
+            slots.setdefault(key, []).extend(member.slots(entry, local, fresh, len(layout)))
+            if member.sharding.groups:
+                # Those of no layer here, too: sums over several dimensions of a mesh need one order everywhere.
+                layout.append((member.sharding.layers, member.sharding.groups))
+        self.batches: list[tuple[Backend, Batch]] = []
+        #: Those of layers that other processes have parts of; and the rest.
+        self._shared: list[tuple[Backend, Batch]] = []
+        self._whole: list[tuple[Backend, Batch]] = []
+        for key, (backend, formula, is_shared) in kinds.items():
+            pair = backend, Batch(formula, slots[key], backend.tile)
+            self.batches.append(pair)
+            (self._shared if is_shared else self._whole).append(pair)
+        self._shared_dots = SharedDots(layout, [batch for _, batch in self._shared]) if self._shared else None
+        self._entries = list(state.values())
+        self._retired: dict[tuple[Tensor, int], Tensor] = {}
+        self.recorded = False
+        #: CUDA graphs read the tables of the plan that they recorded, so it outlives its use here.
+        self._kept: list[Plan] = []
+        if previous is not None:
+            self.carry_counts(previous.counts())
+            self._kept = [*previous._kept, *([previous] if previous.recorded else [])]
+
+    def counts(self) -> dict[tuple[Tensor, int], Tensor]:
+        """The counts of every slot that has been stepped, (layers, Count.WIDTH), in this plan or before it."""
+        ours = {(slot.owner, slot.piece.first): batch.counts[rows] for batch, slot, rows in self.rows()}
+        return {**self._retired, **ours}
+
+    def carry_counts(self, counts: Mapping[tuple[Tensor, int], Tensor]) -> None:
+        """Go on counting from these, which :meth:`counts` of another plan returned."""
+        self._retired = dict(counts)
+        for batch, slot, rows in self.rows():
+            known = self._retired.get((slot.owner, slot.piece.first))
+            if known is not None and len(known) == slot.layers:
+                batch.counts[rows] = known.to(batch.counts.device)
+
+    def rest(self) -> None:
+        """Let the statistics say what they do after a step for which no tensor had a gradient."""
+        for _, batch in self.batches:
+            batch.dots.zero_()
+            batch.coefficients[:, Coefficient.MODE] = KEEP
+
+    def rows(self) -> Iterator[tuple[Batch, Slot, slice]]:
+        """Every slot with its batch and its rows in the batch's per-layer tables."""
+        for _, batch in self.batches:
+            for slot, first in zip(batch.slots, batch.first_layers, strict=True):
+                yield batch, slot, slice(first, first + slot.layers)
+
+    def holds(self, groups: Sequence[Mapping[str, Any]], state: State) -> bool:
+        """Whether the batches still describe the groups, the state and the memory of the parameters."""
+        if groups is not self._groups or state is not self._state:
+            return False
+        if _signature(groups) != self._signature:
+            return False
+        if not all(same_objects(group["params"], known) for group, known in zip(groups, self._params, strict=True)):
+            return False
+        if any(grad is not None for grad in gradients(self._waiting)):
+            return False
+        # As members() has it: a shard that is unfrozen takes part in the sums, with or without a gradient here.
+        if any(param.requires_grad for param in self._frozen):
+            return False
+        if not all(each.is_at_rest for each in self._zero):
+            return False
+        # Whose state has been taken away or replaced as a whole, the batches cannot see.
+        entries = list(state.values())
+        return same_objects(entries, self._entries) and all(batch.holds() for _, batch in self.batches)
+
+    def step(self, loss_scale: LossScale | None = None) -> None:
+        """Check the gradients of this step, then run every batch."""
+        capturing = is_capturing()
+        for _, batch in self.batches:
+            batch.take_gradients()
+        if capturing:
+            check_capture(self._groups)
+            for _, batch in self.batches:
+                batch.check_capture()
+            self.recorded = True
+        for backend, batch in self._whole:
+            batch.refresh(loss_scale, capturing)
+            backend.step(batch)
+            self._finish(backend, batch)
+        if self._shared_dots is not None:
+            for backend, batch in self._shared:
+                batch.refresh(loss_scale, capturing)
+                backend.measure(batch)
+            self._shared_dots.add_up(loss_scale, capturing)
+            for backend, batch in self._shared:
+                backend.coefficients(batch)
+                backend.rotate(batch)
+            self._shared_dots.turn_still()
+            for backend, batch in self._shared:
+                self._finish(backend, batch)
+
+    def _finish(self, backend: Backend, batch: Batch) -> None:
+        if backend.writes_unseen:
+            # Autograd then knows that graphs which saved these weights are out of date.
+            increment_version(batch.stepped)
+        batch.release()
+
+    def sync_hyperparameters(self, groups: Sequence[Mapping[str, Any]], state: State, stale: bool) -> None:
+        """Bring the hyperparameters on the device up to date with the groups.
+
+        Raises RuntimeError, before anything is modified, where a captured step could not follow. ``stale``: this plan
+        is to be replaced before the next step.
+        """
+        same = not stale and groups is self._groups and state is self._state and _signature(groups) == self._signature
+        # Graphs of plans before this one go on with the tensors that they recorded, and with the same groups.
+        older = [plan for plan in self._kept if plan._groups is groups]
+        follow = all(plan._rates_are_recorded() for plan in (*older, self))
+        if not follow or (self.recorded and not same):
+            raise RuntimeError(
+                "a captured CUDA graph cannot follow what was changed since: it runs the same kernels on the same "
+                "parameters and state, with lr from the tensor that was there (fill that one in place instead). Undo "
+                "the change, or capture the step again after one outside of a capture"
+            )
+        for plan in (*older, *([self] if same else [])):
+            for _, batch in plan.batches:
+                batch.sync_hyperparameters()
+
+    def _rates_are_recorded(self) -> bool:
+        return all(batch.hyperparameters.are_recorded() for _, batch in self.batches)

@@ -1,0 +1,92 @@
+"""What the last step did to each layer, from the numbers that the kernels have anyway."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..formulas.base_steps import KEEP, orthogonal_square, rotation
+from ..formulas.tables import Coefficient, Count
+from ..state.slot import Slot
+from .batch import Batch
+
+
+@dataclass(frozen=True)
+class RotationStats:
+    """One tensor's last step, per layer: tensors of shape (layers,) on the device; reading them may wait for it.
+
+    ``name``: the tensor's, or "group.index", their numbers, where its param group does not know one.
+    ``angle``: the commanded rotation in radians, 0 where the layer was kept or does not rotate: atan(lr) under the rule
+    "layca", atan2(lr sin(phi), 1 - lr cos(phi)) under "hyperball", with phi the angle between weights and step.
+    ``cosine``: of the angle between weights and base step, before the step. ``step_norm``: of the base step. ``norm``:
+    of the weights, before the step. ``radius``: the norm that steps restore (0: not yet set), of tensors that do not
+    rotate their own. ``drift``: norm / radius - 1, what storing the weights has cost since the last step.
+
+    Counted since the optimizer was made: ``non_finite`` elements that counted as zero (of the gradient, which under
+    rmsprop, adagrad and adam is one, too, where its square overflows; of state or step), steps with ``no_direction`` to
+    turn in, steps with ``broken`` (non-finite) weights.
+    """
+
+    name: str
+    angle: Tensor
+    cosine: Tensor
+    step_norm: Tensor
+    norm: Tensor
+    radius: Tensor
+    drift: Tensor
+    non_finite: Tensor
+    no_direction: Tensor
+    broken: Tensor
+
+
+def _stats_of(batch: Batch, slot: Slot, rows: slice, name: str) -> RotationStats:
+    """The stats of ``slot``, which has these ``rows`` in the batch's per-layer tables."""
+    if slot.piece.layers == 0:
+        rows = slice(rows.start, rows.start)
+    n2, d, q = batch.dots[rows].unbind(1)
+    norm, step_norm = n2.sqrt(), q.sqrt()
+    kept = batch.coefficients[rows, Coefficient.MODE] == KEEP
+    zeros = torch.zeros_like(norm)
+    turned, radius, drift = zeros, norm, zeros
+    if slot.radius is not None:
+        sigma = orthogonal_square(n2, d, q).clamp(min=0.0).sqrt()
+        along, across = rotation(torch.full_like(norm, slot.rule), norm, d, q, sigma, batch.hyperparameters.lr_of(slot))
+        turned = torch.where(kept, 0.0, torch.atan2(across, along))
+        if slot.group["radius"] != "current":
+            radius = slot.radius.clone()
+            drift = torch.where(radius > 0, norm / radius - 1, 0.0)
+    counts = batch.counts[rows].clone()
+    return RotationStats(
+        name=name,
+        angle=turned,
+        cosine=d / (norm * step_norm),
+        step_norm=step_norm,
+        norm=norm,
+        radius=radius,
+        drift=drift,
+        non_finite=counts[:, Count.NON_FINITE],
+        no_direction=counts[:, Count.NO_DIRECTION],
+        broken=counts[:, Count.BROKEN],
+    )
+
+
+def _joined(parts: Sequence[RotationStats]) -> RotationStats:
+    """The stats of a tensor whose layers are in several slots, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [field.name for field in fields(RotationStats) if field.name != "name"]
+    return RotationStats(parts[0].name, *(torch.cat([getattr(each, name) for each in parts]) for name in tensors))
+
+
+def rotation_stats(
+    plans: Iterable[Iterable[tuple[Batch, Slot, slice]]], names: Mapping[Tensor, str]
+) -> dict[Tensor, RotationStats]:
+    """The stats of every parameter that ``plans`` step, each given as its slots with their batch and rows in it."""
+    stats: dict[Tensor, RotationStats] = {}
+    for slots in plans:
+        found: dict[Tensor, list[RotationStats]] = {}
+        for batch, slot, rows in slots:
+            found.setdefault(slot.owner, []).append(_stats_of(batch, slot, rows, names.get(slot.owner, "")))
+        stats.update({param: _joined(parts) for param, parts in found.items()})
+    return stats

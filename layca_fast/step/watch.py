@@ -1,0 +1,144 @@
+"""Whether tensors are still what and where they were, asked of every tensor at every step.
+
+So the loops over tensors are C++'s, where the native module is there and torch tells it in C how a tensor lies in
+memory (DLPack's exchange API, torch >= 2.10); otherwise they are those of ``map`` over methods and attributes. A Python
+loop would take longer than the kernels do on small tensors.
+"""
+
+from array import array
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from operator import attrgetter, is_, is_not, itemgetter
+from typing import Any
+
+from torch import Tensor
+
+_native: Any
+try:
+    from .. import _cpu as _native
+except ImportError:
+    _native = None
+
+#: torch's description of tensors in C, if it has one.
+_EXCHANGE_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+
+_DTYPE, _GRAD, _IS_META = attrgetter("dtype"), attrgetter("grad"), attrgetter("is_meta")
+
+
+def same_objects(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether both hold the very same objects in the same order."""
+    return len(left) == len(right) and all(map(is_, left, right))
+
+
+def gradients(params: list[Tensor]) -> list[Tensor | None]:
+    """The gradient of each parameter."""
+    found: list[Tensor | None] = list(map(_GRAD, params)) if _native is None else _native.attributes(params, "grad")
+    return found
+
+
+def all_there(tensors: Sequence[Any]) -> bool:
+    """Whether none of them is None."""
+    return all(map(is_not, tensors, repeat(None)))
+
+
+def column(numbers: Sequence[int]) -> bytes:
+    """The numbers as a column of a table, int64."""
+    return array("q", numbers).tobytes()
+
+
+def addresses(tensors: Sequence[Any]) -> bytes:
+    """Where each tensor begins in memory, 0 for None, as a column of a table."""
+    if all_there(tensors):
+        return column(list(map(Tensor.data_ptr, tensors)))
+    return column([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+
+
+def _native_layouts(tensors: list[Tensor]) -> Any:
+    if _native is None or _EXCHANGE_API is None:
+        return None
+    try:
+        return _native.Layouts(_EXCHANGE_API, tensors)
+    except (TypeError, ValueError, BufferError, RuntimeError):
+        # An exchange API of another version, or tensors that it does not describe.
+        return None
+
+
+class Layouts:
+    """How tensors lie in memory: their addresses, strides, sizes, dtypes and devices.
+
+    An address alone says little: memory that was freed is soon given again, to tensors of any kind.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = tensors
+        self._native = _native_layouts(tensors)
+        if self._native is None:
+            # Shapes take longest to ask for, and of plain tensors the others decide which addresses a kernel may
+            # touch, in which order.
+            self._addresses = addresses(tensors)
+            self._strides = list(map(Tensor.stride, tensors))
+            self._sizes = list(map(Tensor.numel, tensors))
+            self._dtypes = list(map(_DTYPE, tensors))
+            self._devices = list(map(Tensor.get_device, tensors))
+
+    def hold(self) -> bool:
+        """Whether all still lie as they did."""
+        tensors = self._tensors
+        if self._native is not None:
+            return bool(self._native.hold(tensors))
+        return (
+            addresses(tensors) == self._addresses
+            and list(map(Tensor.stride, tensors)) == self._strides
+            and list(map(Tensor.numel, tensors)) == self._sizes
+            and list(map(_DTYPE, tensors)) == self._dtypes
+        )
+
+    def fit(self, grads: list[Any]) -> bytes | None:
+        """The addresses of these gradients if each is a plain tensor that lies as its tensor does; otherwise None.
+
+        ``grads`` has one, or None, for each tensor.
+        """
+        if self._native is not None:
+            try:
+                found: bytes | None = self._native.fit(grads, Tensor, Tensor.is_neg)
+            except RuntimeError:
+                return None
+            return found
+        try:
+            fits = (
+                set(map(type, grads)) == {Tensor}
+                and list(map(Tensor.stride, grads)) == self._strides
+                and list(map(Tensor.numel, grads)) == self._sizes
+                and list(map(_DTYPE, grads)) == self._dtypes
+                and list(map(Tensor.get_device, grads)) == self._devices
+                and not any(map(Tensor.is_neg, grads))
+                and not any(map(_IS_META, grads))
+            )
+        except RuntimeError:
+            # Gradients of another layout, such as sparse ones, have no strides.
+            return None
+        where = list(map(Tensor.data_ptr, grads)) if fits else [0]
+        # Without memory: it was freed, or there are no elements.
+        return None if 0 in where else column(where)
+
+
+class Entries:
+    """Which tensors stand under which names in the state of an optimizer."""
+
+    def __init__(self, columns: Mapping[str, Sequence[tuple[Mapping[str, Any], Tensor]]]) -> None:
+        """``columns``: for each name, the state of some parameters with the tensor that it holds under the name."""
+        self._columns = [
+            (name, [state for state, _ in pairs], [tensor for _, tensor in pairs]) for name, pairs in columns.items()
+        ]
+
+        # C++ knows dicts only.
+        self._are_dicts = all(isinstance(state, dict) for _, states, _ in self._columns for state in states)
+
+    def hold(self) -> bool:
+        """Whether they are all still there."""
+        if _native is not None and self._are_dicts:
+            return all(_native.entries_hold(states, name, tensors) for name, states, tensors in self._columns)
+        try:
+            return all(all(map(is_, map(itemgetter(name), states), tensors)) for name, states, tensors in self._columns)
+        except KeyError:
+            return False
