@@ -2,8 +2,10 @@
 
 from .attach import Handle, attach, detach
 from .backends import backends
+from .figures import drawing
 from .groups import LayerGroups, layer_groups
 from .monitor import Curves, RotationMonitor
+from .monitor.curves import draw_with
 from .optimizer import FusedLayca
 from .step.stats import RotationStats
 
@@ -22,3 +24,5 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+draw_with(drawing)

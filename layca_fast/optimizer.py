@@ -9,21 +9,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from .backends import choose
 from .formulas.bases import BASES, Base, recommended_rate, scaled_rate
-from .formulas.options import (
-    COMMON_OPTIONS,
-    check_choice,
-    check_group,
-    check_new,
-    check_options,
-    check_parameter,
-    find_base,
-    labelled,
-    misspelt,
-    named,
-)
+from .formulas.options import COMMON_OPTIONS, check_choice, check_group, check_options, find_base, misspelt
 from .in_backward.handle import StepInBackward
-from .messages import warn_caller
+from .messages import labelled, named, warn_caller
+from .state.checks import check_new, check_parameter
 from .state.compensation import HALVES, join, lost_rotation
 from .state.loading import Loading
 from .state.members import ignored_decay, rotates
@@ -228,7 +219,7 @@ class FusedLayca(Optimizer):
             self._in_backward.close()
             return loss
         if self._plan is None or self._stale or not self._plan.holds(self.param_groups, self.state):
-            self._plan = Plan(self.param_groups, self.state, previous=self._plan)
+            self._plan = Plan(self.param_groups, self.state, choose, previous=self._plan)
             self._stale = False
             if self._in_backward is not None:
                 self._plan.carry_counts(self._in_backward.counts())

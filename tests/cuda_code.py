@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from layca_fast.backends.native import import_native
 from layca_fast.formulas.bases import FORMULAS
+from layca_fast.state.native import import_native
 
 from .native_support import ROOT, as_json_lines, disassembly, resource_usage
 

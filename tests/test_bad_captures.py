@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from layca_fast import FusedLayca, attach
+from layca_fast.backends import choose
 from layca_fast.formulas.tables import Hyper
 from layca_fast.step.plan import Plan
 
@@ -174,7 +175,7 @@ def test_graphs_follow_what_is_reassigned_after_a_new_plan(capturing: Callable[[
     optimizer = running(lr=0.1, capturable=True)
     record(optimizer, capturing)
     ((_, recorded),) = optimizer._plan.batches
-    optimizer._plan = Plan(optimizer.param_groups, optimizer.state, previous=optimizer._plan)
+    optimizer._plan = Plan(optimizer.param_groups, optimizer.state, choose, previous=optimizer._plan)
     optimizer.param_groups[0]["lr"] = 0.7
     optimizer.sync_hyperparameters()
     assert (recorded.hypers[:, Hyper.LR] == 0.7).all()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from layca_fast.backends import load
-from layca_fast.formulas.base_steps import KEEP
 from layca_fast.formulas.bases import FORMULAS
+from layca_fast.formulas.rotation import KEEP
 from layca_fast.formulas.tables import Coefficient, Count
 from layca_fast.state.slot import Slot
 from layca_fast.step.batch import Batch

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from layca_fast.backends import backends
-from layca_fast.backends.native import import_native
 from layca_fast.formulas.bases import FORMULAS
+from layca_fast.state.native import import_native
 
 from . import cuda_code
 from .cuda_code import ARCHITECTURES, DTYPES, Kernel

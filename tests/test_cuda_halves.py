@@ -11,8 +11,8 @@ from torch import Tensor
 from layca_fast import FusedLayca
 from layca_fast.backends import load
 from layca_fast.backends.cuda import BACKEND
-from layca_fast.formulas.base_steps import LINEAR
 from layca_fast.formulas.bases import FORMULAS
+from layca_fast.formulas.rotation import LINEAR
 from layca_fast.formulas.tables import Coefficient, Count
 from layca_fast.state.compensation import HALVES, join, split
 from layca_fast.state.slot import Slot

@@ -12,8 +12,8 @@ from torch import Tensor, sqrt, where
 
 from layca_fast.backends import load
 from layca_fast.backends.triton_ import BACKEND, FINISH_BLOCK, TILE, Launch, finish_launch
-from layca_fast.formulas.base_steps import KEEP
 from layca_fast.formulas.bases import FORMULAS, Formula
+from layca_fast.formulas.rotation import KEEP
 from layca_fast.formulas.tables import Coefficient, Column, Count, Tile
 from layca_fast.state.slot import Slot
 from layca_fast.step.batch import Batch

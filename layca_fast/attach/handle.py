@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..formulas.options import labelled
+from ..messages import labelled
 from ..optimizer import FusedLayca
 from ..state.loading import keep_options, shield_radii, unshield_radii
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups

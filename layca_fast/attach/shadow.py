@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from ..backends import choose
 from ..formulas.bases import BASES
-from ..formulas.options import check_group, check_parameter, count_layers, describe, labelled
+from ..formulas.options import check_group
+from ..messages import describe, labelled
+from ..state.checks import check_parameter, count_layers
 from ..state.compensation import HALVES
 from ..state.layout import is_dense, memory_order
 from ..state.members import rotates
@@ -242,4 +245,4 @@ class Shadow:
                 ours.pop("radius", None)
                 self._published.remove(alias)
         if self._plan is None or not self._plan.holds(self._groups, self._state):
-            self._plan = Plan(self._groups, self._state, previous=self._plan)
+            self._plan = Plan(self._groups, self._state, choose, previous=self._plan)

@@ -6,8 +6,13 @@ from importlib import import_module
 
 import torch
 
-from .base import Backend
-from .names import MODULES, PREFERENCE
+from ..step.backend import Backend
+
+#: The module of each backend, by its name.
+MODULES = {"cuda": "cuda", "triton": "triton_", "cpu": "cpu", "torch": "torch_"}
+
+#: The order in which backend="auto" tries them, by device type; elsewhere it is torch.
+PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
 
 
 @dataclass(frozen=True)

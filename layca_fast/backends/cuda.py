@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..step.backend import Backend
 from ..step.batch import Batch
-from .base import Backend
 from .native import Views
 
 if TYPE_CHECKING:

@@ -1,14 +1,11 @@
-"""What the backends in compiled modules share: the import of theirs, and the view of a batch that its kernels keep."""
+"""What the backends in compiled modules share: the view of a batch that its kernels keep."""
 
-import json
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 
+from ..state.native import import_native
 from ..step.batch import Batch
 
 View = TypeVar("View")
@@ -21,16 +18,6 @@ TABLES = (
     *("tensors", "hypers", "step_options", "layers"),
     *("dots", "coefficients", "counts", "partials", "partial_counts"),
 )
-
-
-def import_native(backend: str) -> tuple[ModuleType | None, str | None]:
-    """The module of a backend, or None and the reason why it is missing: what stopped its build, if that is known."""
-    try:
-        return import_module(f"layca_fast._{backend}"), None
-    except ImportError as error:
-        note = Path(__file__).parents[1] / "_build.json"
-        built = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-        return None, f"the native module is not there: {built.get(backend) or error}"
 
 
 class Views(Generic[View]):

@@ -6,21 +6,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..formulas.base_steps import (
-    KEEP,
-    LINEAR,
-    PRECISE,
-    coefficients,
-    finite_or_zero,
-    is_nearly_parallel,
-    orthogonal_square,
-)
+from ..formulas.base_steps import finite_or_zero
+from ..formulas.rotation import KEEP, LINEAR, PRECISE, coefficients, is_nearly_parallel, orthogonal_square
 from ..formulas.tables import Coefficient, Column, Count, Flag, Hyper
 from ..state.compensation import join, split
-from ..state.layout import memory_order
+from ..state.layout import memory_order, scalar_device
 from ..state.slot import Slot
-from ..step.batch import Batch, scalar_device
-from .base import Backend
+from ..step.backend import Backend
+from ..step.batch import Batch
 
 #: Sums run over rows of this length first: torch's own full reductions split by the number of threads, so their bits
 #: depend on it; sums along rows do not.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..step.backend import Backend
 from ..step.batch import Batch
-from .base import Backend
 
 #: The first version of Triton whose compiler takes tuples.
 OLDEST = (3, 3)

@@ -1,7 +1,7 @@
-"""From Python's formulas to Triton's: :func:`lower` makes Triton functions of those in ``formulas.py``.
+"""From Python's formulas to Triton's: :func:`lower` makes Triton functions of those in ``formulas/``.
 
 It takes their code as it stands and gives it other globals, so that no formula is written a second time. What
-``formulas.py`` builds on, ``where``, ``sqrt``, ``exp`` and the test for finite values, is Triton's own.
+``formulas/`` builds on, ``where``, ``sqrt``, ``exp`` and the test for finite values, is Triton's own.
 """
 
 # Triton's values have no static types.
@@ -15,7 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..formulas import base_steps as formulas
+from ..formulas import base_steps
 
 
 def _probe():
@@ -69,14 +69,14 @@ def finite_square_or_zero(x):
 
 #: Formulas that Triton has another form of.
 OWN = {
-    formulas.finite_or_zero: finite_or_zero,
-    formulas.finite_square_or_zero: finite_square_or_zero,
+    base_steps.finite_or_zero: finite_or_zero,
+    base_steps.finite_square_or_zero: finite_square_or_zero,
 }
 
 
 @cache
 def lower(function: Callable[..., Any]) -> Any:
-    """Triton's version of a function of ``formulas.py``, and of all that it calls."""
+    """Triton's version of a function of ``formulas/``, and of all that it calls."""
     if function in OWN:
         return OWN[function]
     assert isinstance(function, FunctionType)

@@ -20,7 +20,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..formulas import base_steps as formulas
+from ..formulas import rotation
 from ..formulas.tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Hyper, Layer, Tile
 from .triton_formulas import constant, device_function, finite_or_zero, lower
 from .triton_types import VECTOR, decode, encode, load, load_weight, pointers, store_weight
@@ -46,11 +46,11 @@ _COUNT_WIDTH, _NON_FINITE, _NO_DIRECTION, _BROKEN = _constants(
 _COEFFICIENT_WIDTH, _A, _B, _C, _MODE = _constants(
     Coefficient.WIDTH, Coefficient.A, Coefficient.B, Coefficient.C, Coefficient.MODE
 )
-_KEEP, _PRECISE = constant(formulas.KEEP), constant(formulas.PRECISE)
+_KEEP, _PRECISE = constant(rotation.KEEP), constant(rotation.PRECISE)
 _MAX_OPTIONS = constant(MAX_OPTIONS)
 
-_coefficients = lower(formulas.coefficients)
-_orthogonal_square, _is_nearly_parallel = lower(formulas.orthogonal_square), lower(formulas.is_nearly_parallel)
+_coefficients = lower(rotation.coefficients)
+_orthogonal_square, _is_nearly_parallel = lower(rotation.orthogonal_square), lower(rotation.is_nearly_parallel)
 
 
 @device_function

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..formulas.options import describe
+from ..messages import describe
 
 if TYPE_CHECKING:
     from typing_extensions import Self

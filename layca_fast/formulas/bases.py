@@ -1,7 +1,7 @@
 """The table of base optimizers: which state they keep, which hyperparameters they take, which formula they run.
 
 A base optimizer proposes the direction that Layca turns a layer in. Everything that is particular to one stands in
-its row here, in ``formulas.py`` and in ``csrc/base_steps.h``; the rest of the package knows no optimizer by name.
+its row here, in ``formulas/`` and in ``csrc/base_steps.h``; the rest of the package knows no optimizer by name.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from . import base_steps as formulas
+from . import base_steps
 
 Options = Mapping[str, Any]
 
@@ -36,8 +36,8 @@ class Formula:
     states: tuple[str, ...]
     reads_grad: bool
     counts_steps: bool = False
-    prepare: Callable[..., Any] = formulas.same_options
-    admit: Callable[..., Any] = formulas.finite_or_zero
+    prepare: Callable[..., Any] = base_steps.same_options
+    admit: Callable[..., Any] = base_steps.finite_or_zero
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ FORMULAS: dict[str, Formula] = {}
 
 
 def _formula(name: str, *states: str, reads_grad: bool, **more: Any) -> Formula:
-    """The formula that ``formulas.py`` has as ``<name>_advance`` and ``<name>_step``, listed in FORMULAS."""
-    advance, step = getattr(formulas, f"{name}_advance"), getattr(formulas, f"{name}_step")
+    """The formula that ``formulas/`` has as ``<name>_advance`` and ``<name>_step``, listed in FORMULAS."""
+    advance, step = getattr(base_steps, f"{name}_advance"), getattr(base_steps, f"{name}_step")
     FORMULAS[name] = Formula(name, advance, step, states, reads_grad, **more)
     return FORMULAS[name]
 
@@ -159,7 +159,7 @@ _SGD = _formula("sgd", reads_grad=True)
 _MOMENTUM = _formula("sgd_momentum", "momentum_buffer", reads_grad=False)
 _NESTEROV = _formula("sgd_nesterov", "momentum_buffer", reads_grad=True)
 #: What torch's optimizers that square gradients have in common.
-_SQUARES: Mapping[str, Any] = {"counts_steps": True, "admit": formulas.finite_square_or_zero}
+_SQUARES: Mapping[str, Any] = {"counts_steps": True, "admit": base_steps.finite_square_or_zero}
 _RMSPROP = {
     (False, False): _formula("rmsprop", "square_avg", reads_grad=True, **_SQUARES),
     (True, False): _formula("rmsprop_centered", "square_avg", "grad_avg", reads_grad=True, **_SQUARES),
@@ -169,7 +169,7 @@ _RMSPROP = {
     ),
 }
 _ADAGRAD = _formula("adagrad", "sum", reads_grad=True, **_SQUARES)
-_OF_ADAM: Mapping[str, Any] = {"reads_grad": False, "prepare": formulas.adam_prepare, **_SQUARES}
+_OF_ADAM: Mapping[str, Any] = {"reads_grad": False, "prepare": base_steps.adam_prepare, **_SQUARES}
 _ADAM = _formula("adam", "exp_avg", "exp_avg_sq", **_OF_ADAM)
 _AMSGRAD = _formula("adam_amsgrad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", **_OF_ADAM)
 _LION = _formula("lion", "exp_avg", reads_grad=True)

@@ -41,7 +41,7 @@ class Hyper(IntEnum):
     LR = 0
     WEIGHT_DECAY = 1
     GRAD_SCALE = 2  # multiplies the gradient: -1 under maximize
-    NOISE = 3  # of the step, as a part of the norm of the weights: see formulas.coefficients
+    NOISE = 3  # of the step, as a part of the norm of the weights: see formulas/rotation.py
     OPTION = 4  # MAX_OPTIONS columns, in the order of Base.scalars
     WIDTH = 10
 
@@ -75,7 +75,7 @@ class Count(IntEnum):
 
 
 class Coefficient(IntEnum):
-    """Columns of the coefficient table, float64: see ``formulas.coefficients``."""
+    """Columns of the coefficient table, float64: see ``coefficients`` of ``rotation.py``."""
 
     A = 0
     B = 1

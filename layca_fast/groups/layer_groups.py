@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..figures.console import aligned
 from ..formulas.bases import scaled_rate
-from ..formulas.options import check_choice, check_initialized, check_lr, count_layers, misspelt
+from ..formulas.options import check_choice, check_lr, misspelt
+from ..messages import aligned
+from ..state.checks import check_initialized, count_layers
 from ..state.zeros import have_zero_layers
 from .roles import EMBEDDINGS, Asked, asked_types, decide
 

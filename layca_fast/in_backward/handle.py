@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
@@ -20,7 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from ..formulas.options import check_group, count_layers, describe, labelled
+from ..backends import choose
+from ..formulas.options import check_group
+from ..messages import describe, labelled
+from ..state.checks import count_layers
 from ..state.members import Layers, check_norms, rotates
 from ..state.sharding import is_sharded, local_of
 from ..step.capture import is_capturing
@@ -28,8 +31,20 @@ from ..step.plan import Plan
 from ..step.watch import gradients, same_objects
 from .places import places
 
-if TYPE_CHECKING:
-    from ..optimizer import FusedLayca
+
+class Stepped(Protocol):
+    """What a handle needs of its optimizer, :class:`layca_fast.FusedLayca`, which stands above and makes the handle."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    _unscales: bool
+    _stale: bool
+    _plan: Plan | None
+    _in_backward: "StepInBackward | None"
+
+    def _warn_of_ignored_decay(self) -> None: ...
+
+    def _warn_of_lost_rotations(self) -> None: ...
 
 
 def _check_not_replicated(params: Mapping[Tensor, Any]) -> None:
@@ -61,7 +76,7 @@ class StepInBackward:
     #: Whether :meth:`remove` is still to be called.
     is_on: bool
 
-    def __init__(self, optimizer: "FusedLayca") -> None:
+    def __init__(self, optimizer: Stepped) -> None:
         if optimizer._unscales:
             raise ValueError(
                 "unscale_in_step=True: GradScaler decides about a step when all gradients are there, which they never "
@@ -71,7 +86,7 @@ class StepInBackward:
         if isinstance(past, StepInBackward) and past.is_on:
             raise RuntimeError("step_in_backward() is on already: remove() its handle before calling it again")
         # Weak: the optimizer holds this, and the parameters hold the hooks.
-        self._optimizer: weakref.ref[FusedLayca] = weakref.ref(optimizer)
+        self._optimizer: weakref.ref[Stepped] = weakref.ref(optimizer)
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._plans: dict[Tensor, Plan] = {}
         self.is_on = True
@@ -139,7 +154,7 @@ class StepInBackward:
         if optimizer is not None:
             self._follow(optimizer)
 
-    def _follow(self, optimizer: "FusedLayca") -> None:
+    def _follow(self, optimizer: Stepped) -> None:
         self._places = places(optimizer.param_groups, optimizer.state)
         self._state = optimizer.state
         self._groups = list(optimizer.param_groups)
@@ -163,7 +178,7 @@ class StepInBackward:
             if param.requires_grad and param not in self._hooks and not is_lazy(param):
                 self._hooks[param] = param.register_post_accumulate_grad_hook(hook)
 
-    def _follows(self, optimizer: "FusedLayca") -> bool:
+    def _follows(self, optimizer: Stepped) -> bool:
         if optimizer._stale or optimizer.state is not self._state:
             return False
         if not same_objects(optimizer.param_groups, self._groups):
@@ -210,7 +225,7 @@ class StepInBackward:
             self._running.add(task)
             Variable._execution_engine.queue_callback(partial(self._running.discard, task))
 
-    def _open(self, optimizer: "FusedLayca") -> None:
+    def _open(self, optimizer: Stepped) -> None:
         """At the first gradient of an iteration: what the ordinary step checks before it modifies anything."""
         for group in optimizer.param_groups:
             check_group(group)
@@ -238,13 +253,13 @@ class StepInBackward:
                 new.append(Layers(group, label, param, count_layers(param, group["chunks"], label)))
         check_norms(new)
 
-    def _step(self, optimizer: "FusedLayca", param: Tensor) -> None:
+    def _step(self, optimizer: Stepped, param: Tensor) -> None:
         groups, state = self._places[param]
         plan = self._plans.get(param)
         if plan is None or not plan.holds(groups, state):
             if param not in optimizer.state:
                 self._created.add(param)
-            previous, plan = plan, Plan(groups, state, previous=plan)
+            previous, plan = plan, Plan(groups, state, choose, previous=plan)
             if previous is None and param in self._counts:
                 plan.carry_counts(self._counts[param])
             self._plans[param] = plan

@@ -19,13 +19,20 @@ if TYPE_CHECKING:
 QUANTITIES = ("rotation", "angle", "norm")
 
 
+#: Finds what draws curves. ``layca_fast/__init__.py`` hands it in: data do not know who draws them.
+_find_drawing: "Callable[[], Callable[..., Figure]] | None" = None
+
+
+def draw_with(find: "Callable[[], Callable[..., Figure]]") -> None:
+    """From now on curves are drawn by what ``find`` returns; it raises ImportError where that is missing."""
+    global _find_drawing
+    _find_drawing = find
+
+
 def drawing() -> "Callable[..., Figure]":
-    """:func:`layca_fast.figures.rotation.draw`; ImportError, saying how to get it, where matplotlib is missing."""
-    try:
-        from ..figures.rotation import draw
-    except ImportError as error:
-        raise ImportError(f'drawing needs matplotlib ({error}): pip install "layca_fast[monitor]"') from error
-    return draw
+    """What draws curves: :func:`layca_fast.figures.rotation.draw`. Raises ImportError where matplotlib is missing."""
+    assert _find_drawing is not None, "layca_fast hands it in when it is imported"
+    return _find_drawing()
 
 
 @dataclass(frozen=True)

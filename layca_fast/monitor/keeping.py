@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..step.batch import scalar_device
+from ..state.layout import scalar_device
 from .pairs import Pairs, home_of
 from .projection import Projection, largest_prime
 from .watched import Watched

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..backends.base import Backend
 from ..formulas.bases import BASES
-from ..state.layout import layers_are_dense, memory_order
+from ..state.layout import layers_are_dense, memory_order, scalar_device
 from ..state.slot import Slot
-from ..step.batch import Batch, scalar_device
+from ..step.backend import Backend
+from ..step.batch import Batch
 
 #: Elements that are brought together at a time where one of a pair lies elsewhere or in another type.
 BLOCK_ON_CPU, BLOCK_ELSEWHERE = 2**18, 2**24

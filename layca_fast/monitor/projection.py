@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends.torch_ import row_sums
-from ..step.batch import scalar_device
+from ..state.layout import scalar_device
 
 #: Elements that are signed and added up at a time, in about 16 bytes each: who sketches has no memory to spare.
 BLOCK_ON_CPU, BLOCK_ELSEWHERE = 2**18, 2**22

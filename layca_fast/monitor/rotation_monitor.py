@@ -11,12 +11,11 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..backends.names import MODULES
-from ..formulas.base_steps import orthogonal_square
-from ..formulas.options import check_choice
+from ..formulas.options import BACKENDS, check_choice
+from ..formulas.rotation import orthogonal_square
 from ..messages import warn_caller
+from ..state.reduction import Reduction
 from ..step.capture import is_capturing
-from ..step.distributed import Reduction
 from .curves import QUANTITIES, Curves
 from .keeping import KEEPS, Reference, Sketched, View, Whole
 from .watched import replaced, watched_layers
@@ -115,7 +114,7 @@ class RotationMonitor:
     ) -> None:
         check_choice({"keep": keep}, "keep", KEEPS)
         check_choice({"per_step": per_step}, "per_step", (False, True))
-        check_choice({"backend": backend}, "backend", ("auto", *MODULES))
+        check_choice({"backend": backend}, "backend", ("auto", *BACKENDS))
         _check_count("every", every, 1)
         _check_count("sketch_size", sketch_size, 2)
         _check_count("seed", seed, 0)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..formulas.options import check_memory, check_parameter, count_layers, named
 from ..groups.layer_groups import trainable_entries
 from ..groups.roles import EMBEDDINGS
+from ..messages import named
+from ..state.checks import check_memory, check_parameter, count_layers
 from ..state.members import rotates
 from ..state.sharding import Piece, is_sharded, local_of, sharding_of
 

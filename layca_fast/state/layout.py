@@ -1,5 +1,6 @@
-"""How a tensor lies in memory: what the kernels may walk as one run of addresses, and what they may not."""
+"""How a tensor lies in memory: what the kernels may walk as one run of addresses, and where its scalars live."""
 
+import torch
 from torch import Tensor
 
 
@@ -49,3 +50,8 @@ def layers_are_dense(tensor: Tensor, layers: int) -> bool:
 def memory_order(tensor: Tensor) -> Tensor:
     """A dense tensor as a flat view, in the order in which its elements lie in memory."""
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def scalar_device(device: torch.device) -> torch.device:
+    """Where the float64 dots and coefficients of tensors on ``device`` live: MPS has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device

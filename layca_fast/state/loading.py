@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..formulas.options import count_layers, describe, labelled
-from ..step.batch import scalar_device
+from ..messages import describe, labelled
+from .checks import count_layers
 from .compensation import HALVES
+from .layout import scalar_device
 from .members import OUR_STATES
 
 #: Every group of FusedLayca has all of these. Groups made by layer_groups for another optimizer have some.

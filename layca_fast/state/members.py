@@ -2,26 +2,18 @@
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import choose
-from ..backends.base import Backend
 from ..formulas.bases import FORMULAS, Formula
-from ..formulas.options import (
-    check_gradient,
-    check_memory,
-    check_parameter,
-    count_layers,
-    describe,
-    find_base,
-    labelled,
-)
-from ..step.batch import scalar_device
+from ..formulas.options import find_base
+from ..messages import describe, labelled
+from .checks import check_gradient, check_memory, check_parameter, count_layers
 from .compensation import HALVES, fits, is_compensated, state_dtype
-from .layout import layers_are_dense
+from .layout import layers_are_dense, scalar_device
+from .runner import Choose, Runs
 from .sharding import (
     Piece,
     Sharding,
@@ -61,7 +53,7 @@ def ignored_decay(groups: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 @dataclass
-class Member:
+class Member(Generic[Runs]):
     """One parameter on its way into a batch; ``local`` is what this process has of it, ``layers`` those of all."""
 
     param: Tensor
@@ -69,7 +61,7 @@ class Member:
     sharding: Sharding
     group: Mapping[str, Any]
     label: str
-    backend: Backend
+    backend: Runs
     formula: Formula
     rotates: bool
     layers: int
@@ -215,11 +207,14 @@ class Member:
             )
 
 
-def members(groups: Sequence[Mapping[str, Any]], state: State, stepped: Set[int]) -> Iterator[Member]:
+def members(
+    groups: Sequence[Mapping[str, Any]], state: State, stepped: Set[int], choose: Choose[Runs]
+) -> Iterator[Member[Runs]]:
     """Every parameter that has a gradient, or all the state that it needs, checked. Modifies nothing.
 
     And every trainable DTensor: what is summed over processes must not depend on which gradients this one has.
-    ``stepped``: the ids of those that the plan before had. Of the ones that need no state these count as well.
+    ``choose`` finds what steps a tensor. ``stepped``: the ids of those that the plan before had. Of the ones that need
+    no state these count as well.
     """
     for group, label, param in labelled(groups):
         if is_elsewhere(param):

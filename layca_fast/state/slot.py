@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formulas.base_steps import RULES
 from ..formulas.bases import Base
-from ..formulas.options import check_gradient
+from ..formulas.rotation import RULES
 from ..formulas.tables import Flag
+from .checks import check_gradient
 from .sharding import Piece, local_gradient
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..formulas.options import is_wrapper
+from .checks import is_wrapper
 from .sharding import Sharding, is_elsewhere, is_sharded, local_of, sharding_of
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _agreed(shared: "Sequence[tuple[int, Tensor, Sharding, Tensor]]") -> list[tu
 
     A layer is zero where all its parts are; a tensor has a zero layer where any process that has whole ones finds one.
     """
-    from ..step.distributed import reduce_together
+    from .reduction import reduce_together
 
     reduce_together([(zero, sharding.groups) for _, _, sharding, zero in shared], "min")
     anywhere = []

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..formulas.bases import Formula
 from ..formulas.tables import MAX_OPTIONS, Coefficient, Column, Count, Layer, Tile
 from ..state.compensation import compute_dtype
+from ..state.layout import scalar_device
 from ..state.sharding import is_sharded, local_of
 from ..state.slot import Slot
 from .hypers import Hyperparameters
@@ -23,11 +24,6 @@ from .upload import SPARES, Mirror
 from .watch import Entries, Layouts, addresses, all_there, column, gradients, same_objects
 
 _SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
-
-
-def scalar_device(device: torch.device) -> torch.device:
-    """Where the float64 dots and coefficients of tensors on ``device`` live: MPS has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 class Batch:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..formulas.options import describe, labelled
+from ..messages import describe, labelled
 
 #: What runs on other devices runs once, while the graph is recorded, and is no part of it.
 RECORDED_DEVICES = ("cuda",)

@@ -15,99 +15,42 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backends.torch_ import BACKEND as TORCH
 from ..formulas.bases import BASES
+from ..state.reduction import Groups, Reduction
 from ..state.slot import Slot
+from .backend import Backend
 from .batch import Batch
 from .unscaling import LossScale
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-Groups = tuple["ProcessGroup", ...]
+    pass
 
 #: What a group says for the shards that take no step: that of plain SGD, which is the gradient, of zeros.
 _NO_STEP: Mapping[str, Any] = {"base": "sgd", **BASES["sgd"].options}
 
 
-def _home(device: torch.device, groups: Sequence["ProcessGroup"]) -> torch.device:
-    """Where the groups can sum what lies on ``device``: offloaded shards on the CPU may be known to NCCL only."""
-    for group in groups:
-        able = group._device_types
-        if device.type not in {each.type for each in able}:
-            return torch.device(able[0].type, torch.accelerator.current_device_index())
-    return device
-
-
-class Reduction:
-    """Rows of a float64 table of which each is summed over its own groups of processes, in place.
-
-    ``layout`` has (rows, groups) for each part of the table, in the same order on all processes, with parts of no rows
-    where others have some: the groups take their turns in the order in which they come up. Memory is taken once. Groups
-    of one process have nothing to sum.
-    """
-
-    def __init__(self, layout: Sequence[tuple[int, Groups]], width: int, device: torch.device) -> None:
-        firsts = list(accumulate((rows for rows, _ in layout), initial=0))
-        of_group: dict[ProcessGroup, list[int]] = {}
-        for first, (rows, groups) in zip(firsts, layout, strict=False):
-            for group in groups:
-                if group.size() > 1:
-                    of_group.setdefault(group, []).extend(range(first, first + rows))
-        self.table = torch.zeros(firsts[-1], width, dtype=torch.float64, device=_home(device, list(of_group)))
-        self._sums: list[tuple[ProcessGroup, Tensor | None, Tensor]] = []
-        for group, summed in of_group.items():
-            if not summed:
-                continue
-            if len(summed) == firsts[-1]:
-                self._sums.append((group, None, self.table))
-            else:
-                index = torch.tensor(summed, device=self.table.device)
-                self._sums.append((group, index, self.table.new_zeros(len(summed), width)))
-
-    def run(self, op: str = "sum") -> None:
-        """All-reduce the table: op "sum", "min" or "max"."""
-        for group, index, buffer in self._sums:
-            if index is not None:
-                torch.index_select(self.table, 0, index, out=buffer)
-            torch.distributed.all_reduce(buffer, getattr(torch.distributed.ReduceOp, op.upper()), group)
-            if index is not None:
-                self.table.index_copy_(0, index, buffer)
-
-
-def reduce_together(parts: Sequence[tuple[Tensor, Groups]], op: str) -> None:
-    """All-reduce float64 vectors in place, each over its own groups, with one collective per group."""
-    if not parts:
-        return
-    reduction = Reduction([(len(vector), groups) for vector, groups in parts], 1, parts[0][0].device)
-    rows = reduction.table.split([len(vector) for vector, _ in parts])
-    for row, (vector, _) in zip(rows, parts, strict=True):
-        row.copy_(vector.unsqueeze(1))
-    reduction.run(op)
-    for row, (vector, _) in zip(rows, parts, strict=True):
-        vector.copy_(row.squeeze(1))
-
-
 class _Still:
     """The slots of a batch that take no step here while their layers turn: shards without elements or gradients.
 
-    The torch backend measures their weights beside a step of zeros, and turns them with the layer's coefficients.
+    ``backend``, which takes any layout, measures their weights beside a step of zeros, and turns them with the layer's
+    coefficients.
     """
 
-    def __init__(self, batch: Batch, indices: Sequence[int]) -> None:
+    def __init__(self, batch: Batch, indices: Sequence[int], backend: Backend) -> None:
+        self._backend = backend
         self.rows = torch.tensor([row for i in indices for row in _rows(batch, i)], device=batch.dots.device)
         slots = [_without_step(batch.slots[i]) for i in indices]
-        self.batch = Batch(BASES["sgd"].formula(slots[0].group), slots, TORCH.tile)
+        self.batch = Batch(BASES["sgd"].formula(slots[0].group), slots, backend.tile)
         self._zeros = [torch.zeros_like(slot.param, dtype=batch.compute_dtype) for slot in slots]
 
     def measure(self, loss_scale: LossScale | None, capturing: bool) -> None:
         self.batch.grads, self.batch.grad_dtype = list(self._zeros), self.batch.compute_dtype
         self.batch.refresh(loss_scale, capturing)
-        TORCH.measure(self.batch)
+        self._backend.measure(self.batch)
 
     def turn(self) -> None:
-        TORCH.coefficients(self.batch)
-        TORCH.rotate(self.batch)
+        self._backend.coefficients(self.batch)
+        self._backend.rotate(self.batch)
         self.batch.release()
 
 
@@ -131,8 +74,9 @@ def _without_step(slot: Slot) -> Slot:
 class _Share:
     """A batch in the reduction: where its layers' dots are among those of all, and what it has that stays still."""
 
-    def __init__(self, batch: Batch, rows: Sequence[int]) -> None:
+    def __init__(self, batch: Batch, rows: Sequence[int], backend: Backend) -> None:
         self.batch = batch
+        self._backend = backend
         self._rows = torch.tensor(rows, dtype=torch.int64, device=batch.dots.device)
         self._empty = tuple(i for i, slot in enumerate(batch.slots) if slot.param.numel() == 0)
         self._stills: dict[tuple[int, ...], _Still] = {}
@@ -147,7 +91,7 @@ class _Share:
             return
         if indices not in self._stills:
             # Of one pattern of missing gradients only: each takes memory.
-            self._stills = {indices: _Still(self.batch, indices)}
+            self._stills = {indices: _Still(self.batch, indices, self._backend)}
         self.still = self._stills[indices]
         self.still.measure(loss_scale, capturing)
         self.batch.dots.index_copy_(0, self.still.rows, self.still.batch.dots)
@@ -170,10 +114,10 @@ class SharedDots:
     """The dots of the layers that other processes have parts of, in batches that hold only such layers.
 
     ``layout`` has (number of layers here, groups) for each of their tensors, and each slot of ``batches`` the number of
-    its tensor in it.
+    its tensor in it. ``still`` measures and turns what the kernels leave out.
     """
 
-    def __init__(self, layout: Sequence[tuple[int, Groups]], batches: Sequence[Batch]) -> None:
+    def __init__(self, layout: Sequence[tuple[int, Groups]], batches: Sequence[Batch], still: Backend) -> None:
         firsts = list(accumulate((layers for layers, _ in layout), initial=0))
         # Where shards lie on several devices, one that is no CPU.
         devices = sorted({batch.dots.device for batch in batches}, key=lambda device: device.type == "cpu")
@@ -184,7 +128,7 @@ class SharedDots:
             for slot in batch.slots:
                 start = firsts[slot.number] + slot.piece.first
                 rows.extend(range(start, start + slot.layers))
-            self._shares.append(_Share(batch, rows))
+            self._shares.append(_Share(batch, rows, still))
 
     def add_up(self, loss_scale: LossScale | None, capturing: bool) -> None:
         """From the dots of what lies here to those of the whole layers, in place, once every batch is measured."""

@@ -6,18 +6,21 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..backends.base import Backend
-from ..formulas.base_steps import KEEP
 from ..formulas.bases import Formula
-from ..formulas.options import find_base, labelled
+from ..formulas.options import find_base
+from ..formulas.rotation import KEEP
 from ..formulas.tables import Coefficient
+from ..messages import labelled
 from ..state.compensation import state_dtype
 from ..state.members import Layers, State, check_norms, drop_remainders, members
+from ..state.reduction import Groups
+from ..state.runner import Choose
 from ..state.sharding import is_elsewhere, is_sharded
 from ..state.slot import Slot
+from .backend import Backend
 from .batch import Batch
 from .capture import check_capture, is_capturing
-from .distributed import Groups, SharedDots
+from .distributed import SharedDots
 from .unscaling import LossScale
 from .watch import gradients, same_objects
 
@@ -45,10 +48,17 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
 class Plan:
     """The batches for the parameters that have a gradient or had one before, and the state that they need.
 
-    Building it checks everything, then creates the missing state in ``state``; nothing is modified if a check fails.
+    ``choose`` finds the backend of a tensor. Building it checks everything, then creates the missing state in
+    ``state``; nothing is modified if a check fails.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, previous: "Plan | None" = None) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: State,
+        choose: Choose[Backend],
+        previous: "Plan | None" = None,
+    ) -> None:
         if is_capturing():
             check_capture(groups)
             raise RuntimeError(
@@ -56,7 +66,7 @@ class Plan:
                 "gradients for the same parameters (one at lr = 0 moves nothing)"
             )
         stepped = set() if previous is None else {id(slot.owner) for _, slot, _ in previous.rows()}
-        found = list(members(groups, state, stepped))
+        found = list(members(groups, state, stepped, choose))
         states = [member.new_states(state.get(member.param, {})) for member in found]
         known = set() if previous is None else {id(each.param) for each in previous._zero}
         turning = [Layers(m.group, m.label, m.param, m.layers) for m in found if m.rotates]
@@ -98,7 +108,7 @@ class Plan:
             pair = backend, Batch(formula, slots[key], backend.tile)
             self.batches.append(pair)
             (self._shared if is_shared else self._whole).append(pair)
-        self._shared_dots = SharedDots(layout, [batch for _, batch in self._shared]) if self._shared else None
+        self._shared_dots = self._share_dots(layout, choose) if self._shared else None
         self._entries = list(state.values())
         self._retired: dict[tuple[Tensor, int], Tensor] = {}
         self.recorded = False
@@ -107,6 +117,11 @@ class Plan:
         if previous is not None:
             self.carry_counts(previous.counts())
             self._kept = [*previous._kept, *([previous] if previous.recorded else [])]
+
+    def _share_dots(self, layout: Sequence[tuple[int, Groups]], choose: Choose[Backend]) -> SharedDots:
+        batches = [batch for _, batch in self._shared]
+        # The torch backend takes whatever a shard without elements or gradient is.
+        return SharedDots(layout, batches, choose("torch", batches[0].device))
 
     def counts(self) -> dict[tuple[Tensor, int], Tensor]:
         """The counts of every slot that has been stepped, (layers, Count.WIDTH), in this plan or before it."""

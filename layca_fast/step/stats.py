@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..formulas.base_steps import KEEP, orthogonal_square, rotation
+from ..formulas.rotation import KEEP, orthogonal_square, rotation
 from ..formulas.tables import Coefficient, Count
 from ..state.slot import Slot
 from .batch import Batch

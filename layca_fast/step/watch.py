@@ -13,11 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-_native: Any
-try:
-    from .. import _cpu as _native
-except ImportError:
-    _native = None
+from ..state.native import import_native
+
+_native: Any = import_native("cpu")[0]
 
 #: torch's description of tensors in C, if it has one.
 _EXCHANGE_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...backends import choose
-from ...backends.names import MODULES
-from ...formulas.base_steps import RULES
+from ...formulas.options import BACKENDS
+from ...formulas.rotation import RULES
 from .bases import ALL, PAPER_BASES, contestants
 from .tables import print_bases, print_pair
 from .training import Contestant, Digits, Run, load_digits, one_cpu_thread, train
@@ -92,7 +92,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]
     parser.add_argument("--plain-lr", type=rate, help="of the plain optimizer (default: the best of a grid)")
     parser.add_argument("--layca-lr", type=rate, help="of FusedLayca (default: the best of a grid)")
     parser.add_argument("--out", type=Path, default=Path("layca_demo.png"), help="the figure (default layca_demo.png)")
-    parser.add_argument("--backend", default="auto", choices=["auto", *MODULES], help="of FusedLayca (default auto)")
+    parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS], help="of FusedLayca (default auto)")
     args = parser.parse_args(argv)
     if args.quick:
         args.epochs = QUICK_EPOCHS

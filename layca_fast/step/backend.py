@@ -1,13 +1,10 @@
 """What every backend is: three verbs over a batch, and a word on where it runs."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    # Not at run time: a batch needs the checks, and these the names of the backends.
-    from ..step.batch import Batch
+from .batch import Batch
 
 
 class Backend(ABC):
@@ -37,18 +34,18 @@ class Backend(ABC):
         """Why an available backend cannot take tensors on ``device``, or None where it can."""
 
     @abstractmethod
-    def measure(self, batch: "Batch") -> None:
+    def measure(self, batch: Batch) -> None:
         """Advance the base optimizer's state (in place) and write ``batch.dots`` and the non-finite counts."""
 
     @abstractmethod
-    def coefficients(self, batch: "Batch") -> None:
+    def coefficients(self, batch: Batch) -> None:
         """From ``batch.dots``: write ``batch.coefficients``, the other counts, and radii on their first use."""
 
     @abstractmethod
-    def rotate(self, batch: "Batch") -> None:
+    def rotate(self, batch: Batch) -> None:
         """Apply ``batch.coefficients`` to the parameters (in place)."""
 
-    def step(self, batch: "Batch") -> None:
+    def step(self, batch: Batch) -> None:
         """All three. A backend may override it with a schedule that keeps layers in cache between the verbs."""
         self.measure(batch)
         self.coefficients(batch)

@@ -1,0 +1,119 @@
+"""What tensors FusedLayca accepts. Each check raises an error that names the tensor and the way out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..messages import describe, labelled
+from .layout import overlaps
+from .sharding import check_placements, check_same_mesh, is_sharded, local_of
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether the numbers are in another tensor inside this one, as in DTensor."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def check_initialized(tensor: Tensor, label: str) -> None:
+    """Raise ValueError for the parameter of a lazy module that has seen no input yet."""
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ValueError(f"{label} is not initialized yet: run one forward pass before making the optimizer")
+
+
+def check_parameter(tensor: Tensor, label: str) -> None:
+    """Raise TypeError or ValueError for a tensor that no kernel may be handed."""
+    check_initialized(tensor, label)
+    name = describe(label, tensor)
+    if getattr(tensor, "_fsdp_flattened", False):
+        raise TypeError(
+            f"{name} is a part of an FSDP1 flat parameter, which knows no layers and so no norms of theirs, with "
+            "use_orig_params=True neither: shard the model with FSDP2, torch.distributed.fsdp.fully_shard"
+        )
+    check_placements(tensor, name)
+    tensor = local_of(tensor)
+    if is_wrapper(tensor):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}: layca_fast reads plain tensors and DTensors only; pass the plain "
+            "tensor inside it"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor, parameter.to_dense()")
+    if tensor.is_quantized or not (tensor.is_floating_point() or tensor.is_complex()):
+        raise TypeError(f"{name} is not a floating-point tensor: leave it out, or convert it to float32")
+    if tensor.is_complex():
+        raise TypeError(f"{name} is complex: pass torch.view_as_real(parameter) as the parameter instead")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: only float64, float32, bfloat16 and float16 parameters can be trained; keep the parameters in "
+            f"one of these, and convert them to {tensor.dtype} in the forward pass"
+        )
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device: materialize it first, with module.to_empty(device=...)")
+    if tensor.is_neg():
+        raise ValueError(f"{name} is a lazily negated view: pass parameter.resolve_neg() as the parameter")
+    if overlaps(tensor):
+        raise ValueError(
+            f"{name} has elements that share memory (strides {tensor.stride()}), as expanded tensors do: "
+            "pass parameter.clone() as the parameter"
+        )
+
+
+def check_memory(tensor: Tensor, label: str) -> None:
+    """Raise ValueError for a tensor that has elements and no memory, as sharded training leaves it between uses."""
+    local = local_of(tensor)
+    if local.numel() > 0 and local.untyped_storage().nbytes() == 0:
+        raise ValueError(f"the memory of {describe(label, tensor)} was freed: step while it is there")
+
+
+def check_gradient(grad: Tensor, param: Tensor, label: str) -> None:
+    """Raise TypeError or ValueError for a gradient that does not fit its parameter."""
+    name = describe(f"the gradient of {label}", grad)
+    check_same_mesh(grad, param, name)
+    moves = is_sharded(grad) and is_sharded(param) and grad.placements != param.placements
+    grad, param = local_of(grad), local_of(param)
+    if grad.layout != torch.strided:
+        raise TypeError(f"{name} has layout {grad.layout}: FusedLayca needs dense gradients (sparse=False)")
+    if is_wrapper(grad):
+        raise TypeError(f"{name} is a {type(grad).__name__}: FusedLayca reads plain tensors only")
+    check_memory(grad, f"the gradient of {label}")
+    if not grad.is_floating_point():
+        raise TypeError(f"{name} is no floating-point tensor: its parameter is {param.dtype}")
+    # Those that are redistributed have the shape of their parameter only then.
+    for what in ("device",) if moves else ("shape", "device"):
+        theirs, ours = getattr(grad, what), getattr(param, what)
+        if theirs != ours:
+            raise ValueError(f"{name} has {what} {theirs}, its parameter {ours}: they must be the same")
+
+
+def check_new(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError, naming it, for a parameter of ``group`` that is there twice or in one of ``groups`` already."""
+    params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+    seen = {id(param): label for _, label, param in labelled(groups)}
+    for index, entry in enumerate(params):
+        name, param = entry if isinstance(entry, tuple) else (None, entry)
+        label = f"parameter {index} of group {len(groups)}" if name is None else f"parameter {name!r}"
+        if id(param) in seen:
+            raise ValueError(
+                f"{label} is the same tensor as {seen[id(param)]}: pass each parameter once, tied weights under one of "
+                "their names"
+            )
+        seen[id(param)] = label
+
+
+def count_layers(param: Tensor, chunks: int | str, label: str) -> int:
+    """How many layers a rotating tensor holds; ValueError where ``chunks`` does not divide its first dimension."""
+    if chunks == 1:
+        return 1
+    rows = param.shape[0] if param.dim() > 0 else 1
+    if chunks == "all":
+        return max(rows, 1)
+    if rows % int(chunks) != 0:
+        raise ValueError(
+            f"chunks={chunks!r} does not divide the first dimension of {describe(label, param)}: choose a divisor of "
+            f"{rows}, or put the tensor in a group with chunks=1"
+        )
+    return int(chunks)
