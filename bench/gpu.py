@@ -34,7 +34,7 @@ TOOLKIT = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 FOR_LARGE_TESTS, FOR_BENCHES = 45.0, 150.0
 
 #: Tests that fill much of the GPU's memory.
-LARGE_TESTS = "tests/test_gpu_large.py"
+LARGE_TESTS = "tests/gpu/test_large.py"
 
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--maxfail=20")
 
@@ -104,7 +104,7 @@ def halves(test: str) -> tuple[str, ...]:
 def proofs(path: str) -> list[Part]:
     """What shows that the numbers are right; first what takes longest, under the sanitizer."""
     finds = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'torch finds no GPU')"
-    tests = sorted(str(test.relative_to(ROOT)) for test in (ROOT / "tests").glob("test_gpu_*.py"))
+    tests = sorted(str(test.relative_to(ROOT)) for test in (ROOT / "tests" / "gpu").glob("test_*.py"))
     verify = [PYTHON, "-m", "layca_fast", "verify", "--backend"]
     devices = {"torch": "cuda", "triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
     return [

@@ -51,12 +51,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 #: The files that take longest, those of few and long tests before others: at the end one core would wait for them.
-FIRST = ("triton_compile", "instructions", "equivalence", "build", "killed_runs", "cuda_compile", "half_training")
+FIRST = (
+    *("backends/triton/test_compile", "backends/cpu/test_instructions", "backends/test_equivalence"),
+    *("backends/test_native_modules", "killed/test_killed_runs", "backends/cuda/test_compile"),
+    "optimizer/test_half_training",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
+    here = Path(__file__).parent
+    places = {here / f"{name}.py": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(FIRST)))
 
 
 @pytest.hookimpl(optionalhook=True)

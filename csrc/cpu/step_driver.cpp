@@ -1,4 +1,4 @@
-// One step of a fixed batch on one thread, for an instrument that counts what it executes: tests/test_instructions.py.
+// One step of a fixed batch on one thread, for an instrument that counts what it executes: tests/backends/cpu.
 //
 //   step_driver FORMULA
 #include <cstdint>

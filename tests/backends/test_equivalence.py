@@ -1,0 +1,109 @@
+"""Every backend against the float64 reference, at the tolerances that the README promises."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from layca_fast.commands.verify import BASE_OPTIONS, ODD_SHAPES, Case, compare
+from layca_fast.formulas.options import RULES
+
+from ..support import BACKENDS
+
+DTYPES = (torch.float32, torch.float64)
+RADII = ("initial", "current")
+CHUNKS = ((1, ODD_SHAPES), (3, ((6, 40), (9, 5, 7), (3, 129))), ("all", ((6, 40), (5, 3, 11), (2, 1025))))
+
+#: The interpreter takes milliseconds per tile: it gets one tensor of several tiles, and of the others those of a kind
+#: of their own.
+FEW_CHUNKS = (
+    (1, ((46, 45), (8, 3, 3, 3), (1, 1), (2, 1), (33,), (), (4, 0))),
+    (3, ((6, 40), (3, 129))),
+    ("all", ((3, 40), (2, 3, 11), (2, 1025))),
+)
+STEPS = {"torch": 10, "cpu": 10, "triton": 3}
+
+
+def cases(interpreted: bool = False) -> list[Case]:
+    """Every base option and rule with every dtype, chunking and radius, none at neutral hyperparameters.
+
+    ``interpreted``: every second of them, under every base option all that any three of the choices can be together.
+    """
+    chosen = itertools.product(*map(enumerate, (RULES, FEW_CHUNKS if interpreted else CHUNKS, RADII, DTYPES)))
+    rows = [(sum(numbers) % 2, row) for numbers, row in (zip(*each, strict=True) for each in chosen)]
+    return [
+        Case(
+            name=f"{options}, {rule}, chunks={chunks}, radius={radius}, {dtype}",
+            shapes=shapes,
+            options={
+                **options,
+                "rule": rule,
+                "chunks": chunks,
+                "radius": radius,
+                "weight_decay": 0.0 if chunks != 1 else 0.02,
+            },
+            dtype=dtype,
+            lr=0.03,
+        )
+        for options, (odd, (rule, (chunks, shapes), radius, dtype)) in itertools.product(BASE_OPTIONS, rows)
+        if not (interpreted and odd)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:weight_decay=.* is ignored")
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        pytest.param(backend, case, id=f"{backend}-{case.name}")
+        for backend in BACKENDS
+        for case in cases(interpreted=backend == "triton")
+    ],
+)
+def test_follows_the_reference(backend: str, case: Case, seed: int) -> None:
+    """Angle and norm of every step, and the weights after the last."""
+    errors = compare(replace(case, steps=STEPS[backend]), backend, torch.device("cpu"), seed)
+    assert errors.passed, errors
+
+
+@pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_follows_the_reference_for_many_steps(backend: str, options: dict[str, object], seed: int) -> None:
+    """Errors must not add up."""
+    steps = 15 if backend == "triton" else 50
+    case = Case("many steps", ((9, 21), (7,)), options, steps=steps, lr=0.03)
+    errors = compare(case, backend, torch.device("cpu"), seed)
+    assert errors.passed, errors
+
+
+LARGE = (
+    Case("one large tensor", ((1024, 1025),), {"momentum": 0.9}, steps=10),
+    Case("one large tensor of float64", ((1024, 1025),), {"momentum": 0.9, "nesterov": True}, torch.float64, 5),
+    Case("a thousand small tensors", ((7, 11),) * 1000, {"base": "sgd_amom"}, steps=10),
+    Case("a thousand slices", ((1000, 33),), {"momentum": 0.9, "chunks": "all"}, steps=10),
+    Case("no rotation", ODD_SHAPES, {"momentum": 0.9, "rotate": False, "weight_decay": 0.1}),
+    Case("everything rotates", ODD_SHAPES, {"momentum": 0.9, "rotate": True}),
+    Case("ascent", ODD_SHAPES, {"momentum": 0.9, "maximize": True}),
+    Case("large steps", ODD_SHAPES, {"momentum": 0.9}, lr=2.0),
+    Case("small steps", ODD_SHAPES, {"momentum": 0.9}, lr=1e-4),
+)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+def test_native_backends_follow_the_reference_at_size(backend: str, case: Case, seed: int) -> None:
+    """Shapes that cut layers into many tiles and batches of many tensors, and rates far from the default."""
+    errors = compare(case, backend, torch.device("cpu"), seed)
+    assert errors.passed, errors
+
+
+@pytest.mark.parametrize("sine", [0.5, 0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("n", [100, 1000, 10_000, 300_000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nearly_parallel_steps_turn_by_the_right_angle(backend: str, n: int, sine: float, seed: int) -> None:
+    """q - d^2/n^2 cancels here: float32 dots would be 13 % off at a sine of 1e-3."""
+    if backend == "triton" and n > 10_000:
+        n = 20_000
+    case = Case(f"sin = {sine}", ((n // 10, 10),), steps=3, lr=0.05, sine=sine)
+    errors = compare(case, backend, torch.device("cpu"), seed)
+    assert errors.passed, errors

@@ -1,0 +1,144 @@
+"""docs/faq.md: every message that it explains is what the code says today."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from layca_fast import FusedLayca, RotationMonitor, attach, layer_groups
+from layca_fast.diagnostics import LayerConditioning
+
+FAQ = Path(__file__).parents[2] / "docs" / "faq.md"
+
+ENTRY = re.compile(r"^## (.+?)\n+```text\n(.+?)```", re.MULTILINE | re.DOTALL)
+
+
+def entries() -> dict[str, str]:
+    """Heading and message of every entry; … stands for what differs from machine to machine."""
+    return {heading: " ".join(message.split()) for heading, message in ENTRY.findall(FAQ.read_text(encoding="utf-8"))}
+
+
+def step(*params: Tensor, **options: Any) -> FusedLayca:
+    made = FusedLayca(params, **{"lr": 0.1, "backend": "torch"} | options)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    made.step()
+    return made
+
+
+class Named(nn.Module):
+    """One layer of any kind, under a name."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, layer)
+
+
+class Hiding(Named):
+    """Overrides named_parameters, and forgets a bias."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return (pair for pair in super().named_parameters(*args, **kwargs) if not pair[0].endswith("bias"))
+
+
+def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> Parameter:
+    return Parameter(torch.randn(shape or (3, 2)).to(dtype))
+
+
+def zero_layer() -> None:
+    made = FusedLayca([("adapter.lora_B", Parameter(torch.zeros(4, 6)))], lr=0.1)
+    made.param_groups[0]["params"][0].grad = torch.ones(4, 6)
+    made.step()
+
+
+def tied() -> None:
+    weight = matrix()
+    FusedLayca([("embedding.weight", weight), ("head.weight", weight)])
+
+
+def sparse() -> None:
+    embedding = nn.Embedding(4, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    FusedLayca(embedding.parameters(), lr=0.1).step()
+
+
+def changed_chunks() -> None:
+    made = step(matrix(4, 2))
+    made.param_groups[0]["chunks"] = 2
+    made.step()
+
+
+def foreign_checkpoint() -> None:
+    weight = matrix()
+    weight.grad = torch.ones_like(weight)
+    old = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    old.step()
+    FusedLayca([weight], momentum=0.9).load_state_dict(old.state_dict())
+
+
+def attach_again() -> None:
+    plain = torch.optim.SGD([matrix()], lr=0.1)
+    attach(plain)
+    attach(plain)
+
+
+def second_backward() -> None:
+    weight = matrix()
+    made = FusedLayca([weight], lr=0.1)
+    with made.step_in_backward():
+        weight.sum().backward()
+        weight.sum().backward()
+
+
+#: What triggers the message of each entry, by its heading.
+TRIGGERS: dict[str, Callable[[], object]] = {
+    "A layer starts at zero": zero_layer,
+    "Weight decay does nothing": lambda: step(matrix(), weight_decay=0.01),
+    "The learning rate is refused": lambda: FusedLayca([matrix()], lr=-0.1),
+    "An option is refused": lambda: FusedLayca([matrix()], betas=(0.9, 0.99)),
+    "The same tensor twice": tied,
+    "A backend cannot run": lambda: step(matrix(), backend="cuda"),
+    "chunks does not fit": lambda: step(matrix(4, 2), chunks=3),
+    "chunks was changed in the middle of a run": changed_chunks,
+    "Sparse gradients": sparse,
+    "Elements that share memory": lambda: FusedLayca([torch.randn(3, 1).expand(3, 4)]),
+    "A lazy module has seen no input": lambda: layer_groups(nn.LazyLinear(2)),
+    "alpha is out of range": lambda: layer_groups(nn.Linear(2, 2), alpha=1.0),
+    "A parameter lands in no group": lambda: layer_groups(Hiding("layer", nn.Linear(2, 2))),
+    "A checkpoint of another model": lambda: FusedLayca([matrix(5, 2)], momentum=0.9).load_state_dict(
+        step(matrix(), momentum=0.9).state_dict()
+    ),
+    "A checkpoint of another optimizer": foreign_checkpoint,
+    "Rotations below the precision of the type": lambda: step(matrix(dtype=torch.bfloat16), lr=1e-3, compensate=False),
+    "attach and 16-bit parameters": lambda: attach(torch.optim.SGD([matrix(dtype=torch.bfloat16)], lr=0.1)),
+    "attach, a second time": attach_again,
+    "attach and LBFGS": lambda: attach(torch.optim.LBFGS([matrix()])),
+    "GradScaler's option in a group": lambda: FusedLayca([{"params": [matrix()], "unscale_in_step": True}]),
+    "A second backward pass under step_in_backward": second_backward,
+    "GradScaler under step_in_backward": lambda: FusedLayca([matrix()], unscale_in_step=True).step_in_backward(),
+    "Angles between records from a bfloat16 copy": lambda: RotationMonitor(
+        nn.Linear(2, 2), per_step=True, keep="bfloat16"
+    ),
+    "Conditioning of grouped convolutions": lambda: LayerConditioning(Named("depthwise", nn.Conv2d(4, 4, 3, groups=4))),
+}
+
+
+def test_every_entry_has_its_trigger() -> None:
+    text = FAQ.read_text(encoding="utf-8")
+    assert list(entries()) == list(TRIGGERS)
+    assert text.count("```text") == len(TRIGGERS)
+
+
+@pytest.mark.parametrize("heading", TRIGGERS)
+def test_messages_are_those_of_the_code(heading: str, seed: int) -> None:
+    """Warnings are errors in the tests, so both are raised."""
+    with pytest.raises((TypeError, ValueError, RuntimeError, UserWarning)) as raised:
+        TRIGGERS[heading]()
+    said = f"{type(raised.value).__name__}: {raised.value}"
+    pattern = ".*".join(re.escape(part) for part in entries()[heading].split("…"))
+    assert re.fullmatch(pattern, said), said

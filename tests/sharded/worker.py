@@ -1,0 +1,62 @@
+"""Runs cases of sharded training on real processes: ``python -m tests.sharded.worker FOLDER SEED``.
+
+For each world size in turn it forks that many processes, which run every case of that size; so torch is imported once.
+What a case raised, if anything, is in FOLDER/outcomes.json, by world size, case and rank. Cases of later world sizes
+find in FOLDER what earlier ones left.
+"""
+
+import datetime
+import json
+import multiprocessing
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from . import changes, checkpoints, in_backward, killed, layers, training  # noqa: F401  (they add their cases)
+from .support import Place, cases_of, start
+
+#: Checkpoints are written by two processes, and read by other numbers.
+WORLDS = (2, 1, 3, 4, 6)
+
+
+def run(rank: int, world: int, folder: Path, seed: int) -> None:
+    warnings.simplefilter("error")
+    # torch.distributed warns of its own calls.
+    warnings.filterwarnings("ignore", module=r"torch\.")
+    start(rank, world, folder / f"meeting-{world}")
+    outcomes = {}
+    for name, case in cases_of(world).items():
+        torch.manual_seed(seed)
+        try:
+            case(Place(rank, world, folder, seed))
+            outcomes[name] = ""
+        except Exception:
+            outcomes[name] = traceback.format_exc()
+        try:
+            dist.monitored_barrier(timeout=datetime.timedelta(seconds=30))
+        except RuntimeError:
+            # Some wait for what does not come.
+            break
+    (folder / f"{world}-{rank}.json").write_text(json.dumps(outcomes), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+    fork = multiprocessing.get_context("fork")
+    for world in WORLDS:
+        processes = [fork.Process(target=run, args=(rank, world, folder, seed)) for rank in range(world)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    (folder / "killed").mkdir()
+    killed.run(folder / "killed", seed)
+
+
+if __name__ == "__main__":
+    main()

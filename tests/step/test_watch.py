@@ -1,0 +1,207 @@
+"""Whatever changes between steps is noticed, by both ways to watch tensors: C++'s and Python's."""
+
+from collections import UserDict
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from layca_fast import FusedLayca
+from layca_fast.step import watch
+from layca_fast.step.watch import Layouts, addresses
+
+from ..support import clones, copy_of, parameter, params_of, random_gradients, same_bits
+from .host_support import every_base, many
+
+
+def replace_parameter_memory(optimizer: FusedLayca) -> None:
+    for param in params_of(optimizer):
+        param.data = param.data.clone()
+
+
+def drop_some_gradients(optimizer: FusedLayca) -> None:
+    for param in params_of(optimizer)[::7]:
+        param.grad = None
+
+
+def transpose_in_place(optimizer: FusedLayca) -> None:
+    """The same address, size and shape in another order; the gradient keeps the old one."""
+    for param in params_of(optimizer):
+        if param.shape == (8, 8):
+            param.data = param.data.t()
+
+
+def reorder_groups(optimizer: FusedLayca) -> None:
+    optimizer.param_groups.reverse()
+
+
+def move_a_parameter_to_the_other_group(optimizer: FusedLayca) -> None:
+    first, second = optimizer.param_groups
+    second["params"].append(first["params"].pop())
+
+
+def add_a_parameter(optimizer: FusedLayca) -> None:
+    param = torch.nn.Parameter(torch.linspace(-1, 1, 20).view(4, 5))
+    param.grad = torch.ones_like(param).tril()
+    optimizer.param_groups[0]["params"].append(param)
+
+
+def replace_state(optimizer: FusedLayca) -> None:
+    for param, state in list(optimizer.state.items()):
+        optimizer.state[param] = {name: value.clone() for name, value in state.items()}
+
+
+def replace_state_memory(optimizer: FusedLayca) -> None:
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.data = value.data.clone()
+
+
+CHANGES = (
+    replace_parameter_memory,
+    drop_some_gradients,
+    transpose_in_place,
+    reorder_groups,
+    move_a_parameter_to_the_other_group,
+    add_a_parameter,
+    replace_state,
+    replace_state_memory,
+)
+
+
+@pytest.fixture(params=["C++", "Python"])
+def watching(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to look at tensors: C++'s is there with the native module and with torch >= 2.10."""
+    if request.param == "Python":
+        monkeypatch.setattr(watch, "_native", None)
+    else:
+        assert watch._native is not None
+        if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+            pytest.skip("this torch does not describe its tensors in C")
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@every_base
+def test_what_changes_between_steps_is_noticed(options: dict[str, Any], change: Any, seed: int, watching: None) -> None:
+    """Beside an optimizer that makes its plan anew at every step."""
+    params = [parameter(*shape) for shape in ((8, 8), (30,), (4, 3, 3)) * 4]
+    twins = clones(params)
+    quick, careful = (
+        FusedLayca([{"params": each[:6]}, {"params": each[6:], "lr": 0.02}], 0.01, backend="cpu", **options)
+        for each in (params, twins)
+    )
+    for step, row in enumerate(random_gradients(params, 4)):
+        for param, twin, grad in zip(params, twins, row, strict=True):
+            param.grad, twin.grad = grad.clone(), grad.clone()
+        if step == 2:
+            change(quick)
+            change(careful)
+        careful._plan = None
+        quick.step()
+        careful.step()
+    for ours, theirs in zip(params_of(quick), params_of(careful), strict=True):
+        assert same_bits(ours.detach(), theirs.detach())
+        assert same_bits(copy_of(dict(quick.state[ours])), copy_of(dict(careful.state[theirs])))
+
+
+def test_memory_that_is_read_as_another_type_is_noticed(seed: int, watching: None) -> None:
+    """An allocator may give the address of a tensor to its successor, so the address alone tells nothing."""
+    tensors = [torch.randn(4, 4), torch.randn(6)]
+    layouts = Layouts(tensors)
+    assert layouts.hold()
+    changes = (
+        lambda tensor: tensor.view(torch.int32),
+        lambda tensor: tensor[:2],
+        lambda tensor: tensor.t(),
+    )
+    for change in changes:
+        before = tensors[0].data
+        address = before.data_ptr()
+        tensors[0].data = change(before)
+        assert tensors[0].data_ptr() == address
+        assert not layouts.hold()
+        tensors[0].data = before
+        assert layouts.hold()
+
+
+def freed(tensor: Tensor) -> Tensor:
+    """A copy without memory, as sharded training leaves parameters between their uses."""
+    copy = tensor.clone()
+    copy.untyped_storage().resize_(0)
+    return copy
+
+
+def of_another_kind(tensor: Tensor) -> list[Any]:
+    """Gradients that kernels must not read as they read ``tensor``."""
+    return [
+        None,
+        tensor.double(),
+        tensor.t(),
+        tensor[:2],
+        tensor.to_sparse(),
+        torch._neg_view(tensor),
+        torch.nn.Parameter(tensor),
+        tensor.to("meta"),
+        freed(tensor),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(9))
+def test_gradients_fit_only_if_they_lie_as_their_tensors(kind: int, seed: int, watching: None) -> None:
+    tensors = [torch.randn(6), torch.randn(4, 4), torch.randn(())]
+    layouts = Layouts(tensors)
+    grads: list[Any] = [torch.randn_like(tensor) for tensor in tensors]
+    assert layouts.fit(grads) == addresses(grads)
+    grads[1] = of_another_kind(grads[1])[kind]
+    # Not part of the assertion, which would print the freed one.
+    found = layouts.fit(grads)
+    assert found is None
+
+
+def test_what_python_code_raises_in_between_is_raised(seed: int, watching: None) -> None:
+    class Interrupting(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is Tensor.is_neg:
+                raise KeyboardInterrupt
+            return func(*args, **(kwargs or {}))
+
+    optimizer = many({"momentum": 0.9})
+    before = copy_of(params_of(optimizer))
+    with Interrupting(), pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert same_bits(before, params_of(optimizer))
+
+
+def test_state_in_another_mapping_is_watched_too(seed: int, watching: None) -> None:
+    optimizer = many({"momentum": 0.9})
+    param = params_of(optimizer)[0]
+    optimizer.state[param] = UserDict(optimizer.state[param])
+    optimizer.step()
+    plan = optimizer._plan
+    optimizer.step()
+    assert optimizer._plan is plan
+    optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+    optimizer.step()
+    assert optimizer._plan is not plan
+
+
+def test_attributes_are_those_of_a_list_that_stays() -> None:
+    class Growing:
+        @property
+        def grad(self) -> None:
+            objects.append(self)
+
+    objects: list[Any] = [Growing(), Growing()]
+    assert import_module("layca_fast._cpu").attributes(objects, "grad") == [None, None]
+
+    class Shrinking:
+        @property
+        def grad(self) -> None:
+            objects.clear()
+
+    objects[:] = [Shrinking(), Shrinking()]
+    with pytest.raises(RuntimeError, match="shorter"):
+        import_module("layca_fast._cpu").attributes(objects, "grad")
