@@ -166,7 +166,7 @@ def test_pages_open_with_what_they_are_for(page: Path) -> None:
 def test_the_readme_is_one_page_with_the_commands_of_a_newcomer() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
     shell = [words[:3] for block in blocks(README) if block.language == "bash" for words in commands(block)]
-    assert [["make", "demo"], ["make", "test"], ["pip", "install", "."]] == shell[:3]
+    assert shell[:3] == [["make", "demo"], ["make", "test"], ["pip", "install", "."]]
 
 
 def test_the_readme_gives_the_speeds_that_were_measured() -> None:
