@@ -16,6 +16,7 @@ from .in_backward.handle import StepInBackward
 from .messages import labelled, named, warn_caller
 from .state.checks import check_new, check_parameter
 from .state.compensation import HALVES, join, lost_rotation
+from .state.doubts import nothing_rotates, vocabulary_rotates
 from .state.loading import Loading
 from .state.members import ignored_decay, rotates
 from .state.sharding import local_of, wrap
@@ -120,6 +121,9 @@ class FusedLayca(Optimizer):
         self._warned = False
         self._warned_of_types = False
         super().__init__(params, defaults)
+        message = nothing_rotates(self.param_groups) or vocabulary_rotates(self.param_groups)
+        if message is not None:
+            warn_caller(message)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as any torch optimizer does; the group's own options are checked before it is added.

@@ -46,8 +46,8 @@ def ignored_decay(groups: Sequence[Mapping[str, Any]]) -> str | None:
     for group, label, param in labelled(groups):
         if group["weight_decay"] != 0 and rotates(param, group):
             return (
-                f"weight_decay={group['weight_decay']} is ignored for {label} and every other tensor that rotates: "
-                "Layca keeps their norms fixed. Set weight_decay=0 there to silence this"
+                f"weight_decay={group['weight_decay']} is ignored for {describe(label, param)} and every other "
+                "tensor that rotates: Layca keeps their norms fixed. Set weight_decay=0 there to silence this"
             )
     return None
 
