@@ -100,7 +100,11 @@ def save_ratios(path: Path, rows: Sequence[Row], base: str, models: Sequence[str
     one = next(row for column in columns.values() for row in column.values() if row.provider in ran)
 
     def geometric(name: str) -> float:
-        ratios = [row.ratio_median for column in columns.values() if (row := column.get(name)) and row.ratio_median is not None]
+        ratios = [
+            row.ratio_median
+            for column in columns.values()
+            if (row := column.get(name)) and row.ratio_median is not None
+        ]
         product = 1.0
         for ratio in ratios:
             product *= ratio
@@ -111,7 +115,10 @@ def save_ratios(path: Path, rows: Sequence[Row], base: str, models: Sequence[str
         value
         for column in columns.values()
         for name in names
-        if (row := column.get(name)) and row.ratio_q1 is not None and row.ratio_q3 is not None and row.ratio_median is not None
+        if (row := column.get(name))
+        and row.ratio_q1 is not None
+        and row.ratio_q3 is not None
+        and row.ratio_median is not None
         for value in (row.ratio_median, row.ratio_q1, row.ratio_q3)
     ]
     limits = (0.7 * min(*edges, 1.0), 2.2 * max(edges))

@@ -12,7 +12,9 @@ from .rows import Row, environment, quartiles, round_ratios
 from .runner import COPY, Contestant, Copy, Model, Timer, interleave, seconds_of
 from .shapes import Shape
 
-NO_TIMES = dict.fromkeys(("median_ms", "q1_ms", "q3_ms", "ratio_median", "ratio_q1", "ratio_q3", "gb_per_s", "copy_fraction"))
+NO_TIMES = dict.fromkeys(
+    ("median_ms", "q1_ms", "q3_ms", "ratio_median", "ratio_q1", "ratio_q3", "gb_per_s", "copy_fraction")
+)
 
 
 def _batch_rows(

@@ -22,7 +22,7 @@ from .state.members import ignored_decay, rotates
 from .state.sharding import local_of, wrap
 from .step.capture import is_capturing
 from .step.plan import Plan
-from .step.stats import RotationStats, rotation_stats
+from .step.stats import StepStats, rotation_stats
 from .step.unscaling import LossScale
 
 
@@ -333,8 +333,11 @@ class FusedLayca(Optimizer):
             return param.detach().clone()
         return wrap(join(local_of(param).detach(), local_of(remainder)), param)
 
-    def rotation_stats(self) -> dict[Tensor, RotationStats]:
-        """What the last step did to each tensor, by parameter; empty before the first. Does not wait for a device.
+    def rotation_stats(self) -> StepStats:
+        """What the last step did to each tensor, a dict by parameter; empty before the first. ``print`` shows a table.
+
+        Does not wait for a device, as reading or printing a number does. The table has the least and the largest of a
+        tensor's layers, angles in radians, and under "kept" the steps without a direction to turn in.
 
         Of a DTensor: to the layers that this process has something of. What it counts, of elements and of steps with a
         gradient here, is not summed over processes.

@@ -49,6 +49,13 @@ class Handle:
         # torch leaves hooks out of copies and pickles. An instance attribute is found before the class's method.
         optimizer.__getstate__ = self._state_of_optimizer  # type: ignore[method-assign]
 
+    def __repr__(self) -> str:
+        optimizer = self._optimizer()
+        if optimizer is None or _handle_of(optimizer) is not self:
+            return "<layca_fast.attach: removed>"
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return f"<layca_fast.attach to {type(optimizer).__name__}: {options}>"
+
     def remove(self) -> None:
         """Take the hooks off, and the radii out of the optimizer's state. Does nothing the second time."""
         optimizer = self._optimizer()

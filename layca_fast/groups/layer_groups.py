@@ -221,7 +221,7 @@ def layer_groups(
     others: str = "train",
     others_lr: float | Tensor | None = None,
     embeddings: bool = False,
-    rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[type[nn.Module] | nn.Module, int | str] = (),
+    rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, int | str] = (),
     **options: Any,
 ) -> LayerGroups:
     """Param groups in which the weights of the model's layers rotate, and nothing else; ``print`` shows the plan.

@@ -52,7 +52,7 @@ _BIAS = re.compile(r"(^|_)bias$|^bias_")
 
 #: Modules and module types that the caller decides on; False: they do not rotate; None: packed as in WEIGHTS, else one
 #: layer per tensor.
-Asked = Mapping[type[nn.Module] | nn.Module, int | str | None]
+Asked = Mapping[Any, int | str | None]
 
 
 class Role(NamedTuple):
@@ -74,8 +74,8 @@ def is_transposed(kind: type) -> bool:
 def _check_not_cut(kind: type, chunks: Any) -> None:
     if is_transposed(kind) and chunks not in (1, False):
         raise ValueError(
-            f"rotate: chunks={chunks!r} would cut the weights of {kind.__name__} along their inputs, as they are stored "
-            "as (in, out): leave the number out, and each weight rotates as one layer"
+            f"rotate: chunks={chunks!r} would cut the weights of {kind.__name__} along their inputs, as they are "
+            "stored as (in, out): leave the number out, and each weight rotates as one layer"
         )
 
 

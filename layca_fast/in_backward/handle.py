@@ -108,6 +108,9 @@ class StepInBackward:
         self._running: set[int] = set()
         self._is_open = False
 
+    def __repr__(self) -> str:
+        return f"<step_in_backward: {f'on, with {len(self._hooks)} parameters' if self.is_on else 'removed'}>"
+
     def remove(self) -> None:
         """Take the hooks off: the next :meth:`FusedLayca.step` is an ordinary one. Does nothing the second time."""
         for hook in self._hooks.values():

@@ -36,9 +36,47 @@ def is_foreign(saved: Mapping[str, Any]) -> bool:
     return not any(group.keys() >= OUR_OPTIONS for group in saved["param_groups"])
 
 
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """What the groups call their parameters, in order; None where one has no name."""
+    if any(len(group.get("param_names") or ()) != len(group["params"]) for group in groups):
+        return None
+    return [name for group in groups for name in group["param_names"]]
+
+
+def _matched(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A foreign checkpoint with its parameters in our groups, by name where both have names.
+
+    Raises ValueError where names are missing, there or altogether, and groups differ in number or size.
+    """
+    groups, theirs = optimizer.param_groups, saved["param_groups"]
+    sizes, saved_sizes = ([len(group["params"]) for group in each] for each in (groups, theirs))
+    ours, known = _names(groups), _names(theirs)
+    if ours is None or known is None:
+        if sizes == saved_sizes:
+            return saved
+        raise ValueError(
+            f"state_dict: another optimizer wrote this checkpoint, with groups of {saved_sizes} parameters where this "
+            f"one has {sizes}. Names would tell which is which: make this optimizer of layer_groups(model) or "
+            "model.named_parameters(), and name those of the checkpoint, in their order: "
+            "saved['param_groups'][0]['param_names'] = [name for name, _ in model.named_parameters()]"
+        )
+    keys = dict(zip(known, chain.from_iterable(group["params"] for group in theirs), strict=True))
+    missing = [name for name in ours if name not in keys]
+    if missing:
+        raise ValueError(
+            f"state_dict: another optimizer wrote this checkpoint, and it has no parameters {missing}: load it into an "
+            "optimizer of the model that it was saved from"
+        )
+    matched = [{"params": [keys[name] for name in group["param_names"]]} for group in groups]
+    used = {keys[name] for name in ours}
+    # That of parameters which are not trained here would be kept under their numbers.
+    state = {key: value for key, value in saved["state"].items() if key in used}
+    return {**saved, "state": state, "param_groups": matched}
+
+
 def adopt(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     """The state of a foreign checkpoint under the hyperparameters of ``optimizer``."""
-    # Groups that do not match are torch's to refuse.
+    saved = _matched(optimizer, saved)
     groups = zip(optimizer.param_groups, saved["param_groups"], strict=False)
     adopted = [{**ours, "params": theirs["params"]} for ours, theirs in groups]
     return {**saved, "param_groups": adopted + saved["param_groups"][len(adopted) :]}

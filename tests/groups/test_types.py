@@ -147,7 +147,11 @@ KINDS = (
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_what_rotates_in_each_module_type(kind: Kind, seed: int) -> None:
-    says = nullcontext() if kind.rotates else pytest.warns(UserWarning, match=r"layer_groups: no layer of this \w+ rotates")
+    says = (
+        nullcontext()
+        if kind.rotates
+        else pytest.warns(UserWarning, match=r"layer_groups: no layer of this \w+ rotates")
+    )
     with says:
         groups = layer_groups(kind.make(), **(kind.options or {}))
     assert turning(groups) == kind.rotates
