@@ -116,5 +116,6 @@ def check_options(base: Base, given: Mapping[str, Any]) -> None:
             meant = f" (did you mean {close[0]!r}?)" if close else ""
             raise TypeError(
                 f"{name}={given[name]!r} is no option of base={base.name!r}{owner}{meant}: it has "
-                f"{sorted(base.options)}, beside those of every base (lr, rotate, chunks, rule, radius, weight_decay, ...)"
+                f"{sorted(base.options)}, beside those of every base (lr, rotate, chunks, "
+                "rule, radius, weight_decay, ...)"
             )

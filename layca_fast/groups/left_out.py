@@ -34,6 +34,6 @@ def doubt(model: nn.Module, turning: int, unknown: Sequence[tuple[type[nn.Module
     verb = "rotates" if turning == 0 else "do not rotate"
     return (
         f"layer_groups: {ahead} of this {name} {verb}, for their module types are unknown: {held}. Make them rotate "
-        f"with rotate=[{names}], or rotate={{{next(iter(counts)).__name__}: n}} where each tensor packs n layers, or False "
-        "for n to leave them as they are"
+        f"with rotate=[{names}], or rotate={{{next(iter(counts)).__name__}: n}} where each tensor packs n layers, "
+        "or with False for n to leave them as they are"
     )

@@ -23,7 +23,7 @@ def _seems_of_a_vocabulary(param: Tensor) -> bool:
 
 def nothing_rotates(groups: Sequence[Mapping[str, Any]]) -> str | None:
     """What to warn of, if no tensor rotates though nobody has asked for that."""
-    if any(rotates(param, group) for group, _, param in labelled(groups)) or not any(map(_is_left_to_us, groups)):
+    if any(rotates(param, group) for group, _, param in labelled(groups)) or not all(map(_is_left_to_us, groups)):
         return None
     return (
         f"nothing rotates: none of the {sum(len(group['params']) for group in groups)} parameters has two or more "
