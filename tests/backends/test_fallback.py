@@ -29,6 +29,8 @@ def stepped(**options: str) -> FusedLayca:
 def test_the_first_step_says_why_and_no_other_does(nothing_native: None, seed: int) -> None:
     with pytest.warns(UserWarning, match=r"the torch backend .* than cpu would: cpu: g\+\+ was not found\.") as caught:
         stepped()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         stepped()
     assert (len(caught), caught[0].filename) == (1, __file__)
     assert backends()["cpu"].reason == "g++ was not found"

@@ -128,6 +128,9 @@ OF_ANOTHER_BASE = (
     BadOption(
         "betas for rmsprop", {"base": "rmsprop", "betas": (0.9, 0.9)}, TypeError, r"betas=.*belongs to adam, lion"
     ),
+    BadOption("AdamW", {"base": "adamw"}, ValueError, r"base='adamw' is unknown: 'adam' is it, for its weight decay"),
+    BadOption("misspelt base", {"base": "Adma"}, ValueError, r"base='Adma' is unknown: did you mean 'adam'\?"),
+    BadOption("misspelt option", {"beckend": "cpu"}, TypeError, r"beckend=.* did you mean .backend"),
     BadOption("eps for lion", {"base": "lion", "eps": 1e-8}, TypeError, r"eps=1e-08 is no option of base='lion'"),
     BadOption(
         "two options of another base",
