@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -75,7 +74,6 @@ def in_trainer(folder: Path, start: int) -> float:
     return mean_loss(model, data)
 
 
-@pytest.mark.filterwarnings("ignore:`loss_type=None` was set:UserWarning")
 def test_gpt2_ends_where_adamw_does_by_groups_and_in_the_trainer(tmp_path: Path, seed: int) -> None:
     """Within a tenth of a nat; where head and embedding rotate, as before there were groups, it is far from there."""
     theirs = trained(lambda model: AdamW(model.parameters(), lr=PLAIN_LR), seed)
