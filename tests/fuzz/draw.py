@@ -119,7 +119,7 @@ def draw_options(draw: Draw, params: list[Parameter]) -> dict[str, Any]:
 
 def draw_groups(draw: Draw) -> list[dict[str, Any]]:
     groups = []
-    for _ in range(draw.choose.choice((1, 1, 2, 3))):
-        params = [draw_parameter(draw) for _ in range(draw.choose.choice((1, 1, 2, 3)))]
+    for _ in range(draw.choose.choice((1, 1, 1, 2))):
+        params = [draw_parameter(draw) for _ in range(draw.choose.choice((1, 1, 1, 2)))]
         groups.append({"params": params, **draw_options(draw, params)})
     return groups

@@ -72,7 +72,7 @@ def set_own_options(draw: Draw, both: Both) -> None:
     for party in both:
         group = party.groups[index]
         if group["base"] == new["base"]:
-            group.update(new)
+            group.update({**BASES[new["base"]].options, **new})
 
 
 def set_base(draw: Draw, both: Both) -> None:
