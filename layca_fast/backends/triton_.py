@@ -101,7 +101,10 @@ def measure_launch(batch: Batch) -> Launch:
     from . import triton_formulas, triton_kernels
 
     advance = triton_formulas.lower(batch.formula.advance)
-    return _over_tiles(triton_kernels.measure, batch, (batch.partials, batch.partial_counts), ADVANCE=advance)
+    # One bit for each state.
+    squares = sum(is_square << i for i, is_square in enumerate(batch.formula.are_squares))
+    tables = (batch.partials, batch.partial_counts)
+    return _over_tiles(triton_kernels.measure, batch, tables, ADVANCE=advance, SQUARES=squares)
 
 
 def finish_launch(batch: Batch, *, sums: bool, coefficients: bool) -> Launch:
