@@ -324,7 +324,7 @@ class RotationMonitor:
         """
         if state_dict.get("version") != VERSION:
             raise ValueError(f"state_dict: has version {state_dict.get('version')!r}, and only {VERSION} can be read")
-        check_saved(state_dict, SETTINGS, self._before is not None)
+        check_saved(state_dict, SETTINGS, self._before is not None and bool(state_dict.get("per_step")))
         for name in SETTINGS:
             if state_dict[name] != getattr(self, name):
                 raise ValueError(
