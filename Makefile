@@ -27,7 +27,7 @@ TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-trainers bench bench-full gpu verify lint format FORCE
+.PHONY: help setup demo test test-trainers bench bench-full gpu verify lint format fuzz sanitize FORCE
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -79,6 +79,14 @@ format: $(STAMP)  ## format Python and C++, and mend what ruff can
 	@$(RUN) ruff check --fix-only --quiet .
 	@$(RUN) ruff format .
 	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+fuzz: $(STAMP)  ## random models, options and events: cpu against torch against the reference (ARGS='--steps 1000000')
+	@echo "==> Fuzzing"
+	@$(TEST_ENVIRONMENT) $(RUN) tests.fuzz $(ARGS)
+
+sanitize: $(STAMP)  ## the native code under the address, undefined-behaviour and thread sanitizers (ARGS=--short: minutes)
+	@echo "==> Running the native code under sanitizers"
+	@$(TEST_ENVIRONMENT) $(RUN) tests.sanitize $(ARGS)
 
 $(TORCH_STAMP): requirements/torch.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

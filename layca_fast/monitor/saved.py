@@ -14,7 +14,9 @@ def check_saved(saved: Mapping[str, Any], settings: Sequence[str], keeps_before:
     ``settings``: the names of what it must say of its monitor; ``keeps_before``: whether there are copies from each
     record.
     """
-    lacking = [name for name in (*settings, "step", "steps", *QUANTITIES, "start", "start_squares") if name not in saved]
+    lacking = [
+        name for name in (*settings, "step", "steps", *QUANTITIES, "start", "start_squares") if name not in saved
+    ]
     lacking += [name for name in ("before", "before_squares") if name not in saved]
     if lacking:
         raise ValueError(f"state_dict: lacks {lacking}: save what state_dict() of a RotationMonitor returned")

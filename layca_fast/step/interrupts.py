@@ -8,7 +8,9 @@ from types import FrameType
 from typing import Any
 
 #: What Python code handles by default or often, where the system has it: Ctrl-C, stop requests, timeouts, schedulers'.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from torch.nn import Parameter
 # torch's own test tools need it, and no user of torch has to have it.
 pytest.importorskip("expecttest")
 
-from ..support import clones, contents, params_of, relative_distance, same_bits  # noqa: E402
-from .adapter import AS_OURS, Layca, error_inputs, inputs, registered, unknown_options  # noqa: E402
+from ..support import clones, contents, params_of, relative_distance, same_bits
+from .adapter import AS_OURS, Layca, error_inputs, inputs, registered, unknown_options
 
 #: (info, input) and (info, error) of every row.
 INPUTS = [
@@ -23,7 +23,9 @@ INPUTS = [
     for each in inputs(info)
 ]
 ERRORS = [
-    pytest.param(info, each, id=f"{info.optim_cls.__name__}, {info.optim_cls.backend}, {each.optimizer_error_input.desc}")
+    pytest.param(
+        info, each, id=f"{info.optim_cls.__name__}, {info.optim_cls.backend}, {each.optimizer_error_input.desc}"
+    )
     for backend in ("cpu", "torch")
     for info in registered(backend)
     for each in error_inputs(info)

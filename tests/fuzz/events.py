@@ -19,8 +19,15 @@ from .draw import LAYOUTS, Draw, draw_base, draw_options, draw_parameter, draw_r
 
 #: A bad value for an option, and what refuses it.
 BAD_OPTIONS: dict[str, Any] = {
-    **{"lr": -1.0, "rule": "nothing", "chunks": 0, "radius": "other", "weight_decay": float("nan")},
-    **{"backend": "abacus", "state_dtype": torch.float64, "rotate": "perhaps", "base": "sdg"},
+    "lr": -1.0,
+    "rule": "nothing",
+    "chunks": 0,
+    "radius": "other",
+    "weight_decay": float("nan"),
+    "backend": "abacus",
+    "state_dtype": torch.float64,
+    "rotate": "perhaps",
+    "base": "sdg",
 }
 
 
@@ -144,8 +151,10 @@ def add_group(draw: Draw, both: Both) -> None:
 
 def _like(tensor: Tensor) -> Tensor:
     """A copy with the same strides, gaps included."""
-    memory = torch.zeros_like(tensor) if tensor.is_contiguous() else torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype
+    memory = (
+        torch.zeros_like(tensor)
+        if tensor.is_contiguous()
+        else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     )
     return memory.copy_(tensor.detach())
 

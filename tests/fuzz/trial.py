@@ -9,7 +9,6 @@ from torch.nn import Parameter
 
 from layca_fast import FusedLayca
 from layca_fast.state.compensation import HALVES
-from layca_fast.state.members import rotates
 
 from ..support import copy_of, same_bits
 from .draw import Draw, draw_groups, laid_out
@@ -70,7 +69,7 @@ class Trial:
         self.threads = draw.choose.choice((1, 1, 2, 3))
         for group in groups:
             shapes = [(tuple(p.shape), str(p.dtype), tuple(p.stride())) for p in group["params"]]
-            self.log.append(f"group {shapes} {({k: v for k, v in group.items() if k != 'params'})}")
+            self.log.append(f"group {shapes} { ({k: v for k, v in group.items() if k != 'params'}) }")
 
     def run(self) -> Iterator[None]:
         torch.manual_seed(self.draw.choose.getrandbits(60))
@@ -182,8 +181,10 @@ class Trial:
     @staticmethod
     def _is_kept(old: Any, new: Any) -> bool:
         """The same numbers: where the memory of a parameter changed, its state is laid out anew."""
-        return bool(torch.equal(old.view(torch.int16), new.view(torch.int16))) if old.dtype in HALVES else bool(
-            torch.equal(old.nan_to_num(), new.nan_to_num())
+        return (
+            bool(torch.equal(old.view(torch.int16), new.view(torch.int16)))
+            if old.dtype in HALVES
+            else bool(torch.equal(old.nan_to_num(), new.nan_to_num()))
         )
 
     def _align(self) -> None:

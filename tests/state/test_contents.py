@@ -64,9 +64,7 @@ CORRUPT: dict[str, tuple[str, Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize(("name", "change", "message"), CORRUPT.values(), ids=CORRUPT)
-def test_what_no_run_can_have_left_is_refused(
-    name: str, change: Callable[[Any], Any], message: str, seed: int
-) -> None:
+def test_what_no_run_can_have_left_is_refused(name: str, change: Callable[[Any], Any], message: str, seed: int) -> None:
     saved = copy.deepcopy(trained().state_dict())
     saved["state"][0][name] = change(saved["state"][0][name])
     loading = trained()
@@ -134,9 +132,7 @@ def test_an_attached_optimizer_refuses_radii_that_are_none(value: float, seed: i
 
 @pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
 @every_backend
-def test_no_weight_moves_by_what_a_broken_state_is_cleaned_to(
-    backend: str, options: dict[str, Any], seed: int
-) -> None:
+def test_no_weight_moves_by_what_a_broken_state_is_cleaned_to(backend: str, options: dict[str, Any], seed: int) -> None:
     """A state set by hand is not looked through; the step it makes is one of ordinary length, and what is stored is
     finite.
     """

@@ -26,7 +26,10 @@ def many_batches(backend: str, params: list[Parameter] | None = None) -> FusedLa
     """Batches of several bases and types, one of them with dampening: a first gradient is not as the others."""
     if params is None:
         dtypes = (torch.float32, torch.float64, torch.float32, torch.float32)
-        params = [parameter(*shape, dtype=dtype) for shape, dtype in zip(((6, 5), (4, 3), (7, 2), (3, 0)), dtypes, strict=True)]
+        params = [
+            parameter(*shape, dtype=dtype)
+            for shape, dtype in zip(((6, 5), (4, 3), (7, 2), (3, 0)), dtypes, strict=True)
+        ]
     groups = [
         {"params": params[:1], "momentum": 0.9, "dampening": 0.5},
         {"params": params[1:2], "base": "adam"},
@@ -135,6 +138,7 @@ def test_a_failure_between_two_batches_is_told_and_settled(
     def injected(self: Any, batch: Batch) -> Any:
         seen.append(batch)
         if len(seen) == failing + 1:
+
             def fail() -> None:
                 raise OSError("no")
 
@@ -150,20 +154,28 @@ def test_a_failure_between_two_batches_is_told_and_settled(
         assert "the step failed half-way" in str(caught.value)
     moved = [id(param) for batch in seen[:failing] for param in batch.params]
     for param, version in zip(params_of(optimizer), versions, strict=True):
-        assert (param._version > version) == (id(param) in moved and param.numel() > 0 or id(param) in moved)
+        assert (param._version > version) == ((id(param) in moved and param.numel() > 0) or id(param) in moved)
     assert all(not slot.fresh for batch in seen[:failing] for slot in batch.slots)
     assert all(slot.fresh for batch in seen[failing:] for slot in batch.slots)
 
 
 def test_signals_wait_for_the_end_of_the_step_and_the_second_does_not() -> None:
     seen: list[str] = []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
-        signal.raise_signal(signal.SIGINT)
-        seen.append("after the first")
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        seen.append("never")
+
+    def once() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            seen.append("after the first")
+
+    def twice() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            seen.append("never")
+
+    for press in (once, twice):
+        with pytest.raises(KeyboardInterrupt):
+            press()
     assert seen == ["after the first"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -195,7 +207,7 @@ def interrupted_step(optimizer: FusedLayca, seconds: float) -> bool:
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that send signals")
 @native_backends
 def test_signals_at_random_times_leave_no_half_of_a_step(backend: str, seed: int) -> None:
-    """In first and in later steps: all has moved or nothing has, and the run goes on as one that was never disturbed."""
+    """In first and in later steps: all has moved or nothing has, and the run goes on as if it were undisturbed."""
     start = many_batches(backend)
     rows = random_gradients(params_of(start), 3)
     timed = copy.deepcopy(start)
