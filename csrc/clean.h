@@ -25,7 +25,7 @@ struct Clean {
     return keep_if(is_finite(Formula::witness(grad)), grad);
   }
   // The states of an element go together: a mean without its mean square, or 0 in the place of one, would make any
-  // step. Where one of them is not finite they start anew, with the square of this gradient. `stored`: what memory keeps.
+  // step. Where one is not finite they start anew, with the square of this gradient. `stored`: what memory keeps.
   template <class Formula, class Stored>
   LAYCA_INLINE void states(T grad, T* state, [[maybe_unused]] const Stored& stored) {
     if constexpr (Formula::n_states == 0) return;
