@@ -195,6 +195,9 @@ def test_the_kernels_follow_torchs_number_of_threads(seed: int, monkeypatch: pyt
     view = backend._view(optimizer._plan.batches[0][1])
 
     class Spy:
+        def reserve(self, threads: int) -> None:
+            view.reserve(threads)
+
         def step(self, threads: int) -> None:
             asked.append(threads)
             view.step(threads)
