@@ -66,7 +66,7 @@ def first_error(log: str) -> str:
 
 
 def run(*command: str) -> None:
-    """Run a command, its output passed on line by line; RuntimeError with the first error that it reported if it fails."""
+    """Run a command and pass its lines on; RuntimeError with the first error that it reported if it fails."""
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None

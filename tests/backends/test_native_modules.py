@@ -14,6 +14,7 @@ from layca_fast import _cpu
 from layca_fast.formulas import tables
 from layca_fast.formulas.bases import FORMULAS
 
+from ..support import HANGS
 from .cpu.support import ROOT, keep_formulas
 
 TABLES = (tables.Column, tables.Flag, tables.Hyper, tables.Layer, tables.Tile, tables.Count, tables.Coefficient)
@@ -63,7 +64,7 @@ def install(source: Path, **environment: str) -> tuple[subprocess.CompletedProce
         env={**os.environ, "LAYCA_REQUIRE_NATIVE": "0", "LAYCA_CUDA": "OFF", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
     )
     return done, target
 
@@ -84,7 +85,7 @@ def reasons(installed: Path) -> dict[str, str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=HANGS,
     )
     file, found = json.loads(done.stdout)
     assert Path(file).is_relative_to(installed)
