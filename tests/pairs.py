@@ -1,8 +1,8 @@
-"""Of each product of three or more choices ``make test`` runs a table of pairs: any two options meet in some case of it.
+"""A table of pairs of each product of three or more choices: ``make test`` runs it, and any two options meet in it.
 
-A fault that hangs on one option, or on two of them together, shows there; one that takes three shows in
-``make test-exhaustive``, which runs the rest of the product. (Kuhn et al., IEEE TSE 2004: of 1,000 faults of real
-programs in four fields, two options together found 70 to 97 %.)
+A fault that hangs on one option, or on two of them together, shows there; one that takes three may show only in
+``make test-exhaustive``, which runs the rest of the product. (Kuhn, Wallace and Gallo, IEEE TSE 2004: in programs of
+four fields, two options together brought out 70 to 97 % of the faults.)
 """
 
 import heapq
@@ -20,7 +20,10 @@ Choice = tuple[str, int]
 
 @dataclass(frozen=True)
 class ChosenCase(Case):
-    """A case that is one of a product: ``choices`` numbers the option taken of each list, the backend among them."""
+    """A case that is one of a product, on one backend: ``choices`` numbers the option taken of each list.
+
+    Backends are different code: each has a table of its own.
+    """
 
     backend: str = ""
     choices: tuple[int, ...] = ()
@@ -55,13 +58,19 @@ def table_of_pairs(rows: Sequence[Sequence[Choice]]) -> set[int]:
     return taken
 
 
+def product_of(item: pytest.Function) -> str:
+    """What the table is made for: the test function and, of chosen cases, the backend."""
+    backends = [value.backend for value in item.callspec.params.values() if isinstance(value, ChosenCase)]
+    return " ".join([item.nodeid.partition("[")[0], *backends])
+
+
 def mark_beyond_pairs(items: Sequence[pytest.Item]) -> None:
-    """Mark as exhaustive what the table of pairs of its test function leaves out."""
+    """Mark as exhaustive what the table of pairs of its product leaves out."""
     products: dict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:
         apart = any(item.get_closest_marker(name) for name in ("gpu", "exhaustive"))
         if isinstance(item, pytest.Function) and hasattr(item, "callspec") and not apart:
-            products[item.nodeid.partition("[")[0]].append(item)
+            products[product_of(item)].append(item)
     for product in products.values():
         rows = [choices_of(item) for item in product]
         if len(rows[0]) > 2:

@@ -32,7 +32,7 @@ def cases(interpreted: bool = False) -> list[ChosenCase]:
     ``interpreted``: every second of them, under every base option all that any three of the choices can be together.
     """
     chosen = itertools.product(*map(enumerate, (RULES, FEW_CHUNKS if interpreted else CHUNKS, RADII, DTYPES)))
-    rows = [zip(*each, strict=True) for each in chosen]
+    rows = [tuple(zip(*each, strict=True)) for each in chosen]
     return [
         ChosenCase(
             name=f"{options}, {rule}, chunks={chunks}, radius={radius}, {dtype}",
@@ -49,7 +49,7 @@ def cases(interpreted: bool = False) -> list[ChosenCase]:
             choices=(base, *numbers),
         )
         for (base, options), (numbers, (rule, (chunks, shapes), radius, dtype)) in itertools.product(
-            enumerate(BASE_OPTIONS), [tuple(row) for row in rows]
+            enumerate(BASE_OPTIONS), rows
         )
         if not (interpreted and sum(numbers) % 2)
     ]
@@ -58,11 +58,7 @@ def cases(interpreted: bool = False) -> list[ChosenCase]:
 @pytest.mark.filterwarnings("ignore:weight_decay=.* is ignored")
 @pytest.mark.parametrize(
     "case",
-    [
-        replace(case, backend=backend, choices=(number, *case.choices))
-        for number, backend in enumerate(BACKENDS)
-        for case in cases(interpreted=backend == "triton")
-    ],
+    [replace(case, backend=backend) for backend in BACKENDS for case in cases(interpreted=backend == "triton")],
     ids=lambda case: f"{case.backend}-{case.name}",
 )
 def test_follows_the_reference(case: ChosenCase, seed: int) -> None:
