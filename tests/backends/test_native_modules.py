@@ -131,6 +131,7 @@ def test_a_native_module_that_is_required_fails_the_installation(source: Path) -
     assert not installed.exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("c++", path=path_without_nvcc()) is None, reason="nvcc lies beside the C++ compiler")
 def test_without_a_cuda_compiler_the_cpu_module_is_all_that_can_be_required(source: Path) -> None:
     environment = {"PATH": path_without_nvcc(), "CUDACXX": "", "LAYCA_CUDA": "AUTO", "LAYCA_REQUIRE_NATIVE": "1"}
@@ -149,6 +150,7 @@ def test_a_cuda_compiler_that_does_not_work_costs_the_cuda_module_only(source: P
     assert "/no/such/nvcc" in found["cuda"]
 
 
+@pytest.mark.exhaustive
 def test_a_cuda_module_that_is_asked_for_and_required_fails_the_installation(source: Path) -> None:
     done, installed = install(source, LAYCA_CUDA="ON", CUDACXX="/no/such/nvcc", LAYCA_REQUIRE_NATIVE="1")
     assert done.returncode != 0
