@@ -81,7 +81,7 @@ test-trainers: $(TRAINERS_STAMP)  ## run the tests in Hugging Face's Trainer, Li
 
 test-all: test test-exhaustive test-trainers  ## run all tests
 
-bench: $(BENCH_STAMP)  ## time a step of every backend beside torch's and others' optimizers, on three models (minutes)
+bench: $(BENCH_STAMP)  ## time a step of every backend beside torch's and others' on ResNet-50 (minutes; ARGS=--full: all models)
 	@echo "==> Running the benchmarks"
 	@$(RUN) pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
