@@ -141,6 +141,7 @@ def test_without_a_cuda_compiler_the_cpu_module_is_all_that_can_be_required(sour
     assert "put nvcc on the PATH" in reasons(installed)["cuda"]
 
 
+@pytest.mark.exhaustive
 def test_a_cuda_compiler_that_does_not_work_costs_the_cuda_module_only(source: Path) -> None:
     done, installed = install(source, LAYCA_CUDA="AUTO", CUDACXX="/no/such/nvcc")
     assert done.returncode == 0, done.stdout + done.stderr

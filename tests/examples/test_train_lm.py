@@ -56,6 +56,7 @@ def contents_of(folder: Path) -> dict[str, Any]:
     return loaded
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_run_ends_in_the_bits_of_one_that_was_not(
     example: ModuleType,
     seed: int,

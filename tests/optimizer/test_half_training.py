@@ -173,7 +173,7 @@ def turned_in_a_plane(dtype: torch.dtype, lr: float, backend: str, **options: An
     return total
 
 
-@pytest.mark.parametrize("lr", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("lr", [1e-2, pytest.param(1e-3, marks=pytest.mark.exhaustive), 1e-4])
 @every_half
 @native_backends
 def test_weights_turn_by_what_is_asked(backend: str, dtype: torch.dtype, lr: float, seed: int) -> None:
