@@ -123,6 +123,12 @@ def nameless_checkpoint() -> None:
     FusedLayca(layer_groups(model), base="adam").load_state_dict(old.state_dict())
 
 
+def damaged_checkpoint() -> None:
+    saved = step(matrix(), base="adam").state_dict()
+    saved["state"][0]["exp_avg_sq"][0, 0] = float("inf")
+    FusedLayca([matrix()], base="adam").load_state_dict(saved)
+
+
 #: What triggers the message of each entry, by its heading.
 TRIGGERS: dict[str, Callable[[], object]] = {
     "A layer starts at zero": zero_layer,
@@ -147,6 +153,7 @@ TRIGGERS: dict[str, Callable[[], object]] = {
     ),
     "A checkpoint of another optimizer": foreign_checkpoint,
     "A checkpoint of another optimizer without names": nameless_checkpoint,
+    "A checkpoint that is damaged": damaged_checkpoint,
     "Rotations below the precision of the type": lambda: step(matrix(dtype=torch.bfloat16), lr=1e-3, compensate=False),
     "attach and 16-bit parameters": lambda: attach(torch.optim.SGD([matrix(dtype=torch.bfloat16)], lr=0.1)),
     "attach, a second time": attach_again,
