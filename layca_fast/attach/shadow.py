@@ -6,6 +6,7 @@ the step that the other optimizer has just made.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from ..state.checks import check_parameter, count_layers
 from ..state.compensation import HALVES
 from ..state.layout import is_dense, memory_order
 from ..state.members import rotates
-from ..state.sharding import is_sharded
+from ..state.memory import check_apart, is_trained
+from ..state.sharding import is_sharded, local_of
 from ..step.plan import Plan
+from ..step.watch import Layouts
 
 #: What a param group may say for itself; where it does not, the arguments of ``attach`` hold.
 OPTIONS = ("rule", "rotate", "chunks", "radius", "backend")
@@ -175,6 +178,10 @@ class Shadow:
         self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], previous: "Shadow | None" = None
     ) -> None:
         check_turning(groups)
+        # A layer that shares memory with what does not rotate would lose its norm as well.
+        written = [(label, param) for _, label, param in labelled(groups) if is_trained(param)]
+        check_apart([(partial(describe, label, param), local_of(param)) for label, param in written])
+        self._lie = Layouts([local_of(param) for _, param in written])
         self._made_for = _structure(groups)
         old = {} if previous is None else {id(param): alias.grad for param, alias in previous._pairs}
         if previous is not None:
@@ -204,7 +211,7 @@ class Shadow:
 
     def fits(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether parameters, their memory and the options are still those that this was made for."""
-        return _structure(groups) == self._made_for and all(
+        return _structure(groups) == self._made_for and self._lie.hold() and all(
             param.data_ptr() == alias.data_ptr()
             and param.stride() == alias.stride()
             and param.shape == alias.shape

@@ -25,6 +25,7 @@ from ..formulas.options import check_group
 from ..messages import describe, labelled
 from ..state.checks import count_layers
 from ..state.members import Layers, check_norms, rotates
+from ..state.memory import check_apart, is_trained
 from ..state.sharding import is_sharded, local_of
 from ..step.capture import is_capturing
 from ..step.plan import Plan
@@ -107,6 +108,7 @@ class StepInBackward:
         self._seen: set[int] = set()
         self._running: set[int] = set()
         self._is_open = False
+        self._memory_is_checked = False
 
     def remove(self) -> None:
         """Take the hooks off: the next :meth:`FusedLayca.step` is an ordinary one. Does nothing the second time."""
@@ -237,6 +239,7 @@ class StepInBackward:
                 optimizer._plan = None
         if not self._is_checked:
             _check_not_replicated(self._places)
+            self._check_memory()
             self._check_norms()
             optimizer._warn_of_ignored_decay()
             self._is_checked = True
@@ -253,10 +256,18 @@ class StepInBackward:
                 new.append(Layers(group, label, param, count_layers(param, group["chunks"], label)))
         check_norms(new)
 
+    def _check_memory(self) -> None:
+        """Raise ValueError for parameters that are trained and share memory: each plan sees one of them only."""
+        self._memory_is_checked = True
+        trained = [each for place in self._places.values() for each in labelled(place.groups) if is_trained(each[2])]
+        check_apart([(partial(describe, label, param), local_of(param)) for _, label, param in trained])
+
     def _step(self, optimizer: Stepped, param: Tensor) -> None:
         groups, state = self._places[param]
         plan = self._plans.get(param)
         if plan is None or not plan.holds(groups, state):
+            if plan is not None and not self._memory_is_checked:
+                self._check_memory()
             if param not in optimizer.state:
                 self._created.add(param)
             previous, plan = plan, Plan(groups, state, choose, previous=plan)

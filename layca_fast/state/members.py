@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from ..messages import describe, labelled
 from .checks import check_gradient, check_memory, check_parameter, count_layers
 from .compensation import HALVES, fits, is_compensated, state_dtype
 from .layout import layers_are_dense, scalar_device
+from .memory import Written
 from .runner import Choose, Runs
 from .sharding import (
     Piece,
@@ -92,6 +94,12 @@ class Member(Generic[Runs]):
         if self.rotates:
             local["radius"] = self._radius(old.get("radius"))
         return {name: self._kept(name, local[name], state.get(name)) for name in local}, local
+
+    def written(self, states: Mapping[str, Tensor]) -> Iterator[Written]:
+        """What a step writes to, with what to call it; ``states`` as kernels see them."""
+        yield partial(describe, self.label, self.param), self.local
+        for name, state in states.items():
+            yield partial("the state {!r} of {}".format, name, self.label), state
 
     def _placed(self, name: str, value: Any) -> Any:
         """The local part of a state, which may come from other shards."""

@@ -13,6 +13,7 @@ from ..formulas.tables import Coefficient
 from ..messages import labelled
 from ..state.compensation import state_dtype
 from ..state.members import Layers, State, check_norms, drop_remainders, members
+from ..state.memory import check_apart
 from ..state.reduction import Groups
 from ..state.runner import Choose
 from ..state.sharding import is_elsewhere, is_sharded
@@ -68,6 +69,7 @@ class Plan:
         stepped = set() if previous is None else {id(slot.owner) for _, slot, _ in previous.rows()}
         found = list(members(groups, state, stepped, choose))
         states = [member.new_states(state.get(member.param, {})) for member in found]
+        check_apart([each for member, (_, local) in zip(found, states, strict=True) for each in member.written(local)])
         known = set() if previous is None else {id(each.param) for each in previous._zero}
         turning = [Layers(m.group, m.label, m.param, m.layers) for m in found if m.rotates]
         # A process may make its plan anew alone: what is agreed upon is not asked before they all have to.
