@@ -24,6 +24,7 @@ from ..state.layout import is_dense, memory_order
 from ..state.members import rotates
 from ..state.memory import check_apart, is_trained
 from ..state.sharding import is_sharded, local_of
+from ..state.structure import check_entries
 from ..step.plan import Plan
 from ..step.watch import Layouts
 
@@ -178,6 +179,7 @@ class Shadow:
         self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], previous: "Shadow | None" = None
     ) -> None:
         check_turning(groups)
+        check_entries(groups, optimizer.state)
         # A layer that shares memory with what does not rotate would lose its norm as well.
         written = [(label, param) for _, label, param in labelled(groups) if is_trained(param)]
         check_apart([(partial(describe, label, param), local_of(param)) for label, param in written])
@@ -211,13 +213,17 @@ class Shadow:
 
     def fits(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether parameters, their memory and the options are still those that this was made for."""
-        return _structure(groups) == self._made_for and self._lie.hold() and all(
-            param.data_ptr() == alias.data_ptr()
-            and param.stride() == alias.stride()
-            and param.shape == alias.shape
-            and param.dtype == alias.dtype
-            and param.device == alias.device
-            for param, alias in self._pairs
+        return (
+            _structure(groups) == self._made_for
+            and self._lie.hold()
+            and all(
+                param.data_ptr() == alias.data_ptr()
+                and param.stride() == alias.stride()
+                and param.shape == alias.shape
+                and param.dtype == alias.dtype
+                and param.device == alias.device
+                for param, alias in self._pairs
+            )
         )
 
     def keep(self, optimizer: Optimizer) -> None:
@@ -239,7 +245,7 @@ class Shadow:
         for param, alias in self._pairs:
             # Optimizers make their state at a parameter's first gradient, and only where it has none yet.
             if param.grad is not None or optimizer.state.get(param):
-                optimizer.state[param]["radius"] = self._state[alias]["radius"]
+                optimizer.state.setdefault(param, {})["radius"] = self._state[alias]["radius"]
                 self._published.add(alias)
 
     def _take_plan(self, optimizer: Optimizer) -> None:

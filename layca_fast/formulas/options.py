@@ -84,7 +84,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         )
     check_choice(group, "capturable", (False, True))
     if group["rotate"] not in (None, True, False):
-        raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (tensors of 2 or more dimensions)")
+        raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (all but vectors)")
     check_chunks(group["chunks"])
     decay = group["weight_decay"]
     if not isinstance(decay, Real) or not (0.0 <= float(decay) < math.inf):

@@ -222,10 +222,13 @@ def layer_groups(
 
     Rotating: the weights of Linear, Bilinear, Conv1d to 3d and ConvTranspose1d to 3d; MultiheadAttention's packed
     ``in_proj_weight`` as 3 layers; the weights of RNN, LSTM, GRU and their cells as one layer per gate. The others:
-    biases, norm layers, embeddings, vectors, parametrized weights (weight_norm and the like), weights of which a layer
-    is all zero, and whatever modules of unknown types hold (see ``rotate``). Parameters with requires_grad=False are
-    left out. A tied tensor counts once, under its first name; it rotates if any module that shares it makes it rotate,
-    but one that is an embedding anywhere is an embedding.
+    biases, norm layers, embeddings, vectors (at most one dimension longer than 1: a Linear with one output has one),
+    parametrized weights (weight_norm and the like, unless asked for), weights of which a layer is all zero, and
+    whatever modules of unknown types hold (see ``rotate``). Parameters with requires_grad=False are left out. A tied
+    tensor counts once, under its first name; it rotates if any module that shares it makes it rotate, but one that is
+    an embedding anywhere is an embedding.
+
+    Zeros are looked for now: call it before trained weights are loaded, as for the run that is resumed.
 
     Args:
         model: any module, wrapped (DDP, torch.compile) or not. Names are those of ``model.named_parameters()``.
@@ -239,7 +242,7 @@ def layer_groups(
             Weights of zeros are frozen, too, with a warning, since they never train then.
         others_lr: the lr of the others; None: ``lr``. Only for others="train".
         embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
-        rotate: module types of which every tensor of two or more dimensions, biases apart, rotates besides, such as the
+        rotate: module types of which every tensor that is no vector, biases apart, rotates besides, such as the
             Conv1D of transformers; as a dict, with the ``chunks`` of each (1, n or "all"), also for the types above.
         options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0
             into those that rotate.

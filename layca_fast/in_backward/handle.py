@@ -21,12 +21,12 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from ..backends import choose
-from ..formulas.options import check_group
 from ..messages import describe, labelled
 from ..state.checks import count_layers
 from ..state.members import Layers, check_norms, rotates
 from ..state.memory import check_apart, is_trained
 from ..state.sharding import is_sharded, local_of
+from ..state.structure import check_entries, check_groups
 from ..step.capture import is_capturing
 from ..step.plan import Plan
 from ..step.watch import gradients, same_objects
@@ -229,8 +229,7 @@ class StepInBackward:
 
     def _open(self, optimizer: Stepped) -> None:
         """At the first gradient of an iteration: what the ordinary step checks before it modifies anything."""
-        for group in optimizer.param_groups:
-            check_group(group)
+        check_groups(optimizer.param_groups)
         if not self._follows(optimizer):
             self._follow(optimizer)
             plan = optimizer._plan
@@ -239,6 +238,7 @@ class StepInBackward:
                 optimizer._plan = None
         if not self._is_checked:
             _check_not_replicated(self._places)
+            check_entries(optimizer.param_groups, optimizer.state)
             self._check_memory()
             self._check_norms()
             optimizer._warn_of_ignored_decay()

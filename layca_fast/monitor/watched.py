@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from ..groups.layer_groups import trainable_entries
@@ -71,7 +72,8 @@ def _watched(name: str, param: Tensor, chunks: int | str) -> list[Watched]:
 def _of_model(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
     """Every trainable parameter with its chunks: None where it is no layer."""
     # Also types that layer_groups does not know: nothing depends here on what such a tensor is.
-    asked = {type(module): None for module in model.modules() if not isinstance(module, EMBEDDINGS)}
+    unlike = (*EMBEDDINGS, ParametrizationList)
+    asked = {type(module): None for module in model.modules() if not isinstance(module, unlike)}
     _, entries = trainable_entries(model, asked)
     return [(entry.name, entry.param, entry.chunks) for entry in entries]
 
@@ -142,7 +144,7 @@ def watched_layers(source: nn.Module | Optimizer, layers: Iterable[str] | None) 
         chosen = _chosen(found, list(layers))
     if not chosen:
         raise ValueError(
-            f"model_or_optimizer: no parameter of this {type(source).__name__} has two or more dimensions; name those "
-            "to watch: layers=['...']"
+            f"model_or_optimizer: no parameter of this {type(source).__name__} has two or more dimensions longer "
+            "than 1; name those to watch: layers=['...']"
         )
     return [each for name, param, chunks in chosen for each in _watched(name, param, chunks)]

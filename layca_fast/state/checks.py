@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..messages import describe, labelled
-from .layout import overlaps
+from .layout import bytes_needed, overlaps
 from .sharding import check_placements, check_same_mesh, is_sharded, local_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -63,9 +63,9 @@ def check_parameter(tensor: Tensor, label: str) -> None:
 
 
 def check_memory(tensor: Tensor, label: str) -> None:
-    """Raise ValueError for a tensor that has elements and no memory, as sharded training leaves it between uses."""
+    """Raise ValueError for a tensor whose memory was freed, in part or whole, as sharded training does between uses."""
     local = local_of(tensor)
-    if local.numel() > 0 and local.untyped_storage().nbytes() == 0:
+    if local.numel() > 0 and local.untyped_storage().nbytes() < bytes_needed(local):
         raise ValueError(f"the memory of {describe(label, tensor)} was freed: step while it is there")
 
 

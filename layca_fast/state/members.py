@@ -13,7 +13,7 @@ from ..formulas.options import find_base
 from ..messages import describe, labelled
 from .checks import check_gradient, check_memory, check_parameter, count_layers
 from .compensation import HALVES, fits, is_compensated, state_dtype
-from .layout import layers_are_dense, scalar_device
+from .layout import is_vector, layers_are_dense, scalar_device, usable
 from .memory import Written
 from .runner import Choose, Runs
 from .sharding import (
@@ -38,9 +38,9 @@ OUR_STATES = {"radius", "remainder", "step", *(name for formula in FORMULAS.valu
 
 
 def rotates(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether a tensor of this group rotates; by default those of two or more dimensions do."""
+    """Whether a tensor of this group rotates; by default those that are no vectors do: (n, 1) is one."""
     rotate = group["rotate"]
-    return param.dim() >= 2 if rotate is None else bool(rotate)
+    return not is_vector(param) if rotate is None else bool(rotate)
 
 
 def ignored_decay(groups: Sequence[Mapping[str, Any]]) -> str | None:
@@ -81,7 +81,10 @@ class Member(Generic[Runs]):
         where one has another shape than the parameter.
         """
         dtype = state_dtype(self.param.dtype, self.group)
-        old = {name: self._placed(name, state[name]) for name in state if state[name] is not None}
+        for name, value in state.items():
+            if name in OUR_STATES and isinstance(value, Tensor):
+                check_memory(value, f"the state {name!r} of {self.label}")
+        old = {name: usable(self._placed(name, state[name])) for name in state if state[name] is not None}
         local = {}
         for name in self.formula.states:
             local[name] = self._buffer(name, old.get(name), dtype)
@@ -263,6 +266,8 @@ def drop_remainders(groups: Sequence[Mapping[str, Any]], state: State) -> None:
         has = state.get(param, {})
         if not fits(has.get("remainder"), param, group):
             has.pop("remainder", None)
+            if not has and param in state:
+                del state[param]
 
 
 class Layers(NamedTuple):

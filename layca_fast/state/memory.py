@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .checks import is_wrapper
-from .layout import is_dense
+from .layout import bytes_needed, is_dense
 from .sharding import is_elsewhere, local_of
 
 #: What is written to, and what to call it.
@@ -31,8 +31,7 @@ def is_trained(param: Tensor) -> bool:
 
 def _end(tensor: Tensor) -> int:
     """The address behind the last byte of a tensor that has elements."""
-    reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return int(tensor.data_ptr() + (reach + 1) * tensor.element_size())
+    return int(tensor.data_ptr() + bytes_needed(tensor) - tensor.storage_offset() * tensor.element_size())
 
 
 def _clusters(tensors: Iterable[tuple[int, int, Written]]) -> Iterable[list[tuple[int, int, Written]]]:
@@ -90,7 +89,7 @@ def check_apart(tensors: Sequence[Written]) -> None:
     found = shared_memory(tensors)
     if found is not None:
         raise ValueError(
-            f"{found[0]} and {found[1]} share memory: a step would move what they share twice. Tie weights by assigning "
-            "the parameter itself (head.weight = embedding.weight, not .data) and pass it once, or give each tensor "
-            "memory of its own, parameter.data = parameter.data.clone()"
+            f"{found[0]} and {found[1]} share memory: a step would move what they share twice. Tie weights by "
+            "assigning the parameter itself (head.weight = embedding.weight, not .data) and pass it once, or give each "
+            "tensor memory of its own, parameter.data = parameter.data.clone()"
         )

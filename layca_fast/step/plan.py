@@ -92,7 +92,8 @@ class Plan:
         for member, (kept, local) in zip(found, states, strict=True):
             old = state.get(member.param, {})
             fresh = any(old.get(name) is None for name in member.formula.states)
-            entry = state[member.param]
+            # As torch has it, what needs no state has no entry.
+            entry = state.setdefault(member.param, {}) if kept else old
             entry.update(kept)
             types = (member.param.dtype, state_dtype(member.param.dtype, member.group), "remainder" in kept)
             lies = (member.local.device, is_sharded(member.param), member.is_shared)
