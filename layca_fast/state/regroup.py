@@ -90,7 +90,8 @@ def _misnamed(ours: Group, theirs: Group, labels: Sequence[str], state: Mapping[
     rotate = {"rotate": theirs.get("rotate")}
     if "rotate" not in theirs or turned == [rotates(param, rotate) for param in ours["params"]]:
         return []
-    times = [Counter(saved)[name] for name in names]
+    counts: Counter[str] = Counter(saved)
+    times = [counts[name] for name in names]
     if max(times) > 1:
         # A full state dict overlays lists element by element.
         return [label for label, count in zip(labels, times, strict=True) if count != 1]

@@ -1,7 +1,7 @@
 """A layer that was all zero when its groups were made does not change its rule when a run is resumed.
 
-``layer_groups`` sets it aside by its present values. Made again on trained weights it does not, so the groups are others
-than those that were saved: the run goes on as it was, bit for bit, or is refused by the layer's name.
+``layer_groups`` sets it aside by its present values. Made again on trained weights it does not, so the groups are not
+those that were saved: the run goes on as it was, bit for bit, or is refused by the layer's name.
 """
 
 import copy
@@ -188,15 +188,18 @@ def test_distributed_state_dicts_are_refused_by_name(
     through = StateDictOptions(**options)
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=through))
     resumed, other = again(make, model, bias)
+    refused: Exception | None = None
     try:
         set_optimizer_state_dict(resumed, other, saved, options=through)
-    except ValueError as error:
-        assert "branch.weight" in str(error)
-        assert "all zero" in str(error)
-    except KeyError as error:
+    except (ValueError, KeyError) as error:
+        refused = error
+    if isinstance(refused, ValueError):
+        assert "branch.weight" in str(refused)
+        assert "all zero" in str(refused)
+    elif refused is not None:
         # torch itself: lists of names of another length in full state dicts, options that another group lacks in flat.
         assert options in ({"full_state_dict": True}, {"flatten_optimizer_state_dict": True})
-        assert "param_names" in str(error) or "branch.weight" in str(error)
+        assert "param_names" in str(refused) or "branch.weight" in str(refused)
     else:
         # Where every layer has a group of its own, it keeps its options.
         assert make is MAKERS["alpha"]
