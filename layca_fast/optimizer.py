@@ -14,7 +14,7 @@ from .formulas.bases import BASES, Base, recommended_rate, scaled_rate
 from .formulas.options import COMMON_OPTIONS, check_choice, check_group, check_options, find_base, misspelt
 from .in_backward.handle import StepInBackward
 from .messages import labelled, named, warn_caller
-from .state.checks import check_new, check_parameter
+from .state.checks import check_memory, check_new, check_parameter, check_writable
 from .state.compensation import HALVES, join, lost_rotation
 from .state.entries import drop_empty, with_all_entries
 from .state.loading import Loading
@@ -163,6 +163,7 @@ class FusedLayca(Optimizer):
             for owner, label, param in labelled(self.param_groups):
                 if owner is added:
                     check_parameter(param, label)
+                    check_writable(param, label)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -338,8 +339,10 @@ class FusedLayca(Optimizer):
         half an ulp of what was written. A remainder of another type than the parameter's now is does not count.
         """
         remainder = self.state.get(param, {}).get("remainder")
+        check_memory(param, "the parameter")
         if remainder is None or param.dtype not in HALVES or remainder.dtype != param.dtype:
             return param.detach().clone()
+        check_memory(remainder, "the state 'remainder' of the parameter")
         return wrap(join(local_of(param).detach(), local_of(remainder)), param)
 
     def rotation_stats(self) -> dict[Tensor, RotationStats]:

@@ -18,7 +18,7 @@ from ..backends import choose
 from ..formulas.bases import BASES
 from ..formulas.options import check_group
 from ..messages import describe, labelled
-from ..state.checks import check_parameter, count_layers
+from ..state.checks import check_parameter, check_writable, count_layers
 from ..state.compensation import HALVES
 from ..state.layout import is_dense, memory_order
 from ..state.members import rotates
@@ -86,6 +86,7 @@ def check_turning(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise TypeError or ValueError, naming it, for a parameter that is to rotate and cannot."""
     for group, label, param in turning(groups):
         check_parameter(param, label)
+        check_writable(param, label)
         if is_sharded(param):
             raise TypeError(
                 f"{describe(label, param)} is a DTensor: attach() turns plain tensors only; train sharded models with "

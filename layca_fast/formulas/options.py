@@ -46,6 +46,8 @@ def check_lr(lr: Any, name: str = "lr") -> None:
             raise ValueError(f"{name} is a tensor of shape {tuple(lr.shape)}: it must hold one number")
         if lr.device.type != "cpu":
             return
+        if lr.untyped_storage().nbytes() == 0:
+            raise ValueError(f"{name} is a tensor whose memory was freed: set it anew")
     elif not isinstance(lr, Real):
         raise TypeError(f"{name}={lr!r}: must be a number, or a tensor that holds one")
     if not (0.0 <= float(lr) < math.inf):

@@ -62,6 +62,15 @@ def check_parameter(tensor: Tensor, label: str) -> None:
         )
 
 
+def check_writable(tensor: Tensor, label: str) -> None:
+    """Raise ValueError for a tensor that was made in inference mode, and is not to be written to outside of it."""
+    if local_of(tensor).is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{describe(label, tensor)} was made under torch.inference_mode(), and such a tensor cannot be trained: "
+            "pass a copy that is made outside of it, torch.nn.Parameter(parameter.clone())"
+        )
+
+
 def check_memory(tensor: Tensor, label: str) -> None:
     """Raise ValueError for a tensor whose memory was freed, in part or whole, as sharded training does between uses."""
     local = local_of(tensor)

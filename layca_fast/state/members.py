@@ -11,7 +11,7 @@ from torch import Tensor
 from ..formulas.bases import FORMULAS, Formula
 from ..formulas.options import find_base
 from ..messages import describe, labelled
-from .checks import check_gradient, check_memory, check_parameter, count_layers
+from .checks import check_gradient, check_memory, check_parameter, check_writable, count_layers
 from .compensation import HALVES, fits, is_compensated, state_dtype
 from .layout import is_vector, layers_are_dense, scalar_device, usable
 from .memory import Written
@@ -241,6 +241,7 @@ def members(
             continue
         check_parameter(param, label)
         check_memory(param, label)
+        check_writable(param, label)
         if param.grad is not None:
             check_gradient(param.grad, param, label)
         layers = count_layers(param, group["chunks"], label) if turning else 1

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
@@ -53,6 +54,8 @@ class Plan:
     ``state``; nothing is modified if a check fails.
     """
 
+    # What is made here is written to by steps of every mode.
+    @torch.inference_mode(False)
     def __init__(
         self,
         groups: Sequence[Mapping[str, Any]],
