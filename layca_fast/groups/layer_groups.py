@@ -13,6 +13,7 @@ from ..formulas.bases import scaled_rate
 from ..formulas.options import check_choice, check_lr, misspelt
 from ..messages import aligned
 from ..state.checks import check_initialized, count_layers
+from ..state.layout import is_vector
 from ..state.zeros import have_zero_layers
 from .roles import EMBEDDINGS, Asked, asked_types, decide
 
@@ -138,6 +139,13 @@ def _set_aside_zeros(entries: Sequence[_Entry]) -> list[_Entry]:
     return moved
 
 
+def _set_aside_vectors(entries: Iterable[_Entry]) -> None:
+    """Move tensors of one row or one column, as the gains of weight_norm are, to the others."""
+    for entry in entries:
+        if entry.chunks is not None and is_vector(entry.param):
+            entry.chunks, entry.reason = None, "vector"
+
+
 def _rotating_groups(
     entries: Sequence[_Entry], factors: Sequence[float], lr: float | Tensor | None, options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -261,6 +269,7 @@ def layer_groups(
         asked = {**asked, **{kind: 1 for kind in EMBEDDINGS if kind not in asked}}
 
     trainable, entries = trainable_entries(model, asked)
+    _set_aside_vectors(entries)
     zeros = _set_aside_zeros(entries)
     rotating = [entry for entry in entries if entry.chunks is not None]
     rest = [entry for entry in entries if entry.chunks is None]

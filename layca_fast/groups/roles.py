@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..formulas.options import check_chunks
-from ..state.layout import is_vector
 
 #: Which weights of a module type rotate, and how many layers each packs along its first dimension. RNN weights go
 #: without the suffix that counts layers and directions.
@@ -81,9 +80,8 @@ def _role(module: nn.Module, leaf: str, param: Tensor, asked: Asked) -> Role:
         return None, "bias"
     if param.numel() == 0:
         return None, "empty"
-    if is_vector(param):
-        # Whatever its dimensions: one row or column, such as the gains of weight_norm, is no matrix.
-        return None, "vector" if param.dim() > 0 else "scalar"
+    if param.dim() < 2:
+        return None, "vector" if param.dim() == 1 else "scalar"
     if isinstance(module, ParametrizationList):
         wanted = [chunks for kind, chunks in asked.items() if issubclass(kind, ParametrizationList)]
         return (wanted[0] or 1, "") if wanted else (None, "parametrized")

@@ -64,9 +64,9 @@ class RotationMonitor:
 
     Args:
         model_or_optimizer: what holds the layers. Of a model: the weights that :func:`layca_fast.layer_groups` would
-            rotate, and tensors that are no vectors in modules of types that it does not know; packed weights as
+            rotate, and tensors of two or more dimensions in modules of types that it does not know; packed weights as
             the layers that they hold. Of an optimizer: what rotates by its groups' ``rotate`` and ``chunks``, or has
-            two or more dimensions longer than 1; names are those of its groups, or "group.index".
+            two or more dimensions; names are those of its groups, or "group.index".
         keep: where and how w_0 is kept. "device": a copy beside the weights. "cpu": in pinned host memory, brought over
             piece by piece at each record. "bfloat16": a copy of 2 bytes a weight, off by at most 1.96e-3 radians,
             so that a curve at the angle theta is off by 1.96e-3 * sin(theta) + 2e-6 at most. "sketch": about

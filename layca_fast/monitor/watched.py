@@ -1,13 +1,12 @@
 """Which tensors a RotationMonitor watches, under which names, and how they are spread over processes."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from ..groups.layer_groups import trainable_entries
@@ -72,10 +71,14 @@ def _watched(name: str, param: Tensor, chunks: int | str) -> list[Watched]:
 def _of_model(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
     """Every trainable parameter with its chunks: None where it is no layer."""
     # Also types that layer_groups does not know: nothing depends here on what such a tensor is.
-    unlike = (*EMBEDDINGS, ParametrizationList)
-    asked = {type(module): None for module in model.modules() if not isinstance(module, unlike)}
+    asked = {type(module): None for module in model.modules() if not isinstance(module, EMBEDDINGS)}
     _, entries = trainable_entries(model, asked)
     return [(entry.name, entry.param, entry.chunks) for entry in entries]
+
+
+def _is_layer(param: Tensor, group: Mapping[str, Any]) -> bool:
+    # A matrix of one row is watched, too, though by default it does not rotate.
+    return param.dim() >= 2 if group.get("rotate") is None else rotates(param, group)
 
 
 def _of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor, int | str | None]]:
@@ -90,7 +93,7 @@ def _of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor, int | str | N
         (
             name if times[name] == 1 else f"{numbers[id(group)]}.{name}",
             param,
-            group.get("chunks", 1) if rotates(param, {"rotate": group.get("rotate")}) else None,
+            group.get("chunks", 1) if _is_layer(param, group) else None,
         )
         for group, name, param in found
     ]
@@ -144,7 +147,7 @@ def watched_layers(source: nn.Module | Optimizer, layers: Iterable[str] | None) 
         chosen = _chosen(found, list(layers))
     if not chosen:
         raise ValueError(
-            f"model_or_optimizer: no parameter of this {type(source).__name__} has two or more dimensions longer "
-            "than 1; name those to watch: layers=['...']"
+            f"model_or_optimizer: no parameter of this {type(source).__name__} has two or more dimensions; name those "
+            "to watch: layers=['...']"
         )
     return [each for name, param, chunks in chosen for each in _watched(name, param, chunks)]

@@ -107,7 +107,7 @@ KINDS = (
         {},
         {
             **BIAS,
-            "parametrizations.weight.original0": "vector",
+            "parametrizations.weight.original0": "parametrized",
             "parametrizations.weight.original1": "parametrized",
         },
     ),
