@@ -19,6 +19,7 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import choose
 from ..messages import describe, labelled
@@ -91,9 +92,10 @@ class StepInBackward:
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._plans: dict[Tensor, Plan] = {}
         self.is_on = True
-        self._counts: dict[Tensor, dict[tuple[Tensor, int], Tensor]] = {}
-        for key, count in ({} if past is None else past.counts()).items():
-            self._counts.setdefault(key[0], {})[key] = count
+        # Weakly, as parameters may be replaced.
+        self._counts = WeakTensorKeyDictionary()
+        for (param, first), count in ({} if past is None else past.counts()).items():
+            self._counts.setdefault(param, {})[first] = count.clone()
         # Each device has a thread of its own in a backward pass.
         self._lock = threading.RLock()
         self._follow(optimizer)
@@ -145,7 +147,7 @@ class StepInBackward:
 
     def counts(self) -> dict[tuple[Tensor, int], Tensor]:
         """The counts of every tensor that has been stepped, as :meth:`Plan.counts` has them, here or before."""
-        found = {key: count for counts in self._counts.values() for key, count in counts.items()}
+        found = {(param, first): count for param, each in self._counts.items() for first, count in each.items()}
         for plan in self._plans.values():
             found.update(plan.counts())
         return found
@@ -272,7 +274,7 @@ class StepInBackward:
                 self._created.add(param)
             previous, plan = plan, Plan(groups, state, choose, previous=plan)
             if previous is None and param in self._counts:
-                plan.carry_counts(self._counts[param])
+                plan.carry_counts({(param, first): count for first, count in self._counts[param].items()})
             self._plans[param] = plan
         plan.step()
         self._stepped.add(param)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..formulas.bases import Formula
 from ..formulas.options import find_base
@@ -116,7 +117,7 @@ class Plan:
             (self._shared if is_shared else self._whole).append(pair)
         self._shared_dots = self._share_dots(layout, choose) if self._shared else None
         self._entries = list(state.values())
-        self._retired: dict[tuple[Tensor, int], Tensor] = {}
+        self._retired = WeakTensorKeyDictionary()
         self.recorded = False
         #: CUDA graphs read the tables of the plan that they recorded, so it outlives its use here.
         self._kept: list[Plan] = []
@@ -132,15 +133,20 @@ class Plan:
     def counts(self) -> dict[tuple[Tensor, int], Tensor]:
         """The counts of every slot that has been stepped, (layers, Count.WIDTH), in this plan or before it."""
         ours = {(slot.owner, slot.piece.first): batch.counts[rows] for batch, slot, rows in self.rows()}
-        return {**self._retired, **ours}
+        retired = {(owner, first): count for owner, counts in self._retired.items() for first, count in counts.items()}
+        return {**retired, **ours}
 
     def carry_counts(self, counts: Mapping[tuple[Tensor, int], Tensor]) -> None:
         """Go on counting from these, which :meth:`counts` of another plan returned."""
-        self._retired = dict(counts)
+        retired = dict(counts)
         for batch, slot, rows in self.rows():
-            known = self._retired.get((slot.owner, slot.piece.first))
+            known = retired.pop((slot.owner, slot.piece.first), None)
             if known is not None and len(known) == slot.layers:
                 batch.counts[rows] = known.to(batch.counts.device)
+        # Weakly: parameters that were replaced would stay in memory as long as the optimizer.
+        self._retired = WeakTensorKeyDictionary()
+        for (owner, first), count in retired.items():
+            self._retired.setdefault(owner, {})[first] = count.clone()
 
     def rest(self) -> None:
         """Let the statistics say what they do after a step for which no tensor had a gradient."""
