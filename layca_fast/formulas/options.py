@@ -46,6 +46,8 @@ def check_lr(lr: Any, name: str = "lr") -> None:
             raise ValueError(f"{name} is a tensor of shape {tuple(lr.shape)}: it must hold one number")
         if lr.device.type != "cpu":
             return
+        if lr.untyped_storage().nbytes() == 0:
+            raise ValueError(f"{name} is a tensor whose memory was freed: set it anew")
     elif not isinstance(lr, Real):
         raise TypeError(f"{name}={lr!r}: must be a number, or a tensor that holds one")
     if not (0.0 <= float(lr) < math.inf):
@@ -84,7 +86,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         )
     check_choice(group, "capturable", (False, True))
     if group["rotate"] not in (None, True, False):
-        raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (tensors of 2 or more dimensions)")
+        raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (all but vectors)")
     check_chunks(group["chunks"])
     decay = group["weight_decay"]
     if not isinstance(decay, Real) or not (0.0 <= float(decay) < math.inf):

@@ -13,6 +13,7 @@ from ..formulas.bases import scaled_rate
 from ..formulas.options import check_choice, check_lr, misspelt
 from ..messages import aligned, warn_caller
 from ..state.checks import check_initialized, count_layers
+from ..state.layout import is_vector
 from ..state.zeros import have_zero_layers
 from .left_out import doubt
 from .roles import EMBEDDINGS, Asked, asked_types, decide
@@ -144,6 +145,13 @@ def _set_aside_zeros(entries: Sequence[_Entry]) -> list[_Entry]:
     return moved
 
 
+def _set_aside_vectors(entries: Iterable[_Entry]) -> None:
+    """Move tensors of one row or one column, as the gains of weight_norm are, to the others."""
+    for entry in entries:
+        if entry.chunks is not None and is_vector(entry.param):
+            entry.chunks, entry.reason = None, "vector"
+
+
 def _rotating_groups(
     entries: Sequence[_Entry], factors: Sequence[float], lr: float | Tensor | None, options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -228,13 +236,14 @@ def layer_groups(
 
     Rotating: the weights of Linear, Bilinear, Conv1d to 3d and ConvTranspose1d to 3d; MultiheadAttention's packed
     ``in_proj_weight`` as 3 layers; the weights of RNN, LSTM, GRU and their cells as one layer per gate; those of
-    transformers' Conv1D, stored as (in, out), each as one layer. The others: biases, norm layers, embeddings, vectors,
-    parametrized weights (weight_norm and the like), weights of which a layer is all zero, and whatever modules of
-    unknown types hold (see ``rotate``). Parameters with requires_grad=False are left out. A tied tensor counts once,
-    under its first name; it rotates if any module that shares it makes it rotate, but one that is an embedding anywhere
-    is an embedding.
+    transformers' Conv1D, stored as (in, out), each as one layer. The others: biases, norm layers, embeddings, vectors
+    (at most one dimension longer than 1: a Linear with one output has one), parametrized weights (weight_norm and the
+    like, unless asked for), weights of which a layer is all zero, and whatever modules of unknown types hold (see
+    ``rotate``). Parameters with requires_grad=False are left out. A tied tensor counts once, under its first name; it
+    rotates if any module that shares it makes it rotate, but one that is an embedding anywhere is an embedding.
 
-    Warns where nothing rotates, and where unknown types hold more than a tenth of the weights that could.
+    Zeros are looked for now: call it before trained weights are loaded, as for the run that is resumed. Warns where
+    nothing rotates, and where unknown types hold more than a tenth of the weights that could.
 
     Args:
         model: any module, wrapped (DDP, torch.compile) or not. Names are those of ``model.named_parameters()``.
@@ -248,9 +257,9 @@ def layer_groups(
             Weights of zeros are frozen, too, with a warning, since they never train then.
         others_lr: the lr of the others; None: ``lr``. Only for others="train".
         embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
-        rotate: module types, or modules of the model with all inside of them, of which every tensor of two or more
-            dimensions, biases apart, rotates besides; as a dict, with the ``chunks`` of each (1, n or "all"), or False
-            for what is not to rotate, such as a head without normalisation. Also for the types above.
+        rotate: module types, or modules of the model with all inside of them, of which every tensor that is no vector,
+            biases apart, rotates besides; as a dict, with the ``chunks`` of each (1, n or "all"), or False for what is
+            not to rotate, such as a head without normalisation. Also for the types above.
         options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0
             into those that rotate.
 
@@ -268,6 +277,7 @@ def layer_groups(
         asked = {**asked, **{kind: 1 for kind in EMBEDDINGS if kind not in asked}}
 
     trainable, entries = trainable_entries(model, asked)
+    _set_aside_vectors(entries)
     zeros = _set_aside_zeros(entries)
     rotating = [entry for entry in entries if entry.chunks is not None]
     rest = [entry for entry in entries if entry.chunks is None]

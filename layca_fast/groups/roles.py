@@ -120,12 +120,13 @@ def _role(module: nn.Module, leaf: str, param: Tensor, asked: Asked) -> Role:
         return Role(None, "norm layer")
     if _BIAS.search(leaf):
         return Role(None, "bias")
-    if isinstance(module, ParametrizationList):
-        return Role(None, "parametrized")
     if param.numel() == 0:
         return Role(None, "empty")
     if param.dim() < 2:
         return Role(None, "vector" if param.dim() == 1 else "scalar")
+    if isinstance(module, ParametrizationList):
+        is_asked, chunks = _asked_of(module, asked)
+        return Role(chunks or 1) if is_asked and chunks is not False else Role(None, "parametrized")
     stem = _RNN_SUFFIX.sub("", leaf) if isinstance(module, nn.RNNBase) else leaf
     packed = next((weights for kind, weights in WEIGHTS.items() if isinstance(module, kind)), {})
     is_asked, chunks = _asked_of(module, asked)

@@ -14,10 +14,13 @@ from torch.optim import Optimizer
 
 from ..formulas.options import find_base
 from ..messages import describe, labelled
-from .checks import count_layers
+from .checks import check_memory, count_layers
 from .contents import check_complete, check_contents
-from .layout import scalar_device
+from .entries import drop_empty
+from .layout import is_vector, scalar_device
 from .members import OUR_STATES
+from .regroup import follow_groups
+from .structure import check_saved
 
 #: Every group of FusedLayca has all of these. Groups made by layer_groups for another optimizer have some.
 OUR_OPTIONS = {"base", "rule", "rotate"}
@@ -97,12 +100,33 @@ def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             check_contents(name, value, param, label, layers)
             if name not in OUR_STATES or not isinstance(value, Tensor):
                 continue
+            check_memory(value, f"state_dict: the state {name!r} of {label}")
+            if name == "radius" and "rotate" in group and group["rotate"] is None and is_vector(param):
+                raise ValueError(
+                    f"state_dict: {describe(label, param)} has a radius, so it turned when it was saved, and "
+                    "rotate=None does not turn vectors (at most one dimension longer than 1): set rotate=True in "
+                    "its saved group to turn all of that, or delete 'radius' from its saved state to stop"
+                )
             expected = {"radius": (layers,), "step": ()}.get(name, tuple(param.shape))
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"state_dict: {name!r} has shape {tuple(value.shape)}, but {describe(label, param)} needs "
                     f"{expected}: load it into an optimizer of the model that it was saved from"
                 )
+
+
+def _without_placeholders(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A saved state without the empty dicts that torch.distributed.checkpoint puts where a flat one has nothing."""
+
+    def is_there(name: str, value: Any) -> bool:
+        return name not in OUR_STATES or not isinstance(value, dict) or bool(value)
+
+    return {
+        key: {name: value for name, value in each.items() if is_there(name, value)}
+        if isinstance(each, Mapping)
+        else each
+        for key, each in state.items()
+    }
 
 
 def _copied(name: str, value: Tensor, param: Tensor) -> Tensor:
@@ -128,20 +152,30 @@ class Loading:
     def __init__(self, optimizer: Optimizer, check: Callable[[Mapping[str, Any]], None]) -> None:
         self._optimizer, self._check = optimizer, check
         self._saved: dict[str, Any] = {}
+        self._before = self._groups = optimizer.param_groups
         #: Whether another optimizer wrote the checkpoint.
         self.is_foreign = False
 
     # Hooks registered by users may replace the dict, so ours looks at it after all of them.
     def _keep(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        check_saved(saved)
         self.is_foreign = is_foreign(saved)
-        self._saved = adopt(optimizer, saved) if self.is_foreign else dict(saved)
+        saved = {**saved, "state": _without_placeholders(saved["state"])}
+        self._before = optimizer.param_groups
+        if self.is_foreign:
+            self._groups, self._saved = self._before, adopt(optimizer, saved)
+        else:
+            self._groups, self._saved = follow_groups(optimizer, saved)
         for group in self._saved["param_groups"]:
             self._check(group)
+        # torch takes the parameters of each group from here.
+        optimizer.param_groups = self._groups
         check_state(optimizer, self._saved)
         return self._saved
 
     def _restore(self, optimizer: Optimizer) -> None:
         restore_types(optimizer, self._saved)
+        drop_empty(optimizer.state)
 
     def __enter__(self) -> "Loading":
         optimizer = self._optimizer
@@ -152,6 +186,8 @@ class Loading:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None and self._optimizer.param_groups is self._groups:
+            self._optimizer.param_groups = self._before
         for hook in self._hooks:
             hook.remove()
 
@@ -168,6 +204,18 @@ def check_radii(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     for _, label, param, state in _pairs(optimizer, saved):
         if isinstance(state, Mapping):
             check_contents("radius", state.get("radius"), param, label, 1)
+
+
+def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """:func:`follow_groups` for another optimizer than ours, whose groups may be replaced; what it should load.
+
+    A checkpoint without radii is that of the plain optimizer, whose groups say nothing of what rotates.
+    """
+    check_saved(saved)
+    saved = {**saved, "state": _without_placeholders(saved["state"])}
+    if any(isinstance(each, Mapping) and "radius" in each for each in saved["state"].values()):
+        optimizer.param_groups, saved = follow_groups(optimizer, saved)
+    return saved
 
 
 def shield_radii(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..formulas.rotation import KEEP, orthogonal_square, rotation
 from ..formulas.tables import Coefficient, Count
 from ..messages import aligned
+from ..state.checks import check_memory
 from ..state.slot import Slot
 from .batch import Batch
 
@@ -80,6 +81,7 @@ def _stats_of(batch: Batch, slot: Slot, rows: slice, name: str) -> RotationStats
     zeros = torch.zeros_like(norm)
     turned, radius, drift = zeros, norm, zeros
     if slot.radius is not None:
+        check_memory(slot.radius, f"the state 'radius' of {slot.label}")
         sigma = orthogonal_square(n2, d, q).clamp(min=0.0).sqrt()
         along, across = rotation(torch.full_like(norm, slot.rule), norm, d, q, sigma, batch.hyperparameters.lr_of(slot))
         turned = torch.where(kept, 0.0, torch.atan2(across, along))

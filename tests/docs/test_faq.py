@@ -63,6 +63,20 @@ def tied() -> None:
     FusedLayca([("embedding.weight", weight), ("head.weight", weight)])
 
 
+def shared_memory() -> None:
+    embedding, head = matrix(), matrix()
+    head.data = embedding.data
+    made = FusedLayca([("embedding.weight", embedding), ("head.weight", head)])
+    embedding.grad = head.grad = torch.ones_like(head)
+    made.step()
+
+
+def other_groups() -> None:
+    first, second = matrix(), matrix()
+    saved = FusedLayca([{"params": [first]}, {"params": [second], "rotate": False}]).state_dict()
+    FusedLayca([first, second]).load_state_dict(saved)
+
+
 def sparse() -> None:
     embedding = nn.Embedding(4, 3, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
@@ -140,6 +154,7 @@ TRIGGERS: dict[str, Callable[[], object]] = {
     "The learning rate is refused": lambda: FusedLayca([matrix()], lr=-0.1),
     "An option is refused": lambda: FusedLayca([matrix()], betas=(0.9, 0.99)),
     "The same tensor twice": tied,
+    "Tensors that share memory": shared_memory,
     "A backend cannot run": lambda: step(matrix(), backend="cuda"),
     "chunks does not fit": lambda: step(matrix(4, 2), chunks=3),
     "chunks was changed in the middle of a run": changed_chunks,
@@ -151,6 +166,7 @@ TRIGGERS: dict[str, Callable[[], object]] = {
     "A checkpoint of another model": lambda: FusedLayca([matrix(5, 2)], momentum=0.9).load_state_dict(
         step(matrix(), momentum=0.9).state_dict()
     ),
+    "A checkpoint with other groups": other_groups,
     "A checkpoint of another optimizer": foreign_checkpoint,
     "A checkpoint of another optimizer without names": nameless_checkpoint,
     "A checkpoint that is damaged": damaged_checkpoint,
