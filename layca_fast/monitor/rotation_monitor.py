@@ -16,6 +16,7 @@ from ..formulas.rotation import orthogonal_square
 from ..messages import warn_caller
 from ..state.reduction import Reduction
 from ..step.capture import is_capturing
+from ..step.hooks import is_nested, lacks_hooks
 from .curves import QUANTITIES, Curves
 from .keeping import KEEPS, Reference, Sketched, View, Whole
 from .watched import replaced, watched_layers
@@ -268,8 +269,13 @@ class RotationMonitor:
             raise TypeError(f"optimizer is a {kind}: it must be the torch.optim.Optimizer whose steps are recorded")
         # accelerate's wrapper is an Optimizer by its type alone: the hooks are those of the one inside.
         inner: Any = optimizer
-        while not hasattr(inner, "_optimizer_step_post_hooks"):
-            inner = inner.optimizer
+        while (lack := lacks_hooks(inner, ("_optimizer_step_post_hooks",))) is not None:
+            inner = getattr(inner, "optimizer", None)
+            if not isinstance(inner, Optimizer):
+                raise TypeError(
+                    f"optimizer is a {type(optimizer).__name__} {lack}, as wrappers are that skip Optimizer.__init__: "
+                    "attach to the optimizer inside it, or call record() after each step"
+                )
         if self._hook is not None:
             raise ValueError("this monitor records the steps of an optimizer already: call detach() first")
         self._hook = inner.register_step_post_hook(self._after_step)
@@ -282,7 +288,8 @@ class RotationMonitor:
             self._hook = None
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.record()
+        if not is_nested(self):
+            self.record()
 
     def __enter__(self) -> "RotationMonitor":
         return self
