@@ -11,8 +11,10 @@ from ..formulas.options import find_base
 from ..formulas.rotation import KEEP
 from ..formulas.tables import Coefficient
 from ..messages import labelled
+from ..state.checks import is_fake
 from ..state.compensation import state_dtype
 from ..state.members import Layers, State, check_norms, drop_remainders, members
+from ..state.modes import announce, are_watching, check_modes
 from ..state.reduction import Groups
 from ..state.runner import Choose
 from ..state.sharding import is_elsewhere, is_sharded
@@ -87,11 +89,16 @@ class Plan:
         slots: dict[tuple[Any, ...], list[Slot]] = {}
         kinds: dict[tuple[Any, ...], tuple[Backend, Formula, bool]] = {}
         layout: list[tuple[int, Groups]] = []
+        #: Tensors of FakeTensorMode, with their states: there is nothing to compute.
+        self._fake: list[tuple[Tensor, list[Tensor]]] = []
         for member, (kept, local) in zip(found, states, strict=True):
             old = state.get(member.param, {})
             fresh = any(old.get(name) is None for name in member.formula.states)
             entry = state[member.param]
             entry.update(kept)
+            if is_fake(member.local):
+                self._fake.append((member.param, list(local.values())))
+                continue
             types = (member.param.dtype, state_dtype(member.param.dtype, member.group), "remainder" in kept)
             lies = (member.local.device, is_sharded(member.param), member.is_shared)
             key = (member.backend.name, member.formula.name, *types, *lies)
@@ -172,6 +179,8 @@ class Plan:
         capturing = is_capturing()
         for _, batch in self.batches:
             batch.take_gradients()
+        if self._fake or are_watching():
+            self._announce()
         if capturing:
             check_capture(self._groups)
             for _, batch in self.batches:
@@ -192,6 +201,17 @@ class Plan:
             self._shared_dots.turn_still()
             for backend, batch in self._shared:
                 self._finish(backend, batch)
+
+    def _announce(self) -> None:
+        """Before anything is written: tell torch's modes what will be."""
+        unseen = [(backend, batch) for backend, batch in self.batches if backend.writes_unseen]
+        for backend, _ in unseen:
+            check_modes(backend.name)
+        for _, batch in unseen:
+            announce(batch.written())
+        for param, states in self._fake:
+            if param.grad is not None:
+                announce([param, *states])
 
     def _finish(self, backend: Backend, batch: Batch) -> None:
         if backend.writes_unseen:
