@@ -1,4 +1,4 @@
-"""A call that is refused leaves nothing behind: no hook, no state, no group, no attribute, at any public entry point."""
+"""A refused call leaves nothing behind, at any public entry point: no hook, no state, no group, no attribute."""
 
 import copy
 from collections.abc import Callable, Mapping

@@ -14,6 +14,10 @@ from .sharding import check_placements, check_same_mesh, is_sharded, local_of
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+class SparseGradientError(TypeError, RuntimeError):
+    """A gradient of a layout that no kernel walks; torch's optimizers raise RuntimeError for it."""
+
+
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether the numbers are in another tensor inside this one, as in DTensor."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -55,8 +59,8 @@ def check_parameter(tensor: Tensor, label: str) -> None:
         )
     if tensor.is_quantized or not (tensor.is_floating_point() or tensor.is_complex()):
         raise TypeError(
-            f"{name} is not a floating-point tensor: leave it out, or convert it, torch.nn.Parameter(parameter.float()), "
-            "or parameter.dequantize() of a quantized one"
+            f"{name} is not a floating-point tensor: leave it out, or convert it, "
+            "torch.nn.Parameter(parameter.float()), or parameter.dequantize() of a quantized one"
         )
     if tensor.is_complex():
         raise TypeError(
@@ -78,8 +82,8 @@ def check_parameter(tensor: Tensor, label: str) -> None:
     if overlaps(tensor):
         raise ValueError(
             f"{name} has elements that share memory (strides {tensor.stride()}), as expanded tensors do: "
-            "make a parameter with memory of its own, torch.nn.Parameter(parameter.detach().clone()), or make the tensor "
-            "before the expansion the parameter and expand it in the forward pass"
+            "make a parameter with memory of its own, torch.nn.Parameter(parameter.detach().clone()), or make the "
+            "tensor before the expansion the parameter and expand it in the forward pass"
         )
 
 
@@ -97,7 +101,7 @@ def check_gradient(grad: Tensor, param: Tensor, label: str) -> None:
     moves = is_sharded(grad) and is_sharded(param) and grad.placements != param.placements
     grad, param = local_of(grad), local_of(param)
     if grad.layout != torch.strided:
-        raise TypeError(f"{name} has layout {grad.layout}: FusedLayca needs dense gradients (sparse=False)")
+        raise SparseGradientError(f"{name} has layout {grad.layout}: FusedLayca needs dense gradients (sparse=False)")
     if is_wrapper(grad) and not (is_fake(grad) and is_fake(param)):
         raise TypeError(f"{name} is a {type(grad).__name__}: FusedLayca reads plain tensors only")
     check_memory(grad, f"the gradient of {label}")
