@@ -18,15 +18,19 @@ def are_watching() -> bool:
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
-def check_modes(backend: str) -> None:
-    """Raise RuntimeError where a mode is on under which nothing may be written by its address."""
+def check_modes() -> None:
+    """Raise RuntimeError where a mode is on under which real tensors must not be written, or the trace would lack it.
+
+    The torch backend is no way out: it reads numbers back, as torch's optimizers do not.
+    """
     keys = torch._C._TorchDispatchModeKey
     for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL):
         mode = torch._C._get_dispatch_mode(key)
         if mode is not None:
             raise RuntimeError(
-                f"backend={backend!r} writes to memory, which {type(mode).__name__} must not let happen or could not "
-                "record: take the step outside of it, or set backend='torch' in the param groups"
+                f"real tensors cannot be stepped inside of {type(mode).__name__}, which must not let them change or "
+                "could not record it: take the step outside of it, or, to try one out, make model and optimizer inside "
+                "of FakeTensorMode"
             )
 
 

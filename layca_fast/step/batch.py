@@ -232,12 +232,6 @@ class Batch:
             stepped = [param for param, grad in zip(self.params, self.grads, strict=True) if grad is not None]
         return stepped if self._local_owners is None else [*stepped, *self.owners]
 
-    def written(self) -> list[Tensor]:
-        """All that a step on the present gradients writes to, beside the batch's own tables."""
-        taken = [slot for slot, grad in zip(self.slots, self.grads, strict=True) if grad is not None]
-        own = [each for slot in taken for each in (slot.step, slot.radius, slot.remainder) if each is not None]
-        return [*(slot.param for slot in taken), *(state for slot in taken for state in slot.states), *own]
-
     def options(self, slot: Slot) -> tuple[float, ...]:
         """What the base makes of the group of ``slot``, on the host: ``formula.prepare`` makes this step's of it."""
         return slot.base.scalars(slot.group, slot.fresh)

@@ -47,6 +47,13 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     ]
 
 
+def _written(batch: Batch) -> list[Tensor]:
+    """All that a step on the present gradients writes to, beside the batch's own tables."""
+    taken = [slot for slot, grad in zip(batch.slots, batch.grads, strict=True) if grad is not None]
+    own = [each for slot in taken for each in (slot.step, slot.radius, slot.remainder) if each is not None]
+    return [*(slot.param for slot in taken), *(state for slot in taken for state in slot.states), *own]
+
+
 class Plan:
     """The batches for the parameters that have a gradient or had one before, and the state that they need.
 
@@ -204,11 +211,11 @@ class Plan:
 
     def _announce(self) -> None:
         """Before anything is written: tell torch's modes what will be."""
-        unseen = [(backend, batch) for backend, batch in self.batches if backend.writes_unseen]
-        for backend, _ in unseen:
-            check_modes(backend.name)
-        for _, batch in unseen:
-            announce(batch.written())
+        if self.batches:
+            check_modes()
+        for backend, batch in self.batches:
+            if backend.writes_unseen:
+                announce(_written(batch))
         for param, states in self._fake:
             if param.grad is not None:
                 announce([param, *states])

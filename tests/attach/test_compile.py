@@ -110,3 +110,21 @@ def test_a_monitor_alone_leaves_the_compiled_step_as_it_is(seed: int) -> None:
     monitors: list[RotationMonitor] = []
     counted(nested, lambda optimizer: monitors.append(RotationMonitor(optimizer).attach()), steps=3)
     assert [monitor.curves.steps for monitor in monitors] == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize("make", [sgd, nested])
+def test_a_step_that_is_compiled_by_itself_turns_and_records_once(make: Any, seed: int) -> None:
+    weight = nn.Parameter(torch.randn(6, 4))
+    twin = nn.Parameter(weight.detach().clone())
+    optimizers = [make([each]) for each in (weight, twin)]
+    for each in optimizers:
+        attach(each)
+    monitor = RotationMonitor(optimizers[0]).attach()
+    steps = [torch.compile(optimizers[0].step, backend="eager"), optimizers[1].step]
+    for _ in range(3):
+        grad = torch.randn(6, 4)
+        for param, step in zip((weight, twin), steps, strict=True):
+            param.grad = grad.clone()
+            step()
+        assert torch.equal(weight, twin)
+    assert monitor.curves.steps == [0, 1, 2, 3]
