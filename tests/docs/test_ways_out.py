@@ -161,6 +161,15 @@ def own_checkpoint() -> None:
     FusedLayca([matrix()], momentum=0.9).load_state_dict(step(weight, momentum=0.9).state_dict())
 
 
+def without_the_damaged_state() -> None:
+    weight = matrix()
+    saved = step(matrix(), base="adam").state_dict()
+    del saved["state"][0]
+    made = FusedLayca([weight], lr=0.1, base="adam")
+    made.load_state_dict(saved)
+    trains(made, weight)
+
+
 def named_layers() -> None:
     model = nn.Embedding(4, 3)
     assert RotationMonitor(model, layers=["weight"]).names == ["weight"]
@@ -190,6 +199,7 @@ WAYS_OUT: dict[str, Callable[[], object]] = {
     "A checkpoint of another model": own_checkpoint,
     # A warning that says what was done; there is nothing to do.
     "A checkpoint of another optimizer": own_checkpoint,
+    "A checkpoint that is damaged": without_the_damaged_state,
     "Rotations below the precision of the type": rotations_below_the_type,
     "attach and 16-bit parameters": with_a_float32_model,
     "attach, a second time": attached_once,
