@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .backends import choose
 from .formulas.bases import BASES, Base, recommended_rate, scaled_rate
-from .formulas.options import COMMON_OPTIONS, check_choice, check_group, check_options, find_base, misspelt
+from .formulas.options import COMMON_OPTIONS, check_choice, check_group, check_groups, check_options, find_base, misspelt
 from .in_backward.handle import StepInBackward
 from .messages import labelled, named, warn_caller
 from .state.checks import check_new, check_parameter
@@ -117,6 +117,7 @@ class FusedLayca(Optimizer):
         self._plan: Plan | None = None
         self._in_backward: StepInBackward | None = None
         self._stale = True
+        self._steps = 0
         self._warned = False
         self._warned_of_types = False
         super().__init__(params, defaults)
@@ -172,14 +173,14 @@ class FusedLayca(Optimizer):
         return {**common, **inherited}
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {name: getattr(self, name) for name in ("_lr_is_recommended", "_unscales")}
+        ours = {name: getattr(self, name) for name in ("_lr_is_recommended", "_unscales", "_steps")}
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by torch's load_state_dict, on an optimizer that has made its plan.
         super().__setstate__(state)
         flags = dict.fromkeys(("_lr_is_recommended", "_unscales", "_warned", "_warned_of_types"), False)
-        for name, value in {"_plan": None, "_in_backward": None, **flags}.items():
+        for name, value in {"_plan": None, "_in_backward": None, "_steps": 0, **flags}.items():
             self.__dict__.setdefault(name, value)
         self._stale = True
         # A group from an older version may lack options; torch's own additions to the defaults are none of ours.
@@ -207,16 +208,15 @@ class FusedLayca(Optimizer):
         steps what backward has not, and closes the iteration.
         """
         loss = None
-        for group in self.param_groups:
-            check_group(group)
+        check_groups(self.param_groups, self._steps + 1)
         loss_scale = LossScale.of(self) if self._unscales else None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            for group in self.param_groups:
-                check_group(group)
+            check_groups(self.param_groups, self._steps + 1)
         if self._in_backward is not None and self._in_backward.is_on:
             self._in_backward.close()
+            self._steps += 1
             return loss
         if self._plan is None or self._stale or not self._plan.holds(self.param_groups, self.state):
             self._plan = Plan(self.param_groups, self.state, choose, previous=self._plan)
@@ -227,6 +227,7 @@ class FusedLayca(Optimizer):
             self._warn_of_ignored_decay()
         self._warn_of_lost_rotations()
         self._plan.step(loss_scale)
+        self._steps += 1
         return loss
 
     def step_in_backward(self) -> StepInBackward:
@@ -268,8 +269,7 @@ class FusedLayca(Optimizer):
         the same. Raises, before anything is modified: TypeError or ValueError for values out of range, RuntimeError
         for changes that a captured graph cannot follow, and during a capture.
         """
-        for group in self.param_groups:
-            check_group(group)
+        check_groups(self.param_groups, self._steps + 1)
         if is_capturing():
             raise RuntimeError("sync_hyperparameters() cannot be part of a CUDA graph: call it outside of the capture")
         if self._plan is not None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..backends import choose
 from ..formulas.bases import BASES
-from ..formulas.options import check_group
+from ..formulas.options import check_groups
 from ..messages import describe, labelled
 from ..state.checks import check_parameter, count_layers
 from ..state.compensation import HALVES
@@ -43,10 +43,11 @@ _AS_IT_IS: Mapping[str, Any] = {
 }
 
 
-def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any], step: int = 0) -> list[dict[str, Any]]:
     """The param groups of ``optimizer`` as a plan reads them, still with its own parameters.
 
-    Raises TypeError or ValueError for options that are unknown or out of range, or a group without lr.
+    Raises TypeError or ValueError for options that are unknown or out of range, or a group without lr; with the number
+    of the ``step`` before which they are asked for, if there is one.
     """
     groups = []
     for number, theirs in enumerate(optimizer.param_groups):
@@ -59,8 +60,8 @@ def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any]) -> list[dict[
         ours = {**_AS_IT_IS, **options, "lr": theirs["lr"], "params": theirs["params"]}
         if "param_names" in theirs:
             ours["param_names"] = theirs["param_names"]
-        check_group(ours)
         groups.append(ours)
+    check_groups(groups, step)
     return groups
 
 

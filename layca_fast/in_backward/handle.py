@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from ..backends import choose
-from ..formulas.options import check_group
+from ..formulas.options import check_groups
 from ..messages import describe, labelled
 from ..state.checks import count_layers
 from ..state.members import Layers, check_norms, rotates
@@ -39,6 +39,7 @@ class Stepped(Protocol):
     state: Any
     _unscales: bool
     _stale: bool
+    _steps: int
     _plan: Plan | None
     _in_backward: "StepInBackward | None"
 
@@ -227,8 +228,7 @@ class StepInBackward:
 
     def _open(self, optimizer: Stepped) -> None:
         """At the first gradient of an iteration: what the ordinary step checks before it modifies anything."""
-        for group in optimizer.param_groups:
-            check_group(group)
+        check_groups(optimizer.param_groups, optimizer._steps + 1)
         if not self._follows(optimizer):
             self._follow(optimizer)
             plan = optimizer._plan

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..formulas.bases import Base
+from ..formulas.bases import Base, not_negative
 from ..formulas.tables import MAX_OPTIONS, Hyper
 from .upload import Mirror
 
@@ -63,8 +63,8 @@ class Hyperparameters:
                 rates.append((2 * i, lr))
                 lr = 0.0
             head = (
-                float(lr),
-                float(group["weight_decay"]),
+                not_negative(lr),
+                not_negative(group["weight_decay"]),
                 -1.0 if group["maximize"] else 1.0,
                 self._noise if group.get("difference") else 0.0,
             )
