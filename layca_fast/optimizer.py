@@ -11,7 +11,15 @@ from torch.optim import Optimizer
 
 from .backends import choose
 from .formulas.bases import BASES, Base, recommended_rate, scaled_rate
-from .formulas.options import COMMON_OPTIONS, check_choice, check_group, check_groups, check_options, find_base, misspelt
+from .formulas.options import (
+    COMMON_OPTIONS,
+    check_choice,
+    check_group,
+    check_groups,
+    check_options,
+    find_base,
+    misspelt,
+)
 from .in_backward.handle import StepInBackward
 from .messages import labelled, named, warn_caller
 from .state.checks import check_new, check_parameter

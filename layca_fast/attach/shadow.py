@@ -185,7 +185,7 @@ class Shadow:
             alias.grad = _copy_of(param, old.pop(id(param), None))
         aliases = {id(param): alias for param, alias in self._pairs}
         # Stands for every tensor that does not rotate. It has no gradient, so the plan leaves it out.
-        absent = torch.empty(0, device="cpu")
+        absent = torch.empty(0, dtype=torch.float32, device="cpu")
         self._groups = groups
         for group in groups:
             group["params"] = [aliases.pop(id(param), absent) for param in group["params"]]

@@ -96,7 +96,9 @@ def curves_of(names: Sequence[str], records: Iterable[Mapping[str, Any]]) -> Cur
     rows = list(records)
     tensors = {
         quantity: torch.tensor(
-            [[row.get(quantity, {}).get(name, math.nan) for name in names] for row in rows], dtype=torch.float64
+            [[row.get(quantity, {}).get(name, math.nan) for name in names] for row in rows],
+            dtype=torch.float64,
+            device="cpu",
         ).reshape(len(rows), len(names))
         for quantity in QUANTITIES
     }

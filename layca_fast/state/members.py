@@ -159,7 +159,7 @@ class Member(Generic[Runs]):
                 "steps that made it: set it, or clear the optimizer's state for it, del optimizer.state[parameter]"
             )
         # Older versions of torch saved a plain number.
-        count = old if isinstance(old, Tensor) else torch.tensor(float(old), device="cpu")
+        count = old if isinstance(old, Tensor) else torch.tensor(float(old), dtype=torch.float32, device="cpu")
         if count.shape != ():
             raise ValueError(
                 f"the state 'step' of {describe(self.label, self.param)} has shape {tuple(count.shape)}: it must be a "

@@ -171,9 +171,13 @@ def test_what_a_schedule_led_to_is_judged_when_it_is_used(
     optimizer.zero_grad()
     optimizer.param_groups[1].update(wrong)
     before = [param.detach().clone() for group in optimizer.param_groups for param in group["params"]]
-    with pytest.raises(ValueError, match=rf"{name}=.*; found at step 5, in group 1$"):
+
+    def fifth_step() -> None:
         loss(optimizer).backward()
         optimizer.step()
+
+    with pytest.raises(ValueError, match=rf"{name}=.*; found at step 5, in group 1$"):
+        fifth_step()
     after = [param.detach() for group in optimizer.param_groups for param in group["params"]]
     assert same_bits(after, before)
 
