@@ -21,7 +21,9 @@ from ..state.checks import check_parameter, count_layers
 from ..state.compensation import HALVES
 from ..state.layout import is_dense, memory_order
 from ..state.members import rotates
+from ..state.others import option
 from ..state.sharding import is_sharded
+from ..step.hypers import DIFFERENCE
 from ..step.plan import Plan
 
 #: What a param group may say for itself; where it does not, the arguments of ``attach`` hold.
@@ -36,7 +38,7 @@ _AS_IT_IS: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "maximize": False,
     "capturable": False,
-    "difference": True,
+    DIFFERENCE: True,
     "compensate": None,
     "state_dtype": None,
     **BASES["sgd"].options,
@@ -56,7 +58,7 @@ def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any], step: int = 0
                 f"group {number} of {type(optimizer).__name__} has no 'lr', the rate to turn by: set "
                 f"optimizer.param_groups[{number}]['lr'], or train these parameters with FusedLayca"
             )
-        options = {name: theirs.get(name, defaults[name]) for name in OPTIONS}
+        options = {name: option(optimizer, theirs, name, defaults[name]) for name in OPTIONS}
         ours = {**_AS_IT_IS, **options, "lr": theirs["lr"], "params": theirs["params"]}
         if "param_names" in theirs:
             ours["param_names"] = theirs["param_names"]

@@ -14,6 +14,7 @@ from ..groups.roles import EMBEDDINGS
 from ..messages import named
 from ..state.checks import check_memory, check_parameter, count_layers
 from ..state.members import rotates
+from ..state.others import option
 from ..state.sharding import Piece, is_sharded, local_of, sharding_of
 
 if TYPE_CHECKING:
@@ -88,7 +89,9 @@ def _of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor, int | str | N
         (
             name if times[name] == 1 else f"{numbers[id(group)]}.{name}",
             param,
-            group.get("chunks", 1) if rotates(param, {"rotate": group.get("rotate")}) else None,
+            option(optimizer, group, "chunks", 1)
+            if rotates(param, {"rotate": option(optimizer, group, "rotate", None)})
+            else None,
         )
         for group, name, param in found
     ]

@@ -18,9 +18,7 @@ from .checks import count_layers
 from .compensation import HALVES
 from .layout import scalar_device
 from .members import OUR_STATES
-
-#: Every group of FusedLayca has all of these. Groups made by layer_groups for another optimizer have some.
-OUR_OPTIONS = {"base", "rule", "rotate"}
+from .others import OUR_OPTIONS
 
 
 def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, Tensor, Any]]:

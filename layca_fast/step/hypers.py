@@ -13,6 +13,9 @@ from .upload import Mirror
 if TYPE_CHECKING:
     from ..state.slot import Slot
 
+#: Of a group whose gradients are differences of weights. No name that a group of somebody else's could have by chance.
+DIFFERENCE = "layca_fast.difference"
+
 
 class Hyperparameters:
     """The table of (rows, Hyper.WIDTH) numbers that the groups of ``slots`` make, float64 on ``device``.
@@ -66,7 +69,7 @@ class Hyperparameters:
                 not_negative(lr),
                 not_negative(group["weight_decay"]),
                 -1.0 if group["maximize"] else 1.0,
-                self._noise if group.get("difference") else 0.0,
+                self._noise if group.get(DIFFERENCE) else 0.0,
             )
             for fresh in (False, True):
                 scalars = base.scalars(group, fresh)
