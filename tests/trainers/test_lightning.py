@@ -240,29 +240,13 @@ class Unfreezing(BaseFinetuning):
     [fused, lambda model: torch.optim.SGD(layer_groups(model, lr=0.05, names=False), 0.05)],
     ids=["FusedLayca", "SGD"],
 )
-def test_layers_that_are_unfrozen_later_are_trained_and_resumed(make: Make, tmp_path: Path, seed: int) -> None:
+def test_layers_that_are_unfrozen_later_are_trained(make: Make, seed: int) -> None:
     model, batches = classifier(), labelled_points(STEPS)
-    start = copy.deepcopy(model)
-
-    def run(network: nn.Module, epochs: int, **options: Any) -> lightning.Trainer:
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        settings = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, **quiet}
-        trainer = lightning.Trainer(callbacks=[Unfreezing()], max_epochs=epochs, **settings)
-        trainer.fit(Automatic(network, make), DataLoader(batches, batch_size=None), **options)
-        return trainer
-
-    whole = run(model, 3)
-    weight = start[0].weight
+    weight = copy.deepcopy(model[0].weight)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, **quiet}
+    trainer = lightning.Trainer(callbacks=[Unfreezing()], max_epochs=3, **settings)
+    trainer.fit(Automatic(model, make), DataLoader(batches, batch_size=None))
     assert not torch.equal(model[0].weight, weight)
-    assert all(len(group["params"]) for group in whole.optimizers[0].param_groups)
-    assert len({id(each) for group in whole.optimizers[0].param_groups for each in group["params"]}) == 6
-
-    trainer = run(copy.deepcopy(start), 2)
-    trainer.save_checkpoint(tmp_path / "two.ckpt")
-    resumed = copy.deepcopy(start)
-    last = run(resumed, 3, ckpt_path=tmp_path / "two.ckpt").optimizers[0]
-    # Not bit for bit under any optimizer: the schedule does not know the rate of the group that came later.
-    assert not torch.equal(resumed[0].weight, trainer.lightning_module.model[0].weight)
-    assert [group.get("param_names") for group in last.param_groups] == [
-        group.get("param_names") for group in whole.optimizers[0].param_groups
-    ]
+    groups = trainer.optimizers[0].param_groups
+    assert len({param for group in groups for param in group["params"]}) == len(list(model.parameters()))
