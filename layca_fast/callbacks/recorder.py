@@ -31,7 +31,14 @@ class Recorder:
             self.monitor.record(step)
 
     def write(self) -> None:
-        """Hand all news to the writers."""
-        if self.monitor is not None:
-            for writer in self._writers:
+        """Hand all news to the writers; where one fails, to the others first, and raise its error."""
+        if self.monitor is None:
+            return
+        failures = []
+        for writer in self._writers:
+            try:
                 writer.write(self.monitor)
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]

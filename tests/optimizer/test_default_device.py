@@ -16,7 +16,7 @@ from torch.utils._device import _device_constructors
 import layca_fast
 from layca_fast import FusedLayca, RotationMonitor, attach, diagnostics, layer_groups
 from layca_fast.commands import verify
-from layca_fast.monitor.curves import read_curves
+from layca_fast.monitor.reading import read_curves
 from layca_fast.writers import CsvWriter, JsonLinesWriter
 
 from ..support import BACKENDS, copy_of, native_backends, parameter, same_bits
