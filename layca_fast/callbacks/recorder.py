@@ -1,6 +1,6 @@
 """What the callbacks share: a monitor that is made when training starts, and the writers that it feeds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -8,17 +8,25 @@ from torch import nn
 from ..monitor import RotationMonitor
 from ..monitor.writers import Writer
 
+#: What a callback takes: writers, or what makes those of each training by its number: trials need files of their own.
+Writers = Iterable[Writer] | Callable[[int], Iterable[Writer]]
+
 
 class Recorder:
     """Makes the monitor, or goes on with a saved one, and writes."""
 
-    def __init__(self, writers: Iterable[Writer], options: Mapping[str, Any]) -> None:
-        self._writers = list(writers)
+    def __init__(self, writers: Writers, options: Mapping[str, Any]) -> None:
+        self._make_writers = writers if callable(writers) else None
+        self._writers = [] if callable(writers) else list(writers)
+        self._trainings = 0
         self._options = dict(options)
         self.monitor: RotationMonitor | None = None
 
     def start(self, model: nn.Module, step: int, saved: Mapping[str, Any] | None) -> None:
         """Watch ``model`` from ``step`` on, or go on with the records and initial weights of ``saved``."""
+        if self._make_writers is not None:
+            self._writers = list(self._make_writers(self._trainings))
+        self._trainings += 1
         self.monitor = RotationMonitor(model, **self._options)
         if saved:
             self.monitor.load_state_dict(dict(saved))

@@ -1,4 +1,4 @@
-"""Whatever a file of curves holds, it is read right or with one clear error; and long runs are drawn from few points."""
+"""Whatever a file of curves holds, it is read right or with one clear error; long runs are drawn from few points."""
 
 import json
 import math
