@@ -1,6 +1,7 @@
 """docs/faq.md: every message that it explains is what the code says today."""
 
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn import Parameter
 
 from layca_fast import FusedLayca, RotationMonitor, attach, layer_groups
 from layca_fast.diagnostics import LayerConditioning
+from layca_fast.monitor.reading import read_curves
 
 FAQ = Path(__file__).parents[2] / "docs" / "faq.md"
 
@@ -87,6 +89,19 @@ def attach_again() -> None:
     attach(plain)
 
 
+def scheduled() -> None:
+    made = FusedLayca([matrix()], lr=0.1)
+    made.param_groups[0]["lr"] = -0.5
+    made.step()
+
+
+def damaged() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.csv"
+        path.write_text("step,layer,rotation,angle,norm\n1,w,0.5\n", encoding="utf-8")
+        read_curves(path)
+
+
 def second_backward() -> None:
     weight = matrix()
     made = FusedLayca([weight], lr=0.1)
@@ -95,12 +110,21 @@ def second_backward() -> None:
         weight.sum().backward()
 
 
+def damaged_checkpoint() -> None:
+    saved = step(matrix(), base="adam").state_dict()
+    saved["state"][0]["exp_avg_sq"][0, 0] = float("inf")
+    FusedLayca([matrix()], base="adam").load_state_dict(saved)
+
+
 #: What triggers the message of each entry, by its heading.
 TRIGGERS: dict[str, Callable[[], object]] = {
     "A layer starts at zero": zero_layer,
     "Weight decay does nothing": lambda: step(matrix(), weight_decay=0.01),
     "The learning rate is refused": lambda: FusedLayca([matrix()], lr=-0.1),
     "An option is refused": lambda: FusedLayca([matrix()], betas=(0.9, 0.99)),
+    "A group has an option of another base": lambda: FusedLayca([{"params": [matrix()], "betas": (0.9, 0.99)}]),
+    "A scheduler sets a number out of range": scheduled,
+    "A file of rotation curves is damaged": damaged,
     "The same tensor twice": tied,
     "A backend cannot run": lambda: step(matrix(), backend="cuda"),
     "chunks does not fit": lambda: step(matrix(4, 2), chunks=3),
@@ -114,6 +138,7 @@ TRIGGERS: dict[str, Callable[[], object]] = {
         step(matrix(), momentum=0.9).state_dict()
     ),
     "A checkpoint of another optimizer": foreign_checkpoint,
+    "A checkpoint that is damaged": damaged_checkpoint,
     "Rotations below the precision of the type": lambda: step(matrix(dtype=torch.bfloat16), lr=1e-3, compensate=False),
     "attach and 16-bit parameters": lambda: attach(torch.optim.SGD([matrix(dtype=torch.bfloat16)], lr=0.1)),
     "attach, a second time": attach_again,
