@@ -37,6 +37,7 @@ _AS_IT_IS: Mapping[str, Any] = {
     "maximize": False,
     "capturable": False,
     "difference": True,
+    "radius_lr": 0.0,
     "compensate": None,
     "state_dtype": None,
     **BASES["sgd"].options,
@@ -60,6 +61,11 @@ def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any]) -> list[dict[
         if "param_names" in theirs:
             ours["param_names"] = theirs["param_names"]
         check_group(ours)
+        if ours["radius"] == "learned":
+            raise ValueError(
+                "radius='learned': radii follow the gradient, and attach() knows the other optimizer's step alone: "
+                "train with FusedLayca, or choose 'initial' or 'current'"
+            )
         groups.append(ours)
     return groups
 

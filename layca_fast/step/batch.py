@@ -225,6 +225,21 @@ class Batch:
         self.grads, self._grad_addresses = [None] * len(self.slots), None
 
     @property
+    def given(self) -> list[Slot]:
+        """The slots as they were given, with the groups that the user knows."""
+        return self.slots
+
+    @property
+    def given_grads(self) -> list[Tensor | None]:
+        """The gradients of this step as they were given."""
+        return self.grads
+
+    @property
+    def given_grad_dtype(self) -> torch.dtype:
+        """The type of :attr:`given_grads`."""
+        return self.grad_dtype
+
+    @property
     def stepped(self) -> list[Tensor]:
         """The parameters that have a gradient in this step; of a DTensor both it and the tensor inside."""
         stepped = self.params

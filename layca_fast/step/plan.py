@@ -21,6 +21,7 @@ from .backend import Backend
 from .batch import Batch
 from .capture import check_capture, is_capturing
 from .distributed import SharedDots
+from .learned_radius import learned_radii
 from .unscaling import LossScale
 from .watch import gradients, same_objects
 
@@ -108,6 +109,7 @@ class Plan:
             pair = backend, Batch(formula, slots[key], backend.tile)
             self.batches.append(pair)
             (self._shared if is_shared else self._whole).append(pair)
+        self._learned = learned_radii(batch for _, batch in self.batches)
         self._shared_dots = self._share_dots(layout, choose) if self._shared else None
         self._entries = list(state.values())
         self._retired: dict[tuple[Tensor, int], Tensor] = {}
@@ -121,7 +123,7 @@ class Plan:
     def _share_dots(self, layout: Sequence[tuple[int, Groups]], choose: Choose[Backend]) -> SharedDots:
         batches = [batch for _, batch in self._shared]
         # The torch backend takes whatever a shard without elements or gradient is.
-        return SharedDots(layout, batches, choose("torch", batches[0].device))
+        return SharedDots(layout, batches, choose("torch", batches[0].device), self._learned)
 
     def counts(self) -> dict[tuple[Tensor, int], Tensor]:
         """The counts of every slot that has been stepped, (layers, Count.WIDTH), in this plan or before it."""
@@ -174,30 +176,53 @@ class Plan:
             batch.take_gradients()
         if capturing:
             check_capture(self._groups)
-            for _, batch in self.batches:
+            for batch in self._all_batches():
                 batch.check_capture()
             self.recorded = True
         for backend, batch in self._whole:
             batch.refresh(loss_scale, capturing)
-            backend.step(batch)
+            if batch in self._learned:
+                self._learned[batch].refresh(loss_scale, capturing)
+            self.run(backend, batch)
             self._finish(backend, batch)
         if self._shared_dots is not None:
             for backend, batch in self._shared:
                 batch.refresh(loss_scale, capturing)
                 backend.measure(batch)
+                if batch in self._learned:
+                    self._learned[batch].refresh(loss_scale, capturing)
+                    self._learned[batch].measure(backend)
             self._shared_dots.add_up(loss_scale, capturing)
             for backend, batch in self._shared:
                 backend.coefficients(batch)
+                if batch in self._learned:
+                    self._learned[batch].turn()
                 backend.rotate(batch)
             self._shared_dots.turn_still()
             for backend, batch in self._shared:
                 self._finish(backend, batch)
+
+    def run(self, backend: Backend, batch: Batch) -> None:
+        """The three verbs on a batch of whole layers, which has been refreshed."""
+        if batch in self._learned:
+            self._learned[batch].step(backend)
+        else:
+            backend.step(batch)
 
     def _finish(self, backend: Backend, batch: Batch) -> None:
         if backend.writes_unseen:
             # Autograd then knows that graphs which saved these weights are out of date.
             increment_version(batch.stepped)
         batch.release()
+        if batch in self._learned:
+            self._learned[batch].batch.release()
+
+    def _all_batches(self) -> Iterator[Batch]:
+        """With those that only measure."""
+        for _, batch in self.batches:
+            yield batch
+        for learned in self._learned.values():
+            yield learned.batch
 
     def sync_hyperparameters(self, groups: Sequence[Mapping[str, Any]], state: State, stale: bool) -> None:
         """Bring the hyperparameters on the device up to date with the groups.
@@ -216,7 +241,7 @@ class Plan:
                 "the change, or capture the step again after one outside of a capture"
             )
         for plan in (*older, *([self] if same else [])):
-            for _, batch in plan.batches:
+            for batch in plan._all_batches():
                 batch.sync_hyperparameters()
 
     def _rates_are_recorded(self) -> bool:
