@@ -7,9 +7,9 @@ The layer turns by exactly the same angle as on a fixed sphere. Its radius takes
 with g the gradient of this step and c the cosine between weights and gradient. Where the network does not depend on the
 scale of a layer, <w, g> is 0 (Euler's theorem on homogeneous functions) and its radius stays.
 
-Not the radial part of the base step, of which the three dots would know: an average over steps goes on pointing to where
-the radius should have gone before, so such radii run away, and a step that was divided element by element has a radial
-part where the gradient has none (docs/fixed_norm.md has the comparison).
+Not the radial part of the base step, of which the three dots would know: an average over steps goes on pointing to
+where the radius should have gone before, so such radii run away, and a step that was divided element by element has a
+radial part where the gradient has none.
 
 The two dots that this takes are those of plain SGD, whose step is the gradient: its kernels measure them in one more
 pass over weights and gradients. All the rest is arithmetic on tables of layers, on the device, for every backend alike.
