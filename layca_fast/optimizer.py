@@ -57,7 +57,10 @@ class FusedLayca(Optimizer):
         chunks: layers per rotating tensor, as equal slices of its first dimension: 1, a divisor of that dimension, or
             "all" for one layer per slice.
         radius: the norm that a layer is put back to after each step: "initial", its norm before the first step that
-            moved it, or "current", its norm before the step.
+            moved it; "current", its norm before the step; or "learned", which begins as "initial" and follows the
+            gradient, R <- R exp(-radius_lr lr c) with c = <w, g> / (|w| |g|): for layers whose norm the output depends
+            on. It costs one more pass over weights and gradients.
+        radius_lr: the rate of learned radii, as a multiple of lr; their product counts as 1 at most.
         weight_decay: decoupled decay of the tensors that do not rotate. Ignored, with a warning, where they do.
         maximize: ascend instead of descend.
         compensate: whether bfloat16 and float16 parameters keep the rest of their bits in the state ``remainder``, 2
@@ -93,6 +96,7 @@ class FusedLayca(Optimizer):
         rotate: bool | None = None,
         chunks: int | str = 1,
         radius: str = "initial",
+        radius_lr: float = 9.0,
         weight_decay: float = 0.0,
         maximize: bool = False,
         compensate: bool | None = None,
@@ -117,6 +121,7 @@ class FusedLayca(Optimizer):
             "rotate": rotate,
             "chunks": chunks,
             "radius": radius,
+            "radius_lr": radius_lr,
             "weight_decay": weight_decay,
             "maximize": maximize,
             "compensate": compensate,

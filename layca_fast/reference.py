@@ -5,6 +5,7 @@ and put the result back on the sphere. Nothing here is shared with the backends,
 no batches, no cache of anything. Run it in float64 and compare.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,12 @@ def has_direction(weight: Tensor, step: Tensor) -> bool:
     return bool(length > SMALLEST_SINE * torch.linalg.vector_norm(step))
 
 
+def cosine(weight: Tensor, grad: Tensor) -> float:
+    """Of the angle between weights and gradient; 0 where there is none."""
+    lengths = float(torch.linalg.vector_norm(weight) * torch.linalg.vector_norm(grad))
+    return float((weight * grad).sum()) / lengths if lengths > 0 else 0.0
+
+
 def go(weight: Tensor, direction: Tensor, lr: float, radius: float | None) -> Tensor:
     """``weight`` after lr of its norm against ``direction``, on the sphere of ``radius`` (None: of its norm)."""
     norm = torch.linalg.vector_norm(weight)
@@ -171,6 +178,7 @@ def reference_step(
     rotate: bool | None = None,
     chunks: int | str = 1,
     radius: str = "initial",
+    radius_lr: float = 9.0,
     weight_decay: float = 0.0,
     maximize: bool = False,
     **base_options: Any,
@@ -188,15 +196,18 @@ def reference_step(
     if not (sum(size > 1 for size in weight.shape) >= 2 if rotate is None else rotate):
         weight.copy_(weight - lr * (step + weight_decay * weight))
         return step
-    slices = [(weight, step)]
+    ascent = -grad if maximize else grad
+    slices = [(weight, step, ascent)]
     if chunks != 1:
         count = len(weight) if chunks == "all" else int(chunks)
-        slices = list(zip(weight.chunk(count), step.chunk(count), strict=True))
+        slices = list(zip(weight.chunk(count), step.chunk(count), ascent.chunk(count), strict=True))
     radii = state.setdefault("radius", [None] * len(slices))
-    for i, (layer, direction) in enumerate(slices):
+    for i, (layer, direction, gradient) in enumerate(slices):
         if lr == 0 or not has_direction(layer, direction):
             continue
-        if radius == "initial" and radii[i] is None:
+        if radius != "current" and radii[i] is None:
             radii[i] = layer.norm().item()
-        layer.copy_(RULES[rule](layer, direction, lr, radii[i] if radius == "initial" else None))
+        if radius == "learned":
+            radii[i] *= math.exp(-min(radius_lr * lr, 1.0) * cosine(layer, gradient))
+        layer.copy_(RULES[rule](layer, direction, lr, None if radius == "current" else radii[i]))
     return step

@@ -240,6 +240,11 @@ def cases(effort: Effort) -> Iterator[Case]:
         momentum = {"base": "sgd", "momentum": 0.9}
         slices = {**momentum, "chunks": "all", "radius": "current", "maximize": True}
         yield Case("chunks=all, radius=current", ((12, 30), (5, 4, 7)), slices, dtype, steps)
+        adam = {"base": "adam", "betas": (0.8, 0.95), "eps": 1e-3}
+        learned = {**adam, "radius": "learned", "radius_lr": 2.0, "chunks": "all"}
+        yield Case("radius=learned", ((12, 30), (5, 4, 7)), learned, dtype, steps)
+        tilted = {**momentum, "radius": "learned", "maximize": True}
+        yield Case("radius=learned, maximize", ((40, 30), (2, 1)), tilted, dtype, steps)
         plain = {**momentum, "rotate": False, "weight_decay": 0.1}
         yield Case("no rotation, weight decay", ODD_SHAPES, plain, dtype, steps)
         if dtype not in (torch.float32, torch.bfloat16):

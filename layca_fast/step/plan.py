@@ -26,6 +26,7 @@ from .backend import Backend
 from .batch import Batch
 from .capture import check_capture, is_capturing
 from .distributed import SharedDots
+from .learned_radius import learned_radii
 from .taking import reserve, take
 from .unscaling import LossScale
 from .watch import gradients, same_objects
@@ -158,6 +159,7 @@ class Plan:
             pair = backend, Batch(formula, slots[key], backend.tile)
             self.batches.append(pair)
             (self._shared if is_shared else self._whole).append(pair)
+        self._learned = learned_radii(batch for _, batch in self.batches)
         self._shared_dots = self._share_dots(layout, choose) if self._shared else None
         self._entries = list(state.values())
         self._retired = WeakTensorKeyDictionary()
@@ -165,7 +167,7 @@ class Plan:
     def _share_dots(self, layout: Sequence[tuple[int, Groups]], choose: Choose[Backend]) -> SharedDots:
         batches = [batch for _, batch in self._shared]
         # The torch backend takes whatever a shard without elements or gradient is.
-        return SharedDots(layout, batches, choose("torch", batches[0].device))
+        return SharedDots(layout, batches, choose("torch", batches[0].device), self._learned)
 
     def counts(self) -> dict[tuple[Tensor, int], Tensor]:
         """The counts of every slot that has been stepped, (layers, Count.WIDTH), in this plan or before it."""
@@ -225,12 +227,14 @@ class Plan:
             self._announce()
         if capturing:
             check_capture(self._groups)
-            for _, batch in self.batches:
+            for batch in self._all_batches():
                 batch.check_capture()
             self.recorded = True
         reserve(self.batches)
         for _, batch in self.batches:
             batch.refresh(loss_scale, capturing)
+        for learned in self._learned.values():
+            learned.refresh(loss_scale, capturing)
         take(self._whole, self._finish)
         if self._shared_dots is not None:
             self._take_shared(self._shared_dots, loss_scale, capturing)
@@ -241,9 +245,13 @@ class Plan:
             for backend, batch in self._shared:
                 measured += 1
                 backend.measure(batch)
+                if batch.learned is not None:
+                    batch.learned.measure(backend)
             shared_dots.add_up(loss_scale, capturing)
             for backend, batch in self._shared:
                 backend.coefficients(batch)
+                if batch.learned is not None:
+                    batch.learned.turn()
                 backend.rotate(batch)
             shared_dots.turn_still()
         finally:
@@ -267,6 +275,15 @@ class Plan:
             # Autograd then knows that graphs which saved these weights are out of date.
             increment_version(batch.stepped)
         batch.release()
+        if batch.learned is not None:
+            batch.learned.batch.release()
+
+    def _all_batches(self) -> Iterator[Batch]:
+        """With those that only measure."""
+        for _, batch in self.batches:
+            yield batch
+        for learned in self._learned.values():
+            yield learned.batch
 
     def sync_hyperparameters(self, groups: Sequence[Mapping[str, Any]], state: State, stale: bool) -> None:
         """Bring the hyperparameters on the device up to date with the groups.
@@ -285,8 +302,8 @@ class Plan:
                 "the change, or capture the step again after one outside of a capture"
             )
         for plan in (*older, *([self] if same else [])):
-            for _, batch in plan.batches:
+            for batch in plan._all_batches():
                 batch.sync_hyperparameters()
 
     def _rates_are_recorded(self) -> bool:
-        return all(batch.hyperparameters.are_recorded() for _, batch in self.batches)
+        return all(batch.are_recorded() for _, batch in self.batches)
