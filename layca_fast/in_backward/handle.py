@@ -28,6 +28,7 @@ from ..state.members import Layers, check_norms, rotates
 from ..state.sharding import is_sharded, local_of
 from ..step.capture import is_capturing
 from ..step.plan import Plan
+from ..step.scratch import Scratch
 from ..step.watch import gradients, same_objects
 from .places import places
 
@@ -89,6 +90,7 @@ class StepInBackward:
         self._optimizer: weakref.ref[Stepped] = weakref.ref(optimizer)
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._plans: dict[Tensor, Plan] = {}
+        self._scratch = Scratch()
         self.is_on = True
         self._counts: dict[Tensor, dict[tuple[Tensor, int], Tensor]] = {}
         for key, count in ({} if past is None else past.counts()).items():
@@ -259,7 +261,7 @@ class StepInBackward:
         if plan is None or not plan.holds(groups, state):
             if param not in optimizer.state:
                 self._created.add(param)
-            previous, plan = plan, Plan(groups, state, choose, previous=plan)
+            previous, plan = plan, Plan(groups, state, choose, plan, self._scratch)
             if previous is None and param in self._counts:
                 plan.carry_counts(self._counts[param])
             self._plans[param] = plan

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..formulas.bases import FORMULAS, Formula
 from ..formulas.options import find_base
 from ..messages import describe, labelled
-from .checks import check_gradient, check_memory, check_parameter, count_layers
+from .checks import check_gradient, check_matrices, check_memory, check_parameter, count_layers
 from .compensation import HALVES, fits, is_compensated, state_dtype
 from .layout import layers_are_dense, scalar_device
 from .runner import Choose, Runs
@@ -232,9 +232,12 @@ def members(
         check_memory(param, label)
         if param.grad is not None:
             check_gradient(param.grad, param, label)
-        layers = count_layers(param, group["chunks"], label) if turning else 1
+        check_matrices(param, group, label)
+        # Matrices have directions of their own, whether they rotate or not.
+        layered = turning or formula.direct is not None
+        layers = count_layers(param, group["chunks"], label) if layered else 1
         local, sharding = local_of(param), Sharding(1, (Piece(0, 1),))
-        if turning:
+        if layered:
             sharding = sharding_of(param, layers, describe(label, param))
         dense = all(layers_are_dense(piece.of(local), piece.layers) for piece in sharding.pieces)
         backend = choose(group["backend"], local.device)

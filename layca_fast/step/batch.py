@@ -160,6 +160,13 @@ class Batch:
         self._keep_spares()
         self.hyperparameters.push_ahead()
 
+    def are_recorded(self) -> bool:
+        """Whether a CUDA graph that recorded the last step follows the hyperparameters as they are now."""
+        return self.hyperparameters.are_recorded()
+
+    def direct(self, backend: Any) -> None:
+        """After :meth:`refresh`: make what the kernels take for the gradient. Here it is the gradient."""
+
     def _keep_spares(self) -> None:
         if self.hyperparameters.capturable:
             self._tensor_mirror.keep_spares()

@@ -20,7 +20,9 @@ from ..state.slot import Slot
 from .backend import Backend
 from .batch import Batch
 from .capture import check_capture, is_capturing
+from .directions import batches_of
 from .distributed import SharedDots
+from .scratch import Scratch
 from .unscaling import LossScale
 from .watch import gradients, same_objects
 
@@ -49,7 +51,7 @@ class Plan:
     """The batches for the parameters that have a gradient or had one before, and the state that they need.
 
     ``choose`` finds the backend of a tensor. Building it checks everything, then creates the missing state in
-    ``state``; nothing is modified if a check fails.
+    ``state``; nothing is modified if a check fails. ``scratch``: memory that plans which never step at one time share.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Plan:
         state: State,
         choose: Choose[Backend],
         previous: "Plan | None" = None,
+        scratch: Scratch | None = None,
     ) -> None:
         if is_capturing():
             check_capture(groups)
@@ -78,6 +81,7 @@ class Plan:
 
         drop_remainders(groups, state)
         self._groups, self._state = groups, state
+        self._scratch = scratch or (Scratch() if previous is None else previous._scratch)
         self._signature = _signature(groups)
         self._params = [list(group["params"]) for group in groups]
         member_ids = {id(member.param) for member in found}
@@ -105,9 +109,9 @@ class Plan:
         self._shared: list[tuple[Backend, Batch]] = []
         self._whole: list[tuple[Backend, Batch]] = []
         for key, (backend, formula, is_shared) in kinds.items():
-            pair = backend, Batch(formula, slots[key], backend.tile)
-            self.batches.append(pair)
-            (self._shared if is_shared else self._whole).append(pair)
+            for batch in batches_of(formula, slots[key], backend.tile, self._scratch):
+                self.batches.append((backend, batch))
+                (self._shared if is_shared else self._whole).append((backend, batch))
         self._shared_dots = self._share_dots(layout, choose) if self._shared else None
         self._entries = list(state.values())
         self._retired: dict[tuple[Tensor, int], Tensor] = {}
@@ -179,6 +183,7 @@ class Plan:
             self.recorded = True
         for backend, batch in self._whole:
             batch.refresh(loss_scale, capturing)
+            batch.direct(backend)
             backend.step(batch)
             self._finish(backend, batch)
         if self._shared_dots is not None:
@@ -220,4 +225,4 @@ class Plan:
                 batch.sync_hyperparameters()
 
     def _rates_are_recorded(self) -> bool:
-        return all(batch.hyperparameters.are_recorded() for _, batch in self.batches)
+        return all(batch.are_recorded() for _, batch in self.batches)
