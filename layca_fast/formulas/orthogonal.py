@@ -84,7 +84,7 @@ class NewtonSchulz:
         """See :class:`layca_fast.formulas.direction.Direction`."""
         count, rows, columns = matrices.shape
         # With eps = 0, a matrix of zeros stays one.
-        norms = norms.clamp(min=self.eps or torch.finfo(torch.float64).tiny)
+        norms = norms.clamp(min=max(self.eps, torch.finfo(self.dtype).tiny))
         matrices.div_(norms.to(matrices.device, self.dtype).view(-1, 1, 1))
         spare = scratch[: matrices.numel()].view(matrices.shape)
         square = count * rows * rows
