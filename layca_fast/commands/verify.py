@@ -17,6 +17,7 @@ from ..formulas.options import find_base
 from ..optimizer import FusedLayca
 from ..reference import reference_step
 from ..state.compensation import HALVES
+from ..state.layout import matrix_shape
 from ..state.members import rotates
 
 Shape = tuple[int, ...]
@@ -202,8 +203,12 @@ def shapes_of(options: Mapping[str, Any], shapes: tuple[Shape, ...]) -> tuple[Sh
     """Those of ``shapes`` that a base with these options takes."""
     base = find_base(options.get("base", "sgd"))
     directs = base.formula({**base.options, **options}).direct is not None
-    fewest = 0 if not directs else 3 if options.get("chunks") == "all" else 2
-    return tuple(shape for shape in shapes if len(shape) >= fewest)
+    if not directs:
+        return shapes
+    chunks = options.get("chunks", 1)
+    layers = [(shape[0] if chunks == "all" else chunks) if shape else 1 for shape in shapes]
+    each = zip(shapes, layers, strict=True)
+    return tuple(shape for shape, count in each if len(matrix_shape(shape, count, chunks)) >= 2)
 
 
 def describe_base(options: Mapping[str, Any]) -> tuple[str, Formula]:

@@ -135,6 +135,23 @@ class _Stack:
             torch._foreach_mul_(self._sources, self._gains)
 
 
+class _Advancing(Batch):
+    """The first half of the step, on gradients of ``given_dtype``, in which most of them come."""
+
+    def __init__(self, formula: Formula, slots: Sequence[Slot], tile: int, given_dtype: torch.dtype) -> None:
+        super().__init__(formula, slots, tile)
+        self._given_dtype = given_dtype
+
+    def take_gradients(self) -> None:
+        if self._given_dtype == self.dtype:
+            super().take_gradients()
+            return
+        given = [slot.owner.grad for slot in self.slots]
+        as_given = all(grad is None or grad.dtype == self._given_dtype for grad in given)
+        self.grad_dtype = self._given_dtype if as_given else self.compute_dtype
+        self.grads = [slot.gradient(self.grad_dtype) for slot in self.slots]
+
+
 class Directed(Batch):
     """A batch whose gradients are directions: :meth:`direct` makes them, before the kernels run as for plain SGD.
 
@@ -156,23 +173,24 @@ class Directed(Batch):
         *offsets, total = accumulate(aligned, initial=0)
         self._memory = scratch.take("steps", total, self.compute_dtype, self.device)
         self._steps = _carve(self._memory, slots, offsets)
-        #: Gradients of 16 bits are first copied: the kernels know them beside parameters of 16 bits only.
-        self._wide: list[Tensor] = []
+        #: The kernels know gradients and states of 16 bits beside parameters of 16 bits only: there a step is first a
+        #: bfloat16 and its remainder, which are a float32.
+        self._halves: Tensor | None = None
+        blanks, remainders = self._steps, [None] * len(slots)
         if self.dtype in HALVES:
-            self._wide = _carve(scratch.take("gradients", total, self.compute_dtype, self.device), slots, offsets)
-        self.advancing = Batch(
-            formula,
-            [
-                replace(
-                    slot, param=step, dtensor=slot.owner, group=advances[id(slot.group)], radius=None, remainder=None
-                )
-                for slot, step in zip(slots, self._steps, strict=True)
-            ],
-            tile,
-        )
+            self._halves = scratch.take("halves", 2 * total, torch.bfloat16, self.device).view(2, total)
+            blanks, remainders = (_carve(half, slots, offsets) for half in self._halves)
+        advancing = [
+            replace(
+                slot,
+                **{"param": blank, "remainder": rest, "dtensor": slot.owner},
+                **{"group": advances[id(slot.group)], "radius": None},
+            )
+            for slot, blank, rest in zip(slots, blanks, remainders, strict=True)
+        ]
+        self.advancing = _Advancing(formula, advancing, tile, self.dtype)
         # What did not count there is to be told of the tensor.
         self.advancing.counts = self.counts
-        self._raw: list[Tensor | None] = []
         self._stacks: list[_Stack] = []
         self._made_for: Hashable = None
         self._recorded: Hashable = None
@@ -181,19 +199,10 @@ class Directed(Batch):
         return super().holds() and self.advancing.holds()
 
     def take_gradients(self) -> None:
-        if self._wide:
-            grads = [slot.owner.grad for slot in self.slots]
-            self._raw = [
-                None if grad is None else slot.gradient(grad.dtype)
-                for slot, grad in zip(self.slots, grads, strict=True)
-            ]
-        else:
-            self.advancing.take_gradients()
-            self._raw = self.advancing.grads
+        self.advancing.take_gradients()
         self.grad_dtype = self.compute_dtype
-        self.grads = [
-            None if grad is None else step for grad, step in zip(self._raw, self._steps, strict=True)
-        ]
+        given = zip(self.advancing.grads, self._steps, strict=True)
+        self.grads = [None if grad is None else step for grad, step in given]
 
     def check_capture(self) -> None:
         super().check_capture()
@@ -211,13 +220,7 @@ class Directed(Batch):
         )
 
     def refresh(self, loss_scale: LossScale | None = None, capturing: bool = False) -> None:
-        self._memory.zero_()
-        if self._wide:
-            pairs = [(wide, grad) for wide, grad in zip(self._wide, self._raw, strict=True) if grad is not None]
-            if pairs:
-                torch._foreach_copy_([wide for wide, _ in pairs], [grad for _, grad in pairs])
-            given = zip(self._wide, self._raw, strict=True)
-            self.advancing.grads = [None if grad is None else wide for wide, grad in given]
+        (self._memory if self._halves is None else self._halves).zero_()
         self.advancing.refresh(loss_scale, capturing)
         # The steps know of no scale, but that there may be none.
         super().refresh(None if loss_scale is None else LossScale(None, loss_scale.found_inf), capturing)
@@ -227,7 +230,6 @@ class Directed(Batch):
     def release(self) -> None:
         super().release()
         self.advancing.release()
-        self._raw = []
 
     def _directions(self) -> dict[int, Direction]:
         """What makes the directions of each group, as it says now."""
@@ -247,6 +249,9 @@ class Directed(Batch):
         if wanted != self._made_for:
             self._stacks, self._made_for = self._make_stacks(directions, present), wanted
         backend.step(self.advancing)
+        if self._halves is not None:
+            upper, lower = self._halves.view(torch.int16)
+            self._memory.view(torch.int32).copy_(upper).bitwise_left_shift_(16).add_(lower)
         for stack in self._stacks:
             stack.run(self.advancing.dots)
 
