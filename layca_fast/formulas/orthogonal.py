@@ -28,7 +28,7 @@ LARGE = 128
 
 def _multiply(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """out = left right, stack by stack."""
-    if len(out) > 1 and not _one_by_one(out, left):
+    if not _one_by_one(out, left):
         return torch.bmm(left, right, out=out)
     for each, x, y in zip(out, left, right, strict=True):
         torch.mm(x, y, out=each)
@@ -37,7 +37,7 @@ def _multiply(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def _add_product(out: Tensor, old: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
     """out = beta old + alpha left right, stack by stack."""
-    if len(out) > 1 and not _one_by_one(out, left):
+    if not _one_by_one(out, left):
         return torch.baddbmm(old, left, right, beta=beta, alpha=alpha, out=out)
     for each, start, x, y in zip(out, old, left, right, strict=True):
         torch.addmm(start, x, y, beta=beta, alpha=alpha, out=each)
@@ -45,6 +45,7 @@ def _add_product(out: Tensor, old: Tensor, left: Tensor, right: Tensor, beta: fl
 
 
 def _one_by_one(out: Tensor, left: Tensor) -> bool:
+    # Never by the number of matrices: those that a matrix shares a stack with must not change its bits.
     return out.device.type == "cpu" and min(left.shape[1:]) >= LARGE
 
 
