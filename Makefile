@@ -11,6 +11,8 @@ PIP_INSTALL := $(RUN) pip install --quiet --disable-pip-version-check
 TORCH_STAMP := $(VENV)/torch.txt
 STAMP := $(VENV)/installed.txt
 BENCH_STAMP := $(VENV)/bench.txt
+DOCS := $(VENV)/docs
+DOCS_STAMP := $(DOCS)/installed.txt
 TRAINERS := $(VENV)/trainers
 TRAINERS_STAMP := $(TRAINERS)/installed.txt
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
@@ -27,7 +29,7 @@ TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-trainers bench bench-full gpu verify lint format FORCE
+.PHONY: help setup demo test test-trainers bench bench-full gpu verify docs lint format FORCE
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -71,6 +73,12 @@ verify: $(STAMP)  ## check every backend available here against the float64 refe
 	@echo "==> Checking every backend against the reference"
 	@$(RUN) layca_fast verify $(ARGS)
 
+docs: $(DOCS_STAMP)  ## build the documentation into site/; warnings, such as of dead links, are errors
+	@echo "==> Building site/index.html"
+	@rm -rf site
+	@$(DOCS)/bin/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env -c docs -d $(DOCS)/doctrees . site \
+	    $(ARGS)
+
 lint: $(STAMP)  ## run ruff, mypy and clang-format through pre-commit
 	@echo "==> Running the linters"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(RUN) pre_commit run --all-files $(ARGS)
@@ -98,6 +106,13 @@ $(STAMP): $(TORCH_STAMP) requirements/dev.txt $(SOURCES)
 $(BENCH_STAMP): $(STAMP) requirements/bench.txt
 	@echo "==> Installing the optimizers to compare with"
 	@$(PIP_INSTALL) --constraint $(TORCH_STAMP) --requirement requirements/bench.txt
+	@touch $@
+
+# An environment of its own: the site needs neither torch nor the package.
+$(DOCS_STAMP): requirements/docs.txt
+	@echo "==> Installing Sphinx (once, some seconds)"
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements/docs.txt
 	@touch $@
 
 # Dozens of packages, which what reads the installed ones (pytest's plugins, mypy) must not find in the other targets. So

@@ -1,4 +1,4 @@
-"""``python -m bench.plot FILE.csv`` (or ``python bench/plot.py FILE.csv``): the README's figure of step times.
+"""``python -m bench.plot FILE.csv`` (or ``python bench/plot.py FILE.csv``): the figure of step times in docs/speed.md.
 
 Draws the time of every provider's step over that of torch's fused optimizer, a panel per model, from a file that
 ``python -m bench.ratios --out FILE.csv`` wrote.

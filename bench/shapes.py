@@ -83,7 +83,7 @@ MODELS = {
     "10000 x 100": many_tiny,
 }
 
-#: Those of the README's table and figure.
+#: Those of the table and the figure in docs/speed.md.
 HEADLINE = ("ResNet-50", "GPT-2 small", "2000 x 10k")
 
 #: Those that two cores step with every provider in minutes.

@@ -1,4 +1,4 @@
-"""``python -m bench.table FILE.csv``: the Markdown table of the README, from a file of ``python -m bench.ratios``."""
+"""``python -m bench.table FILE.csv``: the table of docs/speed.md, from a file of ``python -m bench.ratios``."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
 // The base optimizers, one functor each: what they keep between steps and which direction they propose.
 //
-// Functions of one element, host and device, equal to those of the same names in layca_fast/formulas.py. `state` is
-// advanced in place; `step` does not depend on the old state, so that the rotate pass can recompute it and no
-// backend keeps u for a whole model. `options` are the scalars that layca_fast/bases.py makes of a param group, as
-// `prepare` makes them fit this step, where the formula counts its steps.
+// Functions of one element, host and device, equal to those of the same names in layca_fast/formulas/base_steps.py.
+// `state` is advanced in place; `step` does not depend on the old state, so that the rotate pass can recompute it and
+// no backend keeps u for a whole model. `options` are the scalars that layca_fast/formulas/bases.py makes of a param
+// group, as `prepare` makes them fit this step, where the formula counts its steps.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,5 @@
-// The flattened multi-tensor batch, as layca_fast/batch.py fills it: the columns are those of layca_fast/tables.py.
+// The flattened multi-tensor batch, as layca_fast/step/batch.py fills it: the columns are those of
+// layca_fast/formulas/tables.py.
 #pragma once
 
 #include <cstdint>

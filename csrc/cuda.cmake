@@ -19,7 +19,7 @@ function(layca_formula_sources LAYCA_KERNELS suffix result)
     configure_file(cuda/formula.in "${file}" @ONLY)
     list(APPEND sources "${file}")
   endforeach()
-  set(${result} bindings_cuda.cpp cuda/registry.cpp cuda/runner.cpp ${sources} PARENT_SCOPE)
+  set(${result} cuda/bindings.cpp cuda/registry.cpp cuda/runner.cpp ${sources} PARENT_SCOPE)
 endfunction()
 
 layca_formula_sources(emulator.h .cpp LAYCA_EMULATOR_SOURCES)

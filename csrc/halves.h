@@ -1,4 +1,5 @@
-// 16-bit numbers, one at a time: what they stand for alone and with a remainder, as layca_fast/compensation.py says.
+// 16-bit numbers, one at a time: what they stand for alone and with a remainder, as layca_fast/state/compensation.py
+// says.
 //
 // Written with integers and without branches, so that loops over them are vectorised for any instruction set. Nothing
 // here makes or needs a denormal float32, which kernels flush to zero.

@@ -1,4 +1,5 @@
-// From three dot products to one linear combination, per layer: layca_fast/formulas.py `coefficients`, host and device.
+// From three dot products to one linear combination, per layer: layca_fast/formulas/rotation.py `coefficients`, host
+// and device.
 #pragma once
 
 #include <cmath>
@@ -46,7 +47,7 @@ struct Rotation {
 // No direction to turn in below this sine of the angle between weights and step: 4 float32 epsilons.
 constexpr double smallest_sine = 4 * 0x1p-23;
 
-// A layer whose norm is below this part of its radius was set to zero: see layca_fast/formulas.py.
+// A layer whose norm is below this part of its radius was set to zero: see layca_fast/formulas/rotation.py.
 constexpr double smallest_share = 0x1p-100;
 
 // Below this squared sine the three dots no longer give sigma to full accuracy: it is measured again.
@@ -68,13 +69,14 @@ LAYCA_HOST_DEVICE inline Rotation plain_step(double q, double lr, double weight_
 // sigma^2, the squared norm of the part of u that is orthogonal to w, from the three dots.
 LAYCA_HOST_DEVICE inline double orthogonal_square(const Dots& dots) { return dots.q - dots.d * (dots.d / dots.n2); }
 
-// Whether sigma^2 from the dots has lost digits to cancellation: see layca_fast/formulas.py `is_nearly_parallel`.
+// Whether sigma^2 from the dots has lost digits to cancellation: see layca_fast/formulas/rotation.py
+// `is_nearly_parallel`.
 LAYCA_HOST_DEVICE inline bool is_nearly_parallel(double sigma2, double q) { return sigma2 < nearly_parallel_sine2 * q; }
 
 // Turn by atan(lr).
 LAYCA_HOST_DEVICE inline Turn layca(double lr) { return {1, lr}; }
 
-// w - lr*n*u/|u|, without projection: layca_fast/formulas.py `hyperball`.
+// w - lr*n*u/|u|, without projection: layca_fast/formulas/rotation.py `hyperball`.
 LAYCA_HOST_DEVICE inline Turn hyperball(const Dots& dots, double n, double sigma, double lr) {
   using std::sqrt;
   const double step_norm = sqrt(dots.q);

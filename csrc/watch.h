@@ -1,5 +1,5 @@
-// Whether tensors are still what and where they were: layca_fast/watch.py, in one loop without Python objects for what
-// it compares. Every function needs the GIL.
+// Whether tensors are still what and where they were: layca_fast/step/watch.py, in one loop without Python objects for
+// what it compares. Every function needs the GIL.
 #pragma once
 
 #include <Python.h>

@@ -3,6 +3,7 @@
 Signatures are taken from the source, so that they read as they are written there and in every version of Python alike.
 """
 
+import argparse
 import ast
 import inspect
 import re
@@ -20,10 +21,12 @@ TARGET = Path(__file__).with_name("api.md")
 
 HEAD = """# API reference
 
-Made from the docstrings by `python docs/make_api.py`; do not edit it.
+This page lets you look up every public class and function. It is made from the docstrings by `python docs/make_api.py`,
+so do not edit it here.
 """
 
-MODULES = (layca_fast, writers, diagnostics)
+#: By the path that users import them from.
+MODULES = {"layca_fast": layca_fast, "layca_fast.writers": writers, "layca_fast.diagnostics": diagnostics}
 
 #: Read, not imported: each needs a package that the documentation does not.
 READ = ("layca_fast.callbacks.huggingface", "layca_fast.callbacks.lightning")
@@ -37,10 +40,9 @@ LEFT_OUT = ("__version__",)
 
 def render() -> str:
     """The whole of docs/api.md."""
-    names = [*(module.__name__ for module in MODULES), *READ]
+    names = [*MODULES, *READ]
     parts = [HEAD, *(f"- [`{name}`](#{name.replace('.', '')})" for name in names)]
-    for module in MODULES:
-        name = module.__name__
+    for name, module in MODULES.items():
         parts += [f"\n## {name}\n", f"{_markdown(inspect.getdoc(module) or '')}"]
         for each in _public(module):
             parts += ["", *_entry(each, getattr(module, each))]
@@ -170,5 +172,6 @@ def _in_section(line: str, section: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Writes docs/api.md from the docstrings.").parse_args()
     TARGET.write_text(render(), encoding="utf-8")
     print(f"written: {TARGET}")

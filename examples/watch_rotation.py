@@ -1,6 +1,6 @@
 """Train the demo's network with torch's own Adam, watch how far its layers turn, and draw it (half a minute).
 
-``python examples/watch_rotation.py --out docs/rotation.png`` made the figure in README.md.
+``python examples/watch_rotation.py --out docs/rotation.png`` made a figure of docs/monitoring.md.
 """
 
 import argparse

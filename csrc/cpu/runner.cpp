@@ -44,10 +44,10 @@ Runner::Runner(const Batch& batch, const std::string& formula, const std::string
                const std::string& instructions)
     : batch_(batch),
       kernels_(find_kernels(formula, dtype, instructions)),
-      plan_(make_plan(batch, bytes_read_again(batch, kernels_))),
-      progress_(std::make_unique<Progress[]>(plan_.large.size())),
-      owners_(plan_.pieces.size()),
-      steps_(plan_.pieces.size()) {
+      schedule_(make_schedule(batch, bytes_read_again(batch, kernels_))),
+      progress_(std::make_unique<Progress[]>(schedule_.large.size())),
+      owners_(schedule_.pieces.size()),
+      steps_(schedule_.pieces.size()) {
   if (!kernels_.prepare) batch_.step_options = nullptr;
 }
 
@@ -55,7 +55,7 @@ void Runner::measure(int threads) {
   start();
   if (kernels_.prepare) prepare_options(batch_, kernels_);
   in_parallel(useful_threads(threads), denormals(batch_), [&](int) {
-    draw([&](std::int64_t piece) { measure_piece(plan_.pieces[piece], nullptr); },
+    draw([&](std::int64_t piece) { measure_piece(schedule_.pieces[piece], nullptr); },
          [&](std::int64_t layer) {
            measure_tiles(batch_, kernels_, layer, 0, layer_span(batch_, layer).tiles);
            finish_dots(batch_, layer);
@@ -72,7 +72,7 @@ void Runner::coefficients() {
 void Runner::rotate(int threads) {
   start();
   in_parallel(useful_threads(threads), denormals(batch_), [&](int) {
-    draw([&](std::int64_t piece) { rotate_piece(plan_.pieces[piece], nullptr); },
+    draw([&](std::int64_t piece) { rotate_piece(schedule_.pieces[piece], nullptr); },
          [&](std::int64_t layer) { rotate_tiles(batch_, kernels_, layer, 0, layer_span(batch_, layer).tiles); });
   });
 }
@@ -88,76 +88,76 @@ void Runner::step(int threads) {
 void Runner::make_room(int threads) {
   if (!kernels_.measure_and_store) return;
   while (scratch_.size() < static_cast<std::size_t>(threads)) {
-    const std::size_t places = std::min(most_places, plan_.pieces.size() + 1);
-    scratch_.emplace_back(places, static_cast<std::size_t>(plan_.longest_item * kernels_.step_size));
+    const std::size_t places = std::min(most_places, schedule_.pieces.size() + 1);
+    scratch_.emplace_back(places, static_cast<std::size_t>(schedule_.longest_item * kernels_.step_size));
   }
 }
 
-int Runner::useful_threads(int threads) const { return plan_.elements < smallest_parallel ? 1 : threads; }
+int Runner::useful_threads(int threads) const { return schedule_.elements < smallest_parallel ? 1 : threads; }
 
 void Runner::start() {
   next_.store(0, std::memory_order_relaxed);
-  for (std::size_t i = 0; i < plan_.large.size(); ++i) {
-    const LargeLayer& large = plan_.large[i];
+  for (std::size_t i = 0; i < schedule_.large.size(); ++i) {
+    const LargeLayer& large = schedule_.large[i];
     progress_[i].pieces_to_measure.store(large.last_piece - large.first_piece, std::memory_order_relaxed);
     progress_[i].ready.store(false, std::memory_order_relaxed);
   }
 }
 
-// Draw items until the queue is empty; `do_piece` takes a place in Plan::pieces, `do_layer` a small layer.
+// Draw items until the queue is empty; `do_piece` takes a place in Schedule::pieces, `do_layer` a small layer.
 template <class DoPiece, class DoLayer>
 void Runner::draw(const DoPiece& do_piece, const DoLayer& do_layer) {
   for (;;) {
     const std::size_t item = next_.fetch_add(1, std::memory_order_relaxed);
-    if (item >= plan_.n_items()) return;
-    if (item < plan_.pieces.size()) {
+    if (item >= schedule_.n_items()) return;
+    if (item < schedule_.pieces.size()) {
       do_piece(static_cast<std::int64_t>(item));
       continue;
     }
-    const Share& share = plan_.shares[item - plan_.pieces.size()];
-    for (std::int64_t place = share.first; place < share.last; ++place) do_layer(plan_.small[place]);
+    const Share& share = schedule_.shares[item - schedule_.pieces.size()];
+    for (std::int64_t place = share.first; place < share.last; ++place) do_layer(schedule_.small[place]);
   }
 }
 
 // True for the last piece of a layer, whose dots are then complete.
 bool Runner::count_piece(const Piece& piece) {
   if (progress_[piece.large].pieces_to_measure.fetch_sub(1, std::memory_order_acq_rel) > 1) return false;
-  finish_dots(batch_, plan_.large[piece.large].layer);
+  finish_dots(batch_, schedule_.large[piece.large].layer);
   return true;
 }
 
 bool Runner::measure_piece(const Piece& piece, char* steps) {
-  measure_tiles(batch_, kernels_, plan_.large[piece.large].layer, piece.first, piece.last, steps);
+  measure_tiles(batch_, kernels_, schedule_.large[piece.large].layer, piece.first, piece.last, steps);
   return count_piece(piece);
 }
 
 void Runner::rotate_piece(const Piece& piece, char* steps) const {
-  rotate_tiles(batch_, kernels_, plan_.large[piece.large].layer, piece.first, piece.last, steps);
+  rotate_tiles(batch_, kernels_, schedule_.large[piece.large].layer, piece.first, piece.last, steps);
 }
 
 void Runner::step_on_one_thread(int thread) {
   std::size_t rotated = 0;  // large layers whose own pieces are rotated: all before this one
   const auto do_piece = [&](std::int64_t index) {
-    const Piece& piece = plan_.pieces[index];
+    const Piece& piece = schedule_.pieces[index];
     if (step_piece(index, thread)) {
-      compute_coefficients(batch_, kernels_, plan_.large[piece.large].layer);
+      compute_coefficients(batch_, kernels_, schedule_.large[piece.large].layer);
       progress_[piece.large].ready.store(true, std::memory_order_release);
     }
-    while (rotated < plan_.large.size() && progress_[rotated].ready.load(std::memory_order_acquire)) {
-      rotate_own_pieces(plan_.large[rotated++], thread);
+    while (rotated < schedule_.large.size() && progress_[rotated].ready.load(std::memory_order_acquire)) {
+      rotate_own_pieces(schedule_.large[rotated++], thread);
     }
   };
   draw(do_piece, [&](std::int64_t layer) { step_layer(layer, thread); });
-  for (; rotated < plan_.large.size(); ++rotated) {
+  for (; rotated < schedule_.large.size(); ++rotated) {
     wait_for(rotated);
-    rotate_own_pieces(plan_.large[rotated], thread);
+    rotate_own_pieces(schedule_.large[rotated], thread);
   }
 }
 
 // True for the last piece of a layer. A piece that is done at once has no owner left.
 bool Runner::step_piece(std::int64_t index, int thread) {
-  const Piece& piece = plan_.pieces[index];
-  const LayerSpan span = layer_span(batch_, plan_.large[piece.large].layer);
+  const Piece& piece = schedule_.pieces[index];
+  const LayerSpan span = layer_span(batch_, schedule_.large[piece.large].layer);
   const Rotation move = foreseen_move(batch_, span);
   if (move.mode != Mode::KEEP) {
     owners_[index] = nobody;
@@ -191,7 +191,7 @@ void Runner::step_layer(std::int64_t layer, int thread) {
 void Runner::rotate_own_pieces(const LargeLayer& large, int thread) {
   for (std::int64_t piece = large.last_piece - 1; piece >= large.first_piece; --piece) {
     if (owners_[piece] != thread) continue;
-    rotate_piece(plan_.pieces[piece], steps_[piece]);
+    rotate_piece(schedule_.pieces[piece], steps_[piece]);
     if (steps_[piece] != nullptr) scratch_[thread].give_back(steps_[piece]);
   }
 }

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "../batch.h"
-#include "plan.h"
 #include "registry.h"
+#include "schedule.h"
 #include "scratch.h"
 
 namespace layca::cpu {
@@ -53,7 +53,7 @@ class Runner {
 
   Batch batch_;
   Kernels kernels_;
-  Plan plan_;
+  Schedule schedule_;
   std::unique_ptr<Progress[]> progress_;  // per large layer
   std::vector<int> owners_;               // per piece: the thread that measured it
   std::vector<char*> steps_;              // per piece: where its steps are until it is rotated, or null

@@ -9,7 +9,7 @@ import torch
 from ..step.backend import Backend
 
 #: The module of each backend, by its name.
-MODULES = {"cuda": "cuda", "triton": "triton_", "cpu": "cpu", "torch": "torch_"}
+MODULES = {"cuda": "cuda", "triton": "triton.backend", "cpu": "cpu", "torch": "torch_"}
 
 #: The order in which backend="auto" tries them, by device type; elsewhere it is torch.
 PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}

@@ -1,7 +1,7 @@
 """The base steps, once, for every backend that is written in Python. The rotation's formulas: ``rotation.py``.
 
 The torch backend calls these functions as they stand, on tensors. The Triton backend compiles the very same
-functions, with ``where``, ``sqrt`` and ``exp`` bound to Triton's (see ``backends/triton_formulas.py``). So they use
+functions, with ``where``, ``sqrt`` and ``exp`` bound to Triton's (see ``backends/triton``). So they use
 nothing but operators, these three and each other: no branches, no keyword arguments, no other names.
 
 ``csrc/base_steps.h`` holds the same formulas for C++ and CUDA; ``reference.py`` states the algorithm in another way on

@@ -1,6 +1,10 @@
-"""README.md and docs/: every code block runs or is understood, figures have their commands, links lead somewhere."""
+"""README.md and docs/: every code block runs or is understood, figures have their commands, links lead somewhere.
+
+``make docs`` checks what only the built site can show.
+"""
 
 import contextlib
+import csv
 import importlib.util
 import io
 import re
@@ -8,6 +12,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from torch import distributed
@@ -33,12 +38,30 @@ NOT_RUN: dict[str, int] = {}
 RUN_BY_TRAINERS = {"trainers.md": 6}
 
 #: Blocks that run only in part without a GPU.
-NEED_A_GPU = {"README.md": 1}
+NEED_A_GPU = {"cuda_graphs.md": 1}
 
 PRINTED = "printed"
 
 #: Pages whose blocks of text are compared with the code in other ways: below, and by test_faq.py.
 TEXT_COMPARED = ("api.md", "faq.md")
+
+README, INDEX = PAGES[0], ROOT / "docs" / "README.md"
+
+#: Pages of the site that lie beside docs/; their links are followed, too.
+BESIDE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+#: By what a person wants.
+SECTIONS = ["Try", "Adopt", "Scale", "Understand", "Contribute"]
+
+
+def script(path: Path) -> ModuleType:
+    """A Python file of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pages
@@ -107,30 +130,62 @@ def test_figures_are_there_and_made_by_the_command_under_them(page: Path, monkey
                 check_command(words, context)
 
 
-@pages
+@pytest.mark.parametrize("page", [*PAGES, *BESIDE], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
+    """To a file: of a folder, the site has no page."""
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         path, _, anchor = target.partition("#")
         if "://" in path:
             continue
         file = (page.parent / path).resolve() if path else page
-        assert file.exists(), f"{page.name}: {target}"
+        assert file.is_file(), f"{page.name}: {target}"
         assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
 
 
-def test_every_page_is_linked_from_the_index_and_the_index_from_the_readme() -> None:
-    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    for page in PAGES[1:]:
-        assert page.name == "README.md" or f"({page.name})" in index
-    assert "(docs/README.md)" in PAGES[0].read_text(encoding="utf-8")
+def test_the_index_leads_to_every_page_and_the_menu_of_the_site_has_what_it_lists() -> None:
+    """In one place each, in sections by what a person wants."""
+    index = INDEX.read_text(encoding="utf-8")
+    assert re.findall(r"^## (.+)$", index, re.M) == SECTIONS
+    listed = re.findall(r"^- \[[^\]]+\]\((\S+)\):", index, re.M)
+    pages = [page.name for page in PAGES if page not in (README, INDEX)]
+    assert sorted(listed) == sorted([*pages, *(f"../{page.name}" for page in BESIDE)])
+    menu = script(ROOT / "docs" / "conf.py").menu(index)
+    assert [f"{page}.md" for page in re.findall(r"^.+ <(.+)>$", menu, re.M)] == listed
+    assert re.findall(r"^:caption: (.+)$", menu, re.M) == SECTIONS
+    assert "(docs/README.md)" in README.read_text(encoding="utf-8")
+
+
+@pages
+def test_pages_open_with_what_they_are_for(page: Path) -> None:
+    """One title, and sentences under it, before any code, list, table, figure or further heading."""
+    text = page.read_text(encoding="utf-8")
+    assert re.match(r"# .+\n\n[\w`\[][^\n]*[ .:,]", text), text[:200]
+    assert len(re.findall(r"^# ", prose(page), re.M)) == 1
+
+
+def test_the_readme_is_one_page_with_the_commands_of_a_newcomer() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
+    shell = [words[:3] for block in blocks(README) if block.language == "bash" for words in commands(block)]
+    assert shell[:3] == [["make", "demo"], ["make", "test"], ["pip", "install", "."]]
+
+
+def test_the_readme_gives_the_speeds_that_were_measured() -> None:
+    """Its four ratios are the file's, to the digits given."""
+    with (ROOT / "bench" / "results" / "ratios.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["provider"] == "FusedLayca cpu"]
+    measured = {(row["base"], row["model"]): f"{float(row['ratio']):.2f}" for row in rows}
+    text = README.read_text(encoding="utf-8")
+    (head,) = re.findall(r"^\| \| (ResNet-50 .*) \|$", text, re.M)
+    told = {
+        (base, model): ratio
+        for base, cells in re.findall(r"^\| with (\w+)[^|]*\| (.*) \|$", text, re.M)
+        for model, ratio in zip(head.split(" | "), cells.split(" | "), strict=True)
+    }
+    assert len(told) == 4
+    assert told.items() <= measured.items()
 
 
 def test_the_api_reference_is_up_to_date() -> None:
     """python docs/make_api.py writes it."""
     path = ROOT / "docs" / "make_api.py"
-    spec = importlib.util.spec_from_file_location("make_api", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert path.with_name("api.md").read_text(encoding="utf-8") == module.render()
+    assert path.with_name("api.md").read_text(encoding="utf-8") == script(path).render()

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from layca_fast.backends.triton_ import (
+from layca_fast.backends.triton.launches import (
     OPTIONS,
     TILE,
     Launch,

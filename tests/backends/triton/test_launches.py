@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, sqrt, where
 
 from layca_fast.backends import load
-from layca_fast.backends.triton_ import BACKEND, FINISH_BLOCK, TILE, Launch, finish_launch
+from layca_fast.backends.triton.backend import BACKEND
+from layca_fast.backends.triton.launches import FINISH_BLOCK, TILE, Launch, finish_launch
 from layca_fast.formulas.bases import FORMULAS, Formula
 from layca_fast.formulas.rotation import KEEP
 from layca_fast.formulas.tables import Coefficient, Column, Count, Tile
@@ -226,7 +227,7 @@ def test_other_devices_are_refused_with_the_reason() -> None:
     ],
 )
 def test_a_missing_requirement_is_named(setup: str, reason: str) -> None:
-    code = f"{setup}; from layca_fast.backends.triton_ import BACKEND; print(BACKEND.missing())"
+    code = f"{setup}; from layca_fast.backends.triton.backend import BACKEND; print(BACKEND.missing())"
     out = subprocess.run(
         [sys.executable, "-c", code], env={}, check=True, capture_output=True, text=True, timeout=120
     ).stdout
@@ -234,5 +235,5 @@ def test_a_missing_requirement_is_named(setup: str, reason: str) -> None:
 
 
 def test_importing_the_module_imports_no_triton() -> None:
-    code = "import sys, layca_fast.backends.triton_; sys.exit('triton' in sys.modules)"
+    code = "import sys, layca_fast.backends.triton.backend; sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -2,11 +2,7 @@
 
 They run compiled on NVIDIA and AMD GPUs, and interpreted on CPU tensors where TRITON_INTERPRET=1 was in the
 environment when this module was imported. They contain no formula: a batch's own come in as compile-time arguments.
-
-Addresses come out of the tensor table as integers, so Triton knows nothing about their alignment. Tiles whose
-addresses and length are multiples of 16 bytes take a copy of the code that is told so, in which loads and stores are
-128 bits wide; all others take a copy that is not. Both mask by the tile's length: that costs no width once the compiler
-knows that no vector straddles the end.
+``tile.py`` has what is done within a tile.
 """
 
 # Triton's values have no static types, and its compiler knows no starred tuples.
@@ -14,144 +10,56 @@ knows that no vector straddles the end.
 # mypy: disable-error-code="assignment"
 # ruff: noqa: RUF005
 
-from enum import IntEnum
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from ..formulas import rotation
-from ..formulas.tables import MAX_OPTIONS, Coefficient, Column, Count, Flag, Hyper, Layer, Tile
-from .triton_formulas import constant, device_function, finite_or_zero, lower
-from .triton_types import VECTOR, decode, encode, load, load_weight, pointers, store_weight
-
-
-def _constants(*members: IntEnum) -> tuple[Any, ...]:
-    return tuple(constant(int(member)) for member in members)
-
-
-_TENSOR_WIDTH, _PARAM, _GRAD, _STATE = _constants(Column.WIDTH, Column.PARAM, Column.GRAD, Column.STATE)
-_RADIUS, _FIRST_LAYER, _HYPER, _FLAGS = _constants(Column.RADIUS, Column.FIRST_LAYER, Column.HYPER, Column.FLAGS)
-_NUMEL, _LAYERS, _STEP, _RULE = _constants(Column.NUMEL, Column.LAYERS, Column.STEP, Column.RULE)
-(_REMAINDER,) = _constants(Column.REMAINDER)
-_ROTATES, _CURRENT, _PART = _constants(Flag.ROTATES, Flag.CURRENT, Flag.PART)
-_HYPER_WIDTH, _LR, _WEIGHT_DECAY = _constants(Hyper.WIDTH, Hyper.LR, Hyper.WEIGHT_DECAY)
-_GRAD_SCALE, _NOISE, _OPTION = _constants(Hyper.GRAD_SCALE, Hyper.NOISE, Hyper.OPTION)
-_LAYER_WIDTH, _LAYER_TENSOR, _FIRST_TILE, _TILES = _constants(Layer.WIDTH, Layer.TENSOR, Layer.FIRST_TILE, Layer.TILES)
-_TILE_WIDTH, _TILE_TENSOR, _TILE_LAYER = _constants(Tile.WIDTH, Tile.TENSOR, Tile.LAYER)
-_OFFSET, _LENGTH = _constants(Tile.OFFSET, Tile.LENGTH)
-_COUNT_WIDTH, _NON_FINITE, _NO_DIRECTION, _BROKEN = _constants(
-    Count.WIDTH, Count.NON_FINITE, Count.NO_DIRECTION, Count.BROKEN
+from ...formulas import rotation
+from .columns import (
+    _A,
+    _B,
+    _BROKEN,
+    _C,
+    _COEFFICIENT_WIDTH,
+    _COUNT_WIDTH,
+    _CURRENT,
+    _FIRST_LAYER,
+    _FIRST_TILE,
+    _FLAGS,
+    _GRAD,
+    _HYPER,
+    _HYPER_WIDTH,
+    _KEEP,
+    _LAYER_TENSOR,
+    _LAYER_WIDTH,
+    _LAYERS,
+    _LENGTH,
+    _LR,
+    _MAX_OPTIONS,
+    _MODE,
+    _NO_DIRECTION,
+    _NOISE,
+    _NON_FINITE,
+    _NUMEL,
+    _OFFSET,
+    _OPTION,
+    _PART,
+    _RADIUS,
+    _ROTATES,
+    _RULE,
+    _STEP,
+    _TENSOR_WIDTH,
+    _TILE_LAYER,
+    _TILE_TENSOR,
+    _TILE_WIDTH,
+    _TILES,
+    _WEIGHT_DECAY,
 )
-_COEFFICIENT_WIDTH, _A, _B, _C, _MODE = _constants(
-    Coefficient.WIDTH, Coefficient.A, Coefficient.B, Coefficient.C, Coefficient.MODE
-)
-_KEEP, _PRECISE = constant(rotation.KEEP), constant(rotation.PRECISE)
-_MAX_OPTIONS = constant(MAX_OPTIONS)
+from .formulas import device_function, lower
+from .tile import addresses_of, is_aligned, measure_tile, options_row_of, rotate_tile, step_again
+from .types import load_weight
 
 _coefficients = lower(rotation.coefficients)
 _orthogonal_square, _is_nearly_parallel = lower(rotation.orthogonal_square), lower(rotation.is_nearly_parallel)
-
-
-@device_function
-def _address(row, column, start, STORED: tl.constexpr):
-    return tl.load(row + column) + start * (STORED.primitive_bitwidth // 8)
-
-
-@device_function
-def _addresses(row, start, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, STATES: tl.constexpr):
-    # (parameter, remainder, gradient, state ...) of the tensor's element ``start``; the remainder may not be there.
-    addresses = (_address(row, _PARAM, start, PARAM), _address(row, _REMAINDER, start, tl.int16))
-    addresses = addresses + (_address(row, _GRAD, start, GRAD),)
-    for i in tl.static_range(STATES):
-        addresses = addresses + (_address(row, _STATE + i, start, STATE),)
-    return addresses
-
-
-@device_function
-def _is_aligned(
-    addresses, length, READS_GRAD: tl.constexpr, STATES: tl.constexpr, COMPENSATED: tl.constexpr, LANES: tl.constexpr
-):  # fmt: skip
-    bits = addresses[0]
-    if COMPENSATED:
-        bits = bits | addresses[1]
-    if READS_GRAD:
-        bits = bits | addresses[2]
-    for i in tl.static_range(STATES):
-        bits = bits | addresses[3 + i]
-    return ((bits % VECTOR == 0) & (length % LANES == 0)).to(tl.int32)
-
-
-@device_function
-def _options_row(hyper, step_options, tensor, COUNTS: tl.constexpr):
-    # Only where the formula counts its steps do the options of a tensor differ from those of its group.
-    return step_options + tensor * _MAX_OPTIONS if COUNTS else hyper + _OPTION
-
-
-@device_function
-def _options(row, OPTIONS: tl.constexpr, ELEMENT: tl.constexpr):
-    # In the element type: as float64 they would draw all of a float32 formula into float64.
-    options = ()
-    for i in tl.static_range(OPTIONS):
-        options = options + (tl.load(row + i).to(ELEMENT),)
-    return options
-
-
-@device_function
-def _inside(lanes, length, LANES: tl.constexpr, ALIGNED: tl.constexpr):
-    if ALIGNED:
-        # Changes no value: it shows the compiler that the length is a multiple of a vector's.
-        length = length // LANES * LANES
-    return lanes < length
-
-
-@device_function
-def _load_gradient(
-    address, hyper, lanes, inside,
-    ADMIT: tl.constexpr, GRAD: tl.constexpr, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, POLICY: tl.constexpr,
-):  # fmt: skip
-    raw = tl.load(hyper + _GRAD_SCALE).to(ELEMENT) * load(address, lanes, inside, GRAD, ELEMENT, ALIGNED, POLICY)
-    grad = ADMIT(raw)
-    return grad, grad != raw
-
-
-@device_function
-def _measure_tile(
-    addresses, length, hyper, options_row, partials, partial_counts,
-    ADVANCE: tl.constexpr, STEP: tl.constexpr, ADMIT: tl.constexpr,
-    READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
-    ELEMENT: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
-    COMPENSATED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    lanes = tl.arange(0, TILE)
-    inside = _inside(lanes, length, LANES, ALIGNED)
-    options = _options(options_row, OPTIONS, ELEMENT)
-    # Only what rotate reads again deserves its place in the cache.
-    POLICY: tl.constexpr = "" if READS_GRAD else "evict_first"
-    grad, non_finite = _load_gradient(addresses[2], hyper, lanes, inside, ADMIT, GRAD, ELEMENT, ALIGNED, POLICY)
-    before = ()
-    for i in tl.static_range(STATES):
-        before = before + (load(addresses[3 + i], lanes, inside, STATE, ELEMENT, ALIGNED, ""),)
-    w = load_weight(addresses, lanes, inside, PARAM, ELEMENT, COMPENSATED, ALIGNED, "").to(tl.float64)
-    advanced = ADVANCE(grad, before, options)
-    state = ()
-    for i in tl.static_range(STATES):
-        # As it will be stored: rotate makes its step of nothing else.
-        rounded = decode(encode(advanced[i], STATE), STATE, ELEMENT)
-        clean = finite_or_zero(rounded)
-        non_finite = non_finite | (clean != rounded)
-        tl.store(pointers(addresses[3 + i], lanes, STATE, ALIGNED), encode(clean, STATE), mask=inside)
-        state = state + (clean,)
-    step = STEP(grad, state, options)
-    u = finite_or_zero(step)
-    non_finite = (non_finite | (u != step)) & inside
-    # Beyond the end a formula may make anything of its zeros.
-    u = tl.where(inside, u, 0.0).to(tl.float64)
-    index = tl.program_id(0).to(tl.int64)
-    tl.store(partials + index * 3, tl.sum(w * w, axis=0))
-    tl.store(partials + index * 3 + 1, tl.sum(w * u, axis=0))
-    tl.store(partials + index * 3 + 2, tl.sum(u * u, axis=0))
-    tl.store(partial_counts + index, tl.sum(non_finite.to(tl.int32), axis=0))
 
 
 @triton.jit
@@ -189,13 +97,13 @@ def measure(
     row = tensors + tensor * _TENSOR_WIDTH
     if tl.load(row + _GRAD) != 0:
         length = tl.load(tile + _LENGTH)
-        addresses = _addresses(row, tl.load(tile + _OFFSET), PARAM, GRAD, STATE, STATES)
+        addresses = addresses_of(row, tl.load(tile + _OFFSET), PARAM, GRAD, STATE, STATES)
         hyper = hypers + tl.load(row + _HYPER) * _HYPER_WIDTH
-        options_row = _options_row(hyper, step_options, tensor, COUNTS)
-        aligned = _is_aligned(addresses, length, True, STATES, COMPENSATED, LANES)
+        options_row = options_row_of(hyper, step_options, tensor, COUNTS)
+        aligned = is_aligned(addresses, length, True, STATES, COMPENSATED, LANES)
         for ALIGNED in tl.static_range(2):
             if aligned == ALIGNED:
-                _measure_tile(
+                measure_tile(
                     addresses, length, hyper, options_row, partials, partial_counts,
                     ADVANCE, STEP, ADMIT, READS_GRAD, STATES, OPTIONS,
                     ELEMENT, PARAM, GRAD, STATE, COMPENSATED, LANES, TILE, ALIGNED,
@@ -226,22 +134,6 @@ def _add(count, increment):
 
 
 @device_function
-def _step_again(
-    addresses, hyper, options_row, lanes, inside,
-    STEP: tl.constexpr, ADMIT: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
-    ELEMENT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    if READS_GRAD:
-        grad, _ = _load_gradient(addresses[2], hyper, lanes, inside, ADMIT, GRAD, ELEMENT, ALIGNED, "evict_first")
-    else:
-        grad = 0.0
-    state = ()
-    for i in tl.static_range(STATES):
-        state = state + (load(addresses[3 + i], lanes, inside, STATE, ELEMENT, ALIGNED, "evict_first"),)
-    return finite_or_zero(STEP(grad, state, _options(options_row, OPTIONS, ELEMENT)))
-
-
-@device_function
 def _measure_orthogonal_square(
     n2, d, layer, row, hyper, options_row,
     STEP: tl.constexpr, ADMIT: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
@@ -255,9 +147,9 @@ def _measure_orthogonal_square(
     lanes = tl.arange(0, BLOCK)
     sums = tl.full((BLOCK,), 0.0, tl.float64)
     for start in range(0, length, BLOCK):
-        addresses = _addresses(row, first + start, PARAM, GRAD, STATE, STATES)
+        addresses = addresses_of(row, first + start, PARAM, GRAD, STATE, STATES)
         inside = lanes < length - start
-        u = _step_again(
+        u = step_again(
             addresses, hyper, options_row, lanes, inside,
             STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, GRAD, STATE, False,
         )  # fmt: skip
@@ -319,36 +211,13 @@ def finish(
         sigma2 = _orthogonal_square(n2, d, q)
         here = (tl.load(row + _FLAGS) & (_ROTATES | _PART)) == _ROTATES
         if has_grad & here & _is_nearly_parallel(sigma2, q):
-            options_row = _options_row(hyper, step_options, tensor, COUNTS)
+            options_row = options_row_of(hyper, step_options, tensor, COUNTS)
             sigma2 = _measure_orthogonal_square(
                 n2, d, layer, row, hyper, options_row,
                 STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, PARAM, GRAD, STATE, COMPENSATED, BLOCK,
             )  # fmt: skip
         coefficients = coefficients + layer * _COEFFICIENT_WIDTH
         _write_coefficients(n2, d, q, sigma2, layer, row, hyper, has_grad, coefficients, count)
-
-
-@device_function
-def _rotate_tile(
-    addresses, length, hyper, options_row, coefficients,
-    STEP: tl.constexpr, ADMIT: tl.constexpr, READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
-    ELEMENT: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
-    COMPENSATED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    lanes = tl.arange(0, TILE)
-    inside = _inside(lanes, length, LANES, ALIGNED)
-    w = load_weight(addresses, lanes, inside, PARAM, ELEMENT, COMPENSATED, ALIGNED, "evict_first")
-    u = _step_again(
-        addresses, hyper, options_row, lanes, inside,
-        STEP, ADMIT, READS_GRAD, STATES, OPTIONS, ELEMENT, GRAD, STATE, ALIGNED,
-    )  # fmt: skip
-    a, b = tl.load(coefficients + _A), tl.load(coefficients + _B)
-    if tl.load(coefficients + _MODE) == _PRECISE:
-        wide = w.to(tl.float64)
-        w = (a * wide + b * (u.to(tl.float64) - tl.load(coefficients + _C) * wide)).to(ELEMENT)
-    else:
-        w = tl.fma(a.to(ELEMENT), w, b.to(ELEMENT) * u)
-    store_weight(addresses, lanes, inside, w, PARAM, COMPENSATED, ALIGNED)
 
 
 @triton.jit
@@ -367,13 +236,13 @@ def rotate(
         tensor = tl.load(tile + _TILE_TENSOR)
         row = tensors + tensor * _TENSOR_WIDTH
         length = tl.load(tile + _LENGTH)
-        addresses = _addresses(row, tl.load(tile + _OFFSET), PARAM, GRAD, STATE, STATES)
+        addresses = addresses_of(row, tl.load(tile + _OFFSET), PARAM, GRAD, STATE, STATES)
         hyper = hypers + tl.load(row + _HYPER) * _HYPER_WIDTH
-        options_row = _options_row(hyper, step_options, tensor, COUNTS)
-        aligned = _is_aligned(addresses, length, READS_GRAD, STATES, COMPENSATED, LANES)
+        options_row = options_row_of(hyper, step_options, tensor, COUNTS)
+        aligned = is_aligned(addresses, length, READS_GRAD, STATES, COMPENSATED, LANES)
         for ALIGNED in tl.static_range(2):
             if aligned == ALIGNED:
-                _rotate_tile(
+                rotate_tile(
                     addresses, length, hyper, options_row, coefficients,
                     STEP, ADMIT, READS_GRAD, STATES, OPTIONS,
                     ELEMENT, PARAM, GRAD, STATE, COMPENSATED, LANES, TILE, ALIGNED,

@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "schedule.h"
 
 #include <algorithm>
 #include <numeric>
@@ -32,48 +32,48 @@ std::vector<std::int64_t> largest_first(const std::vector<std::int64_t>& lengths
   return order;
 }
 
-void add_large(const Batch& batch, std::int64_t layer, Plan& plan) {
+void add_large(const Batch& batch, std::int64_t layer, Schedule& schedule) {
   const std::int64_t tiles = layer_span(batch, layer).tiles;
   const std::int64_t step = std::max<std::int64_t>(1, piece_length / batch.tile);
-  const auto place = static_cast<std::int64_t>(plan.large.size());
-  const auto first_piece = static_cast<std::int64_t>(plan.pieces.size());
+  const auto place = static_cast<std::int64_t>(schedule.large.size());
+  const auto first_piece = static_cast<std::int64_t>(schedule.pieces.size());
   for (std::int64_t first = 0; first < tiles; first += step) {
-    plan.pieces.push_back({place, first, std::min(first + step, tiles)});
-    plan.longest_item = std::max(plan.longest_item, step * batch.tile);
+    schedule.pieces.push_back({place, first, std::min(first + step, tiles)});
+    schedule.longest_item = std::max(schedule.longest_item, step * batch.tile);
   }
-  plan.large.push_back({layer, first_piece, static_cast<std::int64_t>(plan.pieces.size())});
+  schedule.large.push_back({layer, first_piece, static_cast<std::int64_t>(schedule.pieces.size())});
 }
 
-void add_shares(const std::vector<std::int64_t>& lengths, Plan& plan) {
-  const auto n_small = static_cast<std::int64_t>(plan.small.size());
+void add_shares(const std::vector<std::int64_t>& lengths, Schedule& schedule) {
+  const auto n_small = static_cast<std::int64_t>(schedule.small.size());
   for (std::int64_t first = 0, last = 0; first < n_small; first = last) {
     std::int64_t elements = 0;
     do {
-      elements += lengths[plan.small[last++]];
-    } while (last < n_small && elements + lengths[plan.small[last]] <= share_length);
-    plan.shares.push_back({first, last});
+      elements += lengths[schedule.small[last++]];
+    } while (last < n_small && elements + lengths[schedule.small[last]] <= share_length);
+    schedule.shares.push_back({first, last});
   }
 }
 
 }  // namespace
 
-Plan make_plan(const Batch& batch, int bytes_read_again) {
-  Plan plan;
+Schedule make_schedule(const Batch& batch, int bytes_read_again) {
+  Schedule schedule;
   std::vector<std::int64_t> lengths(batch.n_layers);
   for (std::int64_t layer = 0; layer < batch.n_layers; ++layer) lengths[layer] = layer_span(batch, layer).length;
   // The gradient, which is read only once, passes through the same cache: leave it a quarter.
   const std::int64_t longest_small = cache_per_core() / 4 * 3 / bytes_read_again;
   for (const std::int64_t layer : largest_first(lengths)) {
-    plan.elements += lengths[layer];
+    schedule.elements += lengths[layer];
     if (lengths[layer] > longest_small) {
-      add_large(batch, layer, plan);
+      add_large(batch, layer, schedule);
     } else {
-      plan.small.push_back(layer);
-      plan.longest_item = std::max(plan.longest_item, lengths[layer]);
+      schedule.small.push_back(layer);
+      schedule.longest_item = std::max(schedule.longest_item, lengths[layer]);
     }
   }
-  add_shares(lengths, plan);
-  return plan;
+  add_shares(lengths, schedule);
+  return schedule;
 }
 
 }  // namespace layca::cpu

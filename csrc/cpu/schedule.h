@@ -14,21 +14,21 @@ namespace layca::cpu {
 
 // Tiles [first, last) of a large layer.
 struct Piece {
-  std::int64_t large;  // place in Plan::large
+  std::int64_t large;  // place in Schedule::large
   std::int64_t first, last;
 };
 
 struct LargeLayer {
   std::int64_t layer;
-  std::int64_t first_piece, last_piece;  // places in Plan::pieces
+  std::int64_t first_piece, last_piece;  // places in Schedule::pieces
 };
 
-// Places [first, last) of Plan::small: layers that one thread does whole, one after the other.
+// Places [first, last) of Schedule::small: layers that one thread does whole, one after the other.
 struct Share {
   std::int64_t first, last;
 };
 
-struct Plan {
+struct Schedule {
   std::vector<LargeLayer> large;
   std::vector<Piece> pieces;
   std::vector<std::int64_t> small;
@@ -42,6 +42,6 @@ struct Plan {
 
 // `bytes_read_again` is what rotate reads once more per element, after measure. Only the structure of the batch is
 // read, no pointers and no hyperparameters.
-Plan make_plan(const Batch& batch, int bytes_read_again);
+Schedule make_schedule(const Batch& batch, int bytes_read_again);
 
 }  // namespace layca::cpu

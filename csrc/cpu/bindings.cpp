@@ -8,11 +8,11 @@
 #include <optional>
 #include <string>
 
-#include "batch.h"
-#include "bindings.h"
-#include "cpu/registry.h"
-#include "cpu/runner.h"
-#include "watch.h"
+#include "../batch.h"
+#include "../bindings.h"
+#include "../watch.h"
+#include "registry.h"
+#include "runner.h"
 
 namespace py = pybind11;
 
@@ -32,7 +32,8 @@ std::unique_ptr<cpu::Runner> make_view(Address tensors, Address hypers, Address 
   return std::make_unique<cpu::Runner>(batch, formula, dtype, instructions.value_or(cpu::instruction_sets().front()));
 }
 
-// The columns of every table under the names that layca_fast/tables.py gives them, for a test that compares the two.
+// The columns of every table under the names that layca_fast/formulas/tables.py gives them, for a test that compares
+// the two.
 Columns columns() {
 #define LAYCA_COLUMN(table, name) \
   {                               \

@@ -7,11 +7,11 @@
 #include <memory>
 #include <string>
 
-#include "batch.h"
-#include "bindings.h"
-#include "cuda/launch.h"
-#include "cuda/registry.h"
-#include "cuda/runner.h"
+#include "../batch.h"
+#include "../bindings.h"
+#include "launch.h"
+#include "registry.h"
+#include "runner.h"
 
 namespace py = pybind11;
 

@@ -15,7 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..formulas import base_steps
+from ...formulas import base_steps
 
 
 def _probe():

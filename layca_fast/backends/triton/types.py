@@ -12,11 +12,11 @@ float32 as ``layca_fast/compensation.py`` says.
 import torch
 import triton.language as tl
 
-from .triton_formulas import constant, device_function
+from .formulas import constant, device_function
 
 STORED = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.int16, torch.float16: tl.float16}
 
-VECTOR = constant(16)  # bytes, as in triton_.py
+VECTOR = constant(16)  # bytes, as in launches.py
 
 _EXPONENT = constant(0x7F800000)
 # Exponents of float32: of 2**-14, the smallest that float16 has, and from its ulp's to that of a unit of its remainder.

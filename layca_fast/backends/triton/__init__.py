@@ -1,0 +1,1 @@
+"""The Triton backend. ``backend`` and ``launches`` import Triton only where something asks for it."""
