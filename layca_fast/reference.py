@@ -120,7 +120,9 @@ def muon(
         matrix = piece[0] if chunks != 1 and len(piece) == 1 else piece
         matrix = matrix.reshape(len(matrix), -1)
         rows, columns = matrix.shape
-        adjusted = 0.2 * max(rows, columns) ** 0.5 if adjust_lr == "match_rms_adamw" else max(1, rows / max(columns, 1)) ** 0.5
+        adjusted = (
+            0.2 * max(rows, columns) ** 0.5 if adjust_lr == "match_rms_adamw" else max(1, rows / max(columns, 1)) ** 0.5
+        )
         pieces.append(adjusted * newton_schulz(matrix, ns_steps, ns_coefficients, eps).reshape(piece.shape))
     return torch.cat(pieces)
 
@@ -128,7 +130,7 @@ def muon(
 def newton_schulz(matrix: Tensor, steps: int, coefficients: Sequence[float], eps: float) -> Tensor:
     """Jordan's iteration: singular vectors stay, and of s a s + b s^3 + c s^5 is made, from the matrix over its norm."""
     a, b, c = coefficients
-    x = matrix / torch.linalg.matrix_norm(matrix).clamp(min=eps)
+    x: Tensor = matrix / torch.linalg.matrix_norm(matrix).clamp(min=eps)
     for _ in range(steps):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x

@@ -193,8 +193,13 @@ BASE_OPTIONS: tuple[Mapping[str, Any], ...] = (
     # Rounding errors of the other types grow in the iterations, and on GPUs the default is bfloat16.
     {"base": "muon", "momentum": 0.9, "ns_dtype": torch.float64},
     {
-        **{"base": "muon", "momentum": 0.8, "nesterov": False, "ns_steps": 3, "ns_coefficients": (3.0, -3.2, 1.2)},
-        **{"adjust_lr": "match_rms_adamw", "ns_dtype": torch.float64},
+        "base": "muon",
+        "momentum": 0.8,
+        "nesterov": False,
+        "ns_steps": 3,
+        "ns_coefficients": (3.0, -3.2, 1.2),
+        "adjust_lr": "match_rms_adamw",
+        "ns_dtype": torch.float64,
     },
 )
 

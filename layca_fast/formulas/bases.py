@@ -169,7 +169,7 @@ def _check_muon(group: Options) -> None:
     _check_truth(group, "nesterov")
     _check_eps(group)
     steps, coefficients = group["ns_steps"], group["ns_coefficients"]
-    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= steps < 100:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= int(steps) < 100:
         raise ValueError(f"ns_steps={steps!r}: must be a whole number from 1 to 99, of Newton-Schulz iterations")
     if (
         not isinstance(coefficients, Sequence)

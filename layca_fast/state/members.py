@@ -239,6 +239,12 @@ def members(
         local, sharding = local_of(param), Sharding(1, (Piece(0, 1),))
         if layered:
             sharding = sharding_of(param, layers, describe(label, param))
+        if formula.direct is not None and sharding.groups:
+            raise ValueError(
+                f"{describe(label, param)} has matrices of which this process holds parts only, and "
+                f"base={group['base']!r} directs whole matrices: shard it by whole layers (chunks along the sharded "
+                "dimension), keep it whole, or take another base"
+            )
         dense = all(layers_are_dense(piece.of(local), piece.layers) for piece in sharding.pieces)
         backend = choose(group["backend"], local.device)
         if not dense and backend.needs_dense:

@@ -163,9 +163,7 @@ class Directed(Batch):
         # One for each group, as the tables have rows for each.
         advances: dict[int, Any] = {key: ChainMap(dict(_ADVANCES), each) for key, each in groups.items()}  # type: ignore[arg-type]
         follows: dict[int, Any] = {key: ChainMap(dict(_FOLLOWS), each) for key, each in groups.items()}  # type: ignore[arg-type]
-        turning = [
-            replace(slot, group=follows[id(slot.group)], base=_SGD, states=(), step=None) for slot in slots
-        ]
+        turning = [replace(slot, group=follows[id(slot.group)], base=_SGD, states=(), step=None) for slot in slots]
         super().__init__(_SGD.formula(_SGD.options), turning, tile)
         self._formula, self._scratch = formula, scratch
         self._given = list(slots)
@@ -176,15 +174,19 @@ class Directed(Batch):
         #: The kernels know gradients and states of 16 bits beside parameters of 16 bits only: there a step is first a
         #: bfloat16 and its remainder, which are a float32.
         self._halves: Tensor | None = None
-        blanks, remainders = self._steps, [None] * len(slots)
+        blanks: list[Tensor] = self._steps
+        remainders: Sequence[Tensor | None] = [None] * len(slots)
         if self.dtype in HALVES:
             self._halves = scratch.take("halves", 2 * total, torch.bfloat16, self.device).view(2, total)
             blanks, remainders = (_carve(half, slots, offsets) for half in self._halves)
         advancing = [
             replace(
                 slot,
-                **{"param": blank, "remainder": rest, "dtensor": slot.owner},
-                **{"group": advances[id(slot.group)], "radius": None},
+                param=blank,
+                remainder=rest,
+                dtensor=slot.owner,
+                group=advances[id(slot.group)],
+                radius=None,
             )
             for slot, blank, rest in zip(slots, blanks, remainders, strict=True)
         ]
@@ -213,14 +215,9 @@ class Directed(Batch):
         self.advancing.sync_hyperparameters()
 
     def are_recorded(self) -> bool:
-        return (
-            super().are_recorded()
-            and self.advancing.are_recorded()
-            and self._recorded in (None, self._settings())
-        )
+        return super().are_recorded() and self.advancing.are_recorded() and self._recorded in (None, self._settings())
 
     def refresh(self, loss_scale: LossScale | None = None, capturing: bool = False) -> None:
-        (self._memory if self._halves is None else self._halves).zero_()
         self.advancing.refresh(loss_scale, capturing)
         # The steps know of no scale, but that there may be none.
         super().refresh(None if loss_scale is None else LossScale(None, loss_scale.found_inf), capturing)
@@ -248,6 +245,7 @@ class Directed(Batch):
         wanted = present, tuple(directions.values())
         if wanted != self._made_for:
             self._stacks, self._made_for = self._make_stacks(directions, present), wanted
+        (self._memory if self._halves is None else self._halves).zero_()
         backend.step(self.advancing)
         if self._halves is not None:
             upper, lower = self._halves.view(torch.int16)
@@ -291,5 +289,3 @@ def _cut(runs: Sequence[_Run], limit: int) -> Iterator[list[_Run]]:
                 part, filled = [], 0
     if part:
         yield part
-
-

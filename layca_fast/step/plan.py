@@ -81,7 +81,7 @@ class Plan:
 
         drop_remainders(groups, state)
         self._groups, self._state = groups, state
-        self._scratch = scratch or (Scratch() if previous is None else previous._scratch)
+        self._scratch: Scratch = scratch or (Scratch() if previous is None else previous._scratch)
         self._signature = _signature(groups)
         self._params = [list(group["params"]) for group in groups]
         member_ids = {id(member.param) for member in found}

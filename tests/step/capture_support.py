@@ -8,6 +8,7 @@ from torch import Tensor
 
 from layca_fast import FusedLayca
 from layca_fast.step.batch import Batch
+from layca_fast.step.directions import Directed
 from layca_fast.step.unscaling import LossScale
 from layca_fast.step.upload import Mirror
 
@@ -30,13 +31,18 @@ def record(optimizer: FusedLayca, capturing: Callable[[bool], None]) -> Callable
         capturing(True)
         optimizer.step()
         capturing(False)
-    recorded = list(zip(optimizer._plan.batches, tables, scales, strict=True))
+    batches = optimizer._plan.batches
+    # One that makes directions has two sets of tables.
+    halves = [[*([batch.advancing] if isinstance(batch, Directed) else []), batch] for _, batch in batches]
+    recorded = list(zip((half for each in halves for half in each), tables, scales, strict=True))
 
     @torch.no_grad()
     def replay() -> None:
-        for (backend, batch), table, loss_scale in recorded:
-            batch.tensors.copy_(table)
-            batch.fetch(loss_scale)
+        for half, table, loss_scale in recorded:
+            half.tensors.copy_(table)
+            half.fetch(loss_scale)
+        for backend, batch in batches:
+            batch.direct(backend)
             backend.step(batch)
 
     return replay

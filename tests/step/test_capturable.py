@@ -162,7 +162,7 @@ def test_the_loss_scale_is_read_anew_by_every_replay(
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @every_backend
 def test_capturable_changes_no_bit_of_an_eager_run(backend: str, options: dict[str, Any], seed: int) -> None:
-    params = [parameter(*shape, backend=backend) for shape in ((5, 4), (6,))]
+    params = [parameter(*shape, backend=backend) for shape in shapes_for(options, ((5, 4), (6,)))]
     optimizers = [
         FusedLayca(each, 0.1, backend=backend, capturable=capturable, **options)
         for each, capturable in ((params, True), (clones(params), False))

@@ -1,4 +1,4 @@
-"""Steps along directions of whole matrices: what keeps bits, windows and stacks, types, and all that surrounds a step."""
+"""Steps along directions of whole matrices: what keeps bits, windows, stacks, types, and all around a step."""
 
 import copy
 import pickle

@@ -44,7 +44,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
-def odd_params(backend: str, base: Mapping[str, Any] = {}) -> list[Parameter]:  # noqa: B006
+def odd_params(backend: str, base: Mapping[str, Any] = {}) -> list[Parameter]:
     """A matrix, a bias, three layers in one tensor, and a tensor without elements."""
     shapes = shapes_for(base, ((6, 5), (7,), (3, 4, 2), (0, 3)))
     return [parameter(*shape, backend=backend) for shape in shapes]
