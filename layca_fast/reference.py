@@ -128,7 +128,7 @@ def muon(
 
 
 def newton_schulz(matrix: Tensor, steps: int, coefficients: Sequence[float], eps: float) -> Tensor:
-    """Jordan's iteration: singular vectors stay, and of s a s + b s^3 + c s^5 is made, from the matrix over its norm."""
+    """Jordan's iteration, from the matrix over its norm: of each singular value s it makes a s + b s^3 + c s^5."""
     a, b, c = coefficients
     x: Tensor = matrix / torch.linalg.matrix_norm(matrix).clamp(min=eps)
     for _ in range(steps):
