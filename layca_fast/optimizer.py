@@ -20,6 +20,7 @@ from .state.loading import Loading
 from .state.members import ignored_decay, rotates
 from .state.sharding import local_of, wrap
 from .step.capture import is_capturing
+from .step.interrupts import uninterrupted
 from .step.plan import Plan
 from .step.stats import RotationStats, rotation_stats
 from .step.unscaling import LossScale
@@ -224,8 +225,9 @@ class FusedLayca(Optimizer):
             self._in_backward.close()
             return loss
         if self._plan is None or self._stale or not self._plan.holds(self.param_groups, self.state):
-            self._plan = Plan(self.param_groups, self.state, choose, previous=self._plan)
-            self._stale = False
+            with uninterrupted():
+                self._plan = Plan(self.param_groups, self.state, choose, previous=self._plan)
+                self._stale = False
             if self._in_backward is not None:
                 self._plan.carry_counts(self._in_backward.counts())
                 self._in_backward = None

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..messages import labelled
 from ..optimizer import FusedLayca
-from ..state.loading import keep_options, shield_radii, unshield_radii
+from ..state.loading import check_radii, keep_options, shield_radii, unshield_radii
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
 
 #: Our key among the hooks. torch numbers hooks per process, so a number that came with a pickle could be given again.
@@ -98,6 +98,7 @@ class Handle:
         return self._shadow
 
     def _before_load(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        check_radii(optimizer, saved)
         return shield_radii(keep_options(optimizer, saved, OPTIONS))
 
     def _after_load(self, optimizer: Optimizer) -> None:

@@ -22,6 +22,7 @@ from ..state.compensation import HALVES
 from ..state.layout import is_dense, memory_order
 from ..state.members import rotates
 from ..state.sharding import is_sharded
+from ..step.interrupts import uninterrupted
 from ..step.plan import Plan
 
 #: What a param group may say for itself; where it does not, the arguments of ``attach`` hold.
@@ -245,4 +246,5 @@ class Shadow:
                 ours.pop("radius", None)
                 self._published.remove(alias)
         if self._plan is None or not self._plan.holds(self._groups, self._state):
-            self._plan = Plan(self._groups, self._state, choose, previous=self._plan)
+            with uninterrupted():
+                self._plan = Plan(self._groups, self._state, choose, previous=self._plan)

@@ -18,6 +18,9 @@ from .orthogonal import NewtonSchulz
 
 Options = Mapping[str, Any]
 
+#: States that are means or sums of squares, of which steps are made by division.
+SQUARES = {"square_avg", "sum", "exp_avg_sq", "max_exp_avg_sq"}
+
 #: The paper's recommended rotation rates (arXiv 1806.01603, section 4): where the direction is the gradient of one
 #: step, and where it is averaged over steps.
 RATE_OF_ONE_STEP, RATE_OF_AVERAGE = 3.0**-3, 3.0**-5
@@ -48,6 +51,11 @@ class Formula:
     prepare: Callable[..., Any] = base_steps.same_options
     admit: Callable[..., Any] = base_steps.finite_or_zero
     direct: Callable[[Options, torch.dtype, torch.device], Direction] | None = None
+
+    @property
+    def are_squares(self) -> tuple[bool, ...]:
+        """Of each state, whether it is of squares: it starts anew with the gradient's where one is not finite."""
+        return tuple(name in SQUARES for name in self.states)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ..state.reduction import Reduction
 from ..step.capture import is_capturing
 from .curves import QUANTITIES, Curves
 from .keeping import KEEPS, Reference, Sketched, View, Whole
+from .saved import check_saved
 from .watched import replaced, watched_layers
 
 if TYPE_CHECKING:
@@ -323,6 +324,7 @@ class RotationMonitor:
         """
         if state_dict.get("version") != VERSION:
             raise ValueError(f"state_dict: has version {state_dict.get('version')!r}, and only {VERSION} can be read")
+        check_saved(state_dict, SETTINGS, self._before is not None and bool(state_dict.get("per_step")))
         for name in SETTINGS:
             if state_dict[name] != getattr(self, name):
                 raise ValueError(

@@ -4,7 +4,6 @@ torch's own ``load_state_dict`` casts every state tensor to its parameter's dtyp
 parameter is, so the tensors are put back as they were saved once torch is done.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,9 +12,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..formulas.options import find_base
 from ..messages import describe, labelled
 from .checks import count_layers
-from .compensation import HALVES
+from .contents import check_complete, check_contents
 from .layout import scalar_device
 from .members import OUR_STATES
 
@@ -44,29 +44,22 @@ def adopt(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     return {**saved, "param_groups": adopted + saved["param_groups"][len(adopted) :]}
 
 
-def _check_count(step: Tensor, where: str) -> None:
-    """Raise ValueError for a number of steps that is none. Those of our own runs are on the CPU once saved."""
-    if step.device.type == "cpu" and step.numel() == 1 and not 0 <= float(step) < math.inf:
-        raise ValueError(f"state_dict: 'step' is {float(step)} for {where}: it must be a finite number >= 0")
-
-
-def check_shapes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError if a saved state tensor does not fit its parameter."""
+def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError if a saved state does not fit its parameter, or if no run can have left it."""
     for group, label, param, state in _pairs(optimizer, saved):
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"state_dict: the state of {describe(label, param)} is a {type(state).__name__}: it must be a dict of "
+                "tensors"
+            )
+        base = find_base(group.get("base", optimizer.defaults.get("base")))
+        check_complete(base.formula({**base.options, **group}), state, describe(label, param))
         for name, value in state.items():
+            layers = count_layers(param, group.get("chunks", 1), label) if name == "radius" else 1
+            check_contents(name, value, param, label, layers)
             if name not in OUR_STATES or not isinstance(value, Tensor):
                 continue
-            expected = tuple(param.shape)
-            if name == "radius":
-                expected = (count_layers(param, group.get("chunks", 1), label),)
-            elif name == "step":
-                expected = ()
-                _check_count(value, describe(label, param))
-            elif name == "remainder" and value.dtype not in HALVES:
-                raise ValueError(
-                    f"state_dict: {name!r} has dtype {value.dtype} for {describe(label, param)}: it holds raw bits in "
-                    "a tensor of a 16-bit type, which no conversion keeps. Load it as it was saved, or leave it out"
-                )
+            expected = {"radius": (layers,), "step": ()}.get(name, tuple(param.shape))
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"state_dict: {name!r} has shape {tuple(value.shape)}, but {describe(label, param)} needs "
@@ -106,7 +99,7 @@ class Loading:
         self._saved = adopt(optimizer, saved) if self.is_foreign else dict(saved)
         for group in self._saved["param_groups"]:
             self._check(group)
-        check_shapes(optimizer, self._saved)
+        check_state(optimizer, self._saved)
         return self._saved
 
     def _restore(self, optimizer: Optimizer) -> None:
@@ -130,6 +123,13 @@ class _Shielded:
     """A tensor inside something that torch does not know, and so passes through ``load_state_dict`` as it is."""
 
     tensor: Tensor
+
+
+def check_radii(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError, for another optimizer than ours to load, for a saved radius that no run can have left."""
+    for _, label, param, state in _pairs(optimizer, saved):
+        if isinstance(state, Mapping):
+            check_contents("radius", state.get("radius"), param, label, 1)
 
 
 def shield_radii(saved: Mapping[str, Any]) -> dict[str, Any]:

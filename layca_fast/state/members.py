@@ -12,6 +12,7 @@ from ..formulas.options import find_base
 from ..messages import describe, labelled
 from .checks import check_gradient, check_matrices, check_memory, check_parameter, count_layers
 from .compensation import HALVES, fits, is_compensated, state_dtype
+from .contents import check_complete
 from .layout import layers_are_dense, scalar_device
 from .runner import Choose, Runs
 from .sharding import (
@@ -85,6 +86,7 @@ class Member(Generic[Runs]):
             local[name] = self._buffer(name, old.get(name), dtype)
         if is_compensated(self.param.dtype, self.group):
             local["remainder"] = self._remainder(old.get("remainder"))
+        check_complete(self.formula, state, describe(self.label, self.param))
         if self.formula.counts_steps:
             # Another base may have counted steps before these buffers were made.
             has = [name for name in self.formula.states if state.get(name) is not None]
@@ -153,11 +155,6 @@ class Member(Generic[Runs]):
     def _step_count(self, old: Any, buffers: Sequence[str]) -> Tensor:
         if not buffers:
             old = 0.0
-        if old is None:
-            raise ValueError(
-                f"the state of {describe(self.label, self.param)} has {buffers[0]!r} but no 'step', the number of "
-                "steps that made it: set it, or clear the optimizer's state for it, del optimizer.state[parameter]"
-            )
         # Older versions of torch saved a plain number.
         count = old if isinstance(old, Tensor) else torch.tensor(float(old), device="cpu")
         if count.shape != ():

@@ -9,7 +9,7 @@ is the gradient, to be maximized. So rules, remainders, statistics, loss scales 
 """
 
 from collections import ChainMap
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -153,7 +153,7 @@ class _Advancing(Batch):
 
 
 class Directed(Batch):
-    """A batch whose gradients are directions: :meth:`direct` makes them, before the kernels run as for plain SGD.
+    """A batch whose gradients are directions: its step makes them first, before the kernels run as for plain SGD.
 
     The tensors of all batches of one scratch lie in the same memory, so each is to be finished before the next begins.
     """
@@ -237,16 +237,35 @@ class Directed(Batch):
     def _settings(self) -> Hashable:
         return tuple(self._directions().values())
 
-    def direct(self, backend: "Backend") -> None:
+    @property
+    def is_delicate(self) -> bool:
+        # Between its halves Python looks for signals.
+        return True
+
+    def make_room(self, backend: "Backend") -> None:
+        super().make_room(backend)
+        backend.reserve(self.advancing)
         present = tuple(grad is not None for grad in self.grads)
-        if not any(present):
-            return
         directions = self._directions()
         wanted = present, tuple(directions.values())
         if wanted != self._made_for:
             self._stacks, self._made_for = self._make_stacks(directions, present), wanted
+
+    def call(self, backend: "Backend") -> Callable[[], object]:
+        advance, turn = backend.call(self.advancing), backend.call(self)
+
+        def step() -> None:
+            self._direct(advance)
+            turn()
+
+        return step
+
+    def _direct(self, advance: Callable[[], object]) -> None:
+        """Advance the state, and make the directions."""
+        if not self._stacks:
+            return
         (self._memory if self._halves is None else self._halves).zero_()
-        backend.step(self.advancing)
+        advance()
         if self._halves is not None:
             upper, lower = self._halves.view(torch.int16)
             self._memory.view(torch.int32).copy_(upper).bitwise_left_shift_(16).add_(lower)

@@ -33,6 +33,7 @@ def eager(base: str, device: torch.device) -> list[Provider]:
     return [each for each in providers(base, device) if "compile" not in each.name]
 
 
+@pytest.mark.exhaustive
 def test_tables_of_tiny_models_on_the_cpu(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +163,7 @@ def test_programs_are_looked_for_on_the_path_of_the_parts(tmp_path: Path) -> Non
     assert gpu.facts("")["nvcc"] == "not found"
 
 
+@pytest.mark.exhaustive
 def test_the_parts_cover_what_must_be_proven() -> None:
     """Every file with a test for a GPU; under the sanitizer first; what needs the memory for itself apart."""
     parts = gpu.proofs("")

@@ -274,6 +274,7 @@ def test_plot_refuses_a_file_without_such_rows(seed: int, tmp_path: Path, capsys
         read(path)
 
 
+@pytest.mark.exhaustive
 def test_scaling_sweeps_are_measured_and_drawn(seed: int, tmp_path: Path) -> None:
     out, figure = tmp_path / "scaling.csv", tmp_path / "scaling.png"
     entrants = {each.name for each in scaling.entrants(CPU)}

@@ -95,6 +95,12 @@ def second_backward() -> None:
         weight.sum().backward()
 
 
+def damaged_checkpoint() -> None:
+    saved = step(matrix(), base="adam").state_dict()
+    saved["state"][0]["exp_avg_sq"][0, 0] = float("inf")
+    FusedLayca([matrix()], base="adam").load_state_dict(saved)
+
+
 #: What triggers the message of each entry, by its heading.
 TRIGGERS: dict[str, Callable[[], object]] = {
     "A layer starts at zero": zero_layer,
@@ -114,6 +120,7 @@ TRIGGERS: dict[str, Callable[[], object]] = {
         step(matrix(), momentum=0.9).state_dict()
     ),
     "A checkpoint of another optimizer": foreign_checkpoint,
+    "A checkpoint that is damaged": damaged_checkpoint,
     "Rotations below the precision of the type": lambda: step(matrix(dtype=torch.bfloat16), lr=1e-3, compensate=False),
     "attach and 16-bit parameters": lambda: attach(torch.optim.SGD([matrix(dtype=torch.bfloat16)], lr=0.1)),
     "attach, a second time": attach_again,

@@ -116,7 +116,8 @@ def test_blocks_that_no_test_runs_are_counted() -> None:
     assert Counter(name for name, block in ours if "cuda.is_available()" in block.text) == NEED_A_GPU
     theirs = Counter(name for name, block in every if name in RUN_BY_TRAINERS and block.language == "python")
     assert theirs == RUN_BY_TRAINERS
-    assert "make test-trainers" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.search(r"^make .*\btest-all$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.M)
+    assert re.search(r"^test-all: .*\btest-trainers\b", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
 
 
 @pages

@@ -105,7 +105,9 @@ def test_float16_follows_float32_in_triton(base: Mapping[str, Any], seed: int) -
     test_float16_follows_float32("triton", base, seed)
 
 
-@pytest.mark.parametrize("base", [{"momentum": 0.9}, {"base": "adam"}], ids=str)
+@pytest.mark.parametrize(
+    "base", [{"momentum": 0.9}, pytest.param({"base": "adam"}, marks=pytest.mark.exhaustive)], ids=str
+)
 @native_backends
 def test_float16_is_within_a_millionth_after_1000_steps(backend: str, base: Mapping[str, Any], seed: int) -> None:
     """Down to weights of 1e-5, of which float16 itself holds 8 bits; and of a bias that starts from zero."""
@@ -172,7 +174,7 @@ def turned_in_a_plane(dtype: torch.dtype, lr: float, backend: str, **options: An
     return total
 
 
-@pytest.mark.parametrize("lr", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("lr", [1e-2, pytest.param(1e-3, marks=pytest.mark.exhaustive), 1e-4])
 @every_half
 @native_backends
 def test_weights_turn_by_what_is_asked(backend: str, dtype: torch.dtype, lr: float, seed: int) -> None:

@@ -42,7 +42,6 @@ def record(optimizer: FusedLayca, capturing: Callable[[bool], None]) -> Callable
             half.tensors.copy_(table)
             half.fetch(loss_scale)
         for backend, batch in batches:
-            batch.direct(backend)
-            backend.step(batch)
+            batch.call(backend)()
 
     return replay
