@@ -14,15 +14,18 @@ from .formulas.bases import BASES, Base, recommended_rate, scaled_rate
 from .formulas.options import COMMON_OPTIONS, check_choice, check_group, check_options, find_base, misspelt
 from .in_backward.handle import StepInBackward
 from .messages import labelled, named, warn_caller
-from .state.checks import check_matrices, check_new, check_parameter
+from .state.checks import check_matrices, check_memory, check_new, check_parameter, check_writable
 from .state.compensation import HALVES, join, lost_rotation
+from .state.doubts import nothing_rotates, vocabulary_rotates
+from .state.entries import drop_empty, with_all_entries
 from .state.loading import Loading
 from .state.members import ignored_decay, rotates
 from .state.sharding import local_of, wrap
+from .state.structure import check_entries, check_groups, check_saved
 from .step.capture import is_capturing
 from .step.interrupts import uninterrupted
 from .step.plan import Plan
-from .step.stats import RotationStats, rotation_stats
+from .step.stats import StepStats, rotation_stats
 from .step.unscaling import LossScale
 
 
@@ -39,8 +42,10 @@ class FusedLayca(Optimizer):
             "muon", for matrices only: each layer, viewed as (rows, all else), takes the orthogonalised momentum.
         rule: "layca", or "hyperball" (arXiv 2606.16899): the step is not projected, so the layer turns by
             atan2(lr sin(phi), 1 - lr cos(phi)), with phi the angle between weights and step.
-        rotate: which tensors rotate: True, False, or None for those of two or more dimensions. A tensor that rotates
-            again after a pause goes back to its old radius; :meth:`reset_radius` forgets it.
+        rotate: which tensors rotate: True, False, or None for all but vectors. A tensor with at most one dimension
+            longer than 1 is a vector: biases, the (out, 1) gains of weight_norm, the weights of a Linear with one
+            output. A tensor that rotates again after a pause goes back to its old radius; :meth:`reset_radius` forgets
+            it.
         chunks: layers per rotating tensor, as equal slices of its first dimension: 1, a divisor of that dimension, or
             "all" for one layer per slice.
         radius: the norm that a layer is put back to after each step: "initial", its norm before the first step that
@@ -125,6 +130,9 @@ class FusedLayca(Optimizer):
         self._warned = False
         self._warned_of_types = False
         super().__init__(params, defaults)
+        message = nothing_rotates(self.param_groups) or vocabulary_rotates(self.param_groups)
+        if message is not None:
+            warn_caller(message)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as any torch optimizer does; the group's own options are checked before it is added.
@@ -135,6 +143,8 @@ class FusedLayca(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict with the key 'params', not a {type(param_group).__name__}")
         given = dict(param_group)
+        if "params" not in given:
+            raise ValueError(f"param_group has no 'params', only {sorted(map(str, given))}: name its parameters there")
         if "unscale_in_step" in given:
             raise ValueError("unscale_in_step is no option of a group: GradScaler asks the optimizer; set it there")
         if not isinstance(given["params"], (Tensor, set)):
@@ -163,6 +173,7 @@ class FusedLayca(Optimizer):
                 if owner is added:
                     check_parameter(param, label)
                     check_matrices(param, group, label)
+                    check_writable(param, label)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -213,19 +224,18 @@ class FusedLayca(Optimizer):
         steps what backward has not, and closes the iteration.
         """
         loss = None
-        for group in self.param_groups:
-            check_group(group)
+        check_groups(self.param_groups)
         loss_scale = LossScale.of(self) if self._unscales else None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            for group in self.param_groups:
-                check_group(group)
+            check_groups(self.param_groups)
         if self._in_backward is not None and self._in_backward.is_on:
             self._in_backward.close()
             return loss
         if self._plan is None or self._stale or not self._plan.holds(self.param_groups, self.state):
             with uninterrupted():
+                check_entries(self.param_groups, self.state)
                 self._plan = Plan(self.param_groups, self.state, choose, previous=self._plan)
                 self._stale = False
             if self._in_backward is not None:
@@ -275,8 +285,7 @@ class FusedLayca(Optimizer):
         the same. Raises, before anything is modified: TypeError or ValueError for values out of range, RuntimeError
         for changes that a captured graph cannot follow, and during a capture.
         """
-        for group in self.param_groups:
-            check_group(group)
+        check_groups(self.param_groups)
         if is_capturing():
             raise RuntimeError("sync_hyperparameters() cannot be part of a CUDA graph: call it outside of the capture")
         if self._plan is not None:
@@ -298,13 +307,21 @@ class FusedLayca(Optimizer):
             self._warned_of_types = True
             warn_caller(message)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer. Trainable parameters without state have an empty entry where others have state."""
+        return with_all_entries(self, super().state_dict())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; every state tensor keeps its dtype and is copied.
 
         Of a checkpoint that another optimizer wrote, such as torch.optim.SGD, only the state is taken, with a warning;
         hyperparameters stay, and radii are taken from the weights at the next step. Raises ValueError, before anything
         is modified, if groups or shapes do not fit.
+
+        Parameters go by their names where both sides know them, and follow the checkpoint into its groups: a layer that
+        was all zero when ``layer_groups`` was called, and set aside, stays aside.
         """
+        check_saved(state_dict)
         with Loading(self, self._check_saved) as loading:
             super().load_state_dict(state_dict)
         if loading.is_foreign:
@@ -322,6 +339,7 @@ class FusedLayca(Optimizer):
         """Forget every layer's radius, after surgery on the weights: the next step that moves a layer sets it anew."""
         for state in self.state.values():
             state.pop("radius", None)
+        drop_empty(self.state)
         self._stale = True
 
     def effective_weight(self, param: Tensor) -> Tensor:
@@ -332,12 +350,17 @@ class FusedLayca(Optimizer):
         half an ulp of what was written. A remainder of another type than the parameter's now is does not count.
         """
         remainder = self.state.get(param, {}).get("remainder")
+        check_memory(param, "the parameter")
         if remainder is None or param.dtype not in HALVES or remainder.dtype != param.dtype:
             return param.detach().clone()
+        check_memory(remainder, "the state 'remainder' of the parameter")
         return wrap(join(local_of(param).detach(), local_of(remainder)), param)
 
-    def rotation_stats(self) -> dict[Tensor, RotationStats]:
-        """What the last step did to each tensor, by parameter; empty before the first. Does not wait for a device.
+    def rotation_stats(self) -> StepStats:
+        """What the last step did to each tensor, a dict by parameter; empty before the first. ``print`` shows a table.
+
+        Does not wait for a device, as reading or printing a number does. The table has the least and the largest of a
+        tensor's layers, angles in radians, and under "kept" the steps without a direction to turn in.
 
         Of a DTensor: to the layers that this process has something of. What it counts, of elements and of steps with a
         gradient here, is not summed over processes.

@@ -235,7 +235,7 @@ def reference_step(
     if base == "muon":
         base_options["chunks"] = chunks
     step = finite(BASES[base](-grad if maximize else grad, state, **base_options))
-    if not (weight.dim() >= 2 if rotate is None else rotate):
+    if not (sum(size > 1 for size in weight.shape) >= 2 if rotate is None else rotate):
         weight.copy_(weight - lr * (step + weight_decay * weight))
         return step
     layers = list(zip(slices(weight, chunks), slices(step, chunks), strict=True))
@@ -245,5 +245,5 @@ def reference_step(
             continue
         if radius == "initial" and radii[i] is None:
             radii[i] = layer.norm().item()
-        layer.copy_(RULES[rule](layer, direction, lr, radii[i]))
+        layer.copy_(RULES[rule](layer, direction, lr, radii[i] if radius == "initial" else None))
     return step

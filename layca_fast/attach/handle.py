@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from ..messages import labelled
 from ..optimizer import FusedLayca
-from ..state.loading import check_radii, keep_options, shield_radii, unshield_radii
+from ..state.entries import drop_empty, with_all_entries
+from ..state.loading import check_radii, follow_attached, keep_options, shield_radii, unshield_radii
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
 
 #: Our key among the hooks. torch numbers hooks per process, so a number that came with a pickle could be given again.
@@ -21,6 +22,7 @@ _KEY: Any = "layca_fast"
 _HOOKS = {
     "_optimizer_step_pre_hooks": "_before_step",
     "_optimizer_step_post_hooks": "_after_step",
+    "_optimizer_state_dict_post_hooks": "_after_save",
     "_optimizer_load_state_dict_pre_hooks": "_before_load",
     "_optimizer_load_state_dict_post_hooks": "_after_load",
 }
@@ -48,6 +50,13 @@ class Handle:
             getattr(optimizer, hooks).move_to_end(_KEY, last=False)
         # torch leaves hooks out of copies and pickles. An instance attribute is found before the class's method.
         optimizer.__getstate__ = self._state_of_optimizer  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        optimizer = self._optimizer()
+        if optimizer is None or _handle_of(optimizer) is not self:
+            return "<layca_fast.attach: removed>"
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return f"<layca_fast.attach to {type(optimizer).__name__}: {options}>"
 
     def remove(self) -> None:
         """Take the hooks off, and the radii out of the optimizer's state. Does nothing the second time."""
@@ -98,11 +107,16 @@ class Handle:
         return self._shadow
 
     def _before_load(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        saved = follow_attached(optimizer, saved)
         check_radii(optimizer, saved)
         return shield_radii(keep_options(optimizer, saved, OPTIONS))
 
     def _after_load(self, optimizer: Optimizer) -> None:
         unshield_radii(optimizer)
+        drop_empty(optimizer.state)
+
+    def _after_save(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        return with_all_entries(optimizer, saved)
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -149,7 +163,7 @@ def attach(
         optimizer: any torch.optim.Optimizer whose ``step`` needs no closure. Its rotating parameters are float32 or
             float64 and dense. Its lr becomes the rotation rate too: a rotating layer turns by atan(lr) radians.
         rule: as in FusedLayca, like the next four.
-        rotate: which tensors rotate: True, False, or None for those of two or more dimensions.
+        rotate: which tensors rotate: True, False, or None for those with two or more dimensions longer than 1.
         chunks: layers per rotating tensor: equal slices of its first dimension, or "all" for one per slice.
         radius: "initial" or "current", the norm that each step restores.
         backend: "auto", "cpu", "triton", "cuda" or "torch".

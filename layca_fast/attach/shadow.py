@@ -6,6 +6,7 @@ the step that the other optimizer has just made.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,16 @@ from ..backends import choose
 from ..formulas.bases import BASES
 from ..formulas.options import check_group
 from ..messages import describe, labelled
-from ..state.checks import check_parameter, count_layers
+from ..state.checks import check_parameter, check_writable, count_layers
 from ..state.compensation import HALVES
 from ..state.layout import is_dense, memory_order
 from ..state.members import rotates
-from ..state.sharding import is_sharded
+from ..state.memory import check_apart, is_trained
+from ..state.sharding import is_sharded, local_of
+from ..state.structure import check_entries
 from ..step.interrupts import uninterrupted
 from ..step.plan import Plan
+from ..step.watch import Layouts
 
 #: What a param group may say for itself; where it does not, the arguments of ``attach`` hold.
 OPTIONS = ("rule", "rotate", "chunks", "radius", "backend")
@@ -83,6 +87,7 @@ def check_turning(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise TypeError or ValueError, naming it, for a parameter that is to rotate and cannot."""
     for group, label, param in turning(groups):
         check_parameter(param, label)
+        check_writable(param, label)
         if is_sharded(param):
             raise TypeError(
                 f"{describe(label, param)} is a DTensor: attach() turns plain tensors only; train sharded models with "
@@ -176,6 +181,11 @@ class Shadow:
         self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], previous: "Shadow | None" = None
     ) -> None:
         check_turning(groups)
+        check_entries(groups, optimizer.state)
+        # A layer that shares memory with what does not rotate would lose its norm as well.
+        written = [(label, param) for _, label, param in labelled(groups) if is_trained(param)]
+        check_apart([(partial(describe, label, param), local_of(param)) for label, param in written])
+        self._lie = Layouts([local_of(param) for _, param in written])
         self._made_for = _structure(groups)
         old = {} if previous is None else {id(param): alias.grad for param, alias in previous._pairs}
         if previous is not None:
@@ -205,13 +215,17 @@ class Shadow:
 
     def fits(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether parameters, their memory and the options are still those that this was made for."""
-        return _structure(groups) == self._made_for and all(
-            param.data_ptr() == alias.data_ptr()
-            and param.stride() == alias.stride()
-            and param.shape == alias.shape
-            and param.dtype == alias.dtype
-            and param.device == alias.device
-            for param, alias in self._pairs
+        return (
+            _structure(groups) == self._made_for
+            and self._lie.hold()
+            and all(
+                param.data_ptr() == alias.data_ptr()
+                and param.stride() == alias.stride()
+                and param.shape == alias.shape
+                and param.dtype == alias.dtype
+                and param.device == alias.device
+                for param, alias in self._pairs
+            )
         )
 
     def keep(self, optimizer: Optimizer) -> None:
@@ -233,7 +247,7 @@ class Shadow:
         for param, alias in self._pairs:
             # Optimizers make their state at a parameter's first gradient, and only where it has none yet.
             if param.grad is not None or optimizer.state.get(param):
-                optimizer.state[param]["radius"] = self._state[alias]["radius"]
+                optimizer.state.setdefault(param, {})["radius"] = self._state[alias]["radius"]
                 self._published.add(alias)
 
     def _take_plan(self, optimizer: Optimizer) -> None:

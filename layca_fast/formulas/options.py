@@ -46,6 +46,8 @@ def check_lr(lr: Any, name: str = "lr") -> None:
             raise ValueError(f"{name} is a tensor of shape {tuple(lr.shape)}: it must hold one number")
         if lr.device.type != "cpu":
             return
+        if lr.untyped_storage().nbytes() == 0:
+            raise ValueError(f"{name} is a tensor whose memory was freed: set it anew")
     elif not isinstance(lr, Real):
         raise TypeError(f"{name}={lr!r}: must be a number, or a tensor that holds one")
     if not (0.0 <= float(lr) < math.inf):
@@ -84,7 +86,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         )
     check_choice(group, "capturable", (False, True))
     if group["rotate"] not in (None, True, False):
-        raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (tensors of 2 or more dimensions)")
+        raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (all but vectors)")
     check_chunks(group["chunks"])
     decay = group["weight_decay"]
     if not isinstance(decay, Real) or not (0.0 <= float(decay) < math.inf):
@@ -94,8 +96,15 @@ def check_group(group: Mapping[str, Any]) -> None:
 def find_base(name: Any) -> Base:
     """The base optimizer called ``name``; ValueError with the valid names if there is none."""
     if not isinstance(name, str) or name not in BASES:
-        raise ValueError(f"base={name!r} is unknown: choose one of {sorted(BASES)}")
+        raise ValueError(f"base={name!r} is unknown: {_base_meant(name)}choose one of {sorted(BASES)}")
     return BASES[name]
+
+
+def _base_meant(name: Any) -> str:
+    if str(name).lower() == "adamw":
+        return "'adam' is it, for its weight decay is decoupled; "
+    close = get_close_matches(str(name).lower(), BASES, n=1, cutoff=0.75)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def check_options(base: Base, given: Mapping[str, Any]) -> None:
@@ -104,7 +113,11 @@ def check_options(base: Base, given: Mapping[str, Any]) -> None:
         if name not in base.options:
             others = sorted(each.name for each in BASES.values() if name in each.options)
             owner = f" (it belongs to {', '.join(others)})" if others else ""
+            known = [*base.options, *COMMON_OPTIONS, "unscale_in_step"]
+            close = [] if others else get_close_matches(str(name), known, n=1, cutoff=0.75)
+            meant = f" (did you mean {close[0]!r}?)" if close else ""
             raise TypeError(
-                f"{name}={given[name]!r} is no option of base={base.name!r}{owner}: it has {sorted(base.options)}, "
-                "beside those of every base (lr, rotate, chunks, rule, radius, weight_decay, ...)"
+                f"{name}={given[name]!r} is no option of base={base.name!r}{owner}{meant}: it has "
+                f"{sorted(base.options)}, beside those of every base (lr, rotate, chunks, "
+                "rule, radius, weight_decay, ...)"
             )

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from ..formulas.bases import scaled_rate
 from ..formulas.options import check_choice, check_lr, misspelt
-from ..messages import aligned
+from ..messages import aligned, warn_caller
 from ..state.checks import check_initialized, count_layers
+from ..state.layout import is_vector
 from ..state.zeros import have_zero_layers
+from .left_out import doubt
 from .others import check_others_base, head_of, split_options
 from .roles import EMBEDDINGS, Asked, asked_types, decide
 
@@ -27,6 +29,7 @@ RESERVED = ("params", "param_names", "chunks", "lr_factor")
 class Row:
     """One trainable tensor in the plan: ``lr_factor`` is None and ``reason`` says why where it does not rotate.
 
+    ``reason`` of one that rotates: how, where that is not as one would think; mostly "".
     ``base`` and ``lr`` are those of its group, None where they are left to the optimizer, ``rule`` is that of what
     rotates, None for the others.
     """
@@ -45,6 +48,7 @@ class Row:
         if self.lr_factor is None:
             return self.name, str(self.shape), f"no: {self.reason}", "-"
         rotates = "yes" if self.layers == 1 else f"yes, as {self.layers} layers"
+        rotates += f": {self.reason}" * bool(self.reason)
         return self.name, str(self.shape), rotates, f"{self.lr_factor:.4g}"
 
     def training(self) -> tuple[str, ...]:
@@ -90,6 +94,7 @@ class _Entry:
     param: Tensor
     chunks: int | str | None
     reason: str
+    unknown: type[nn.Module] | None = None
 
     @property
     def layers(self) -> int:
@@ -167,8 +172,15 @@ def _set_aside_zeros(entries: Sequence[_Entry]) -> list[_Entry]:
     moved = [entry for entry, is_zero in zip(rotating, zeros, strict=True) if is_zero]
     for entry in moved:
         entry.reason = "all zero" if entry.layers == 1 else f"one of its {entry.layers} layers is all zero"
-        entry.chunks = None
+        entry.chunks = entry.unknown = None
     return moved
+
+
+def _set_aside_vectors(entries: Iterable[_Entry]) -> None:
+    """Move tensors of one row or one column, as the gains of weight_norm are, to the others."""
+    for entry in entries:
+        if entry.chunks is not None and is_vector(entry.param):
+            entry.chunks, entry.reason = None, "vector"
 
 
 def _rotating_groups(
@@ -257,17 +269,21 @@ def layer_groups(
     others_lr: float | Tensor | None = None,
     others_base: str | None = None,
     embeddings: bool = False,
-    rotate: Iterable[type[nn.Module]] | Mapping[type[nn.Module], int | str] = (),
+    rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, int | str] = (),
     **options: Any,
 ) -> LayerGroups:
     """Param groups in which the weights of the model's layers rotate, and nothing else; ``print`` shows the plan.
 
     Rotating: the weights of Linear, Bilinear, Conv1d to 3d and ConvTranspose1d to 3d; MultiheadAttention's packed
-    ``in_proj_weight`` as 3 layers; the weights of RNN, LSTM, GRU and their cells as one layer per gate. The others:
-    biases, norm layers, embeddings, vectors, parametrized weights (weight_norm and the like), weights of which a layer
-    is all zero, and whatever modules of unknown types hold (see ``rotate``). Parameters with requires_grad=False are
-    left out. A tied tensor counts once, under its first name; it rotates if any module that shares it makes it rotate,
-    but one that is an embedding anywhere is an embedding.
+    ``in_proj_weight`` as 3 layers; the weights of RNN, LSTM, GRU and their cells as one layer per gate; those of
+    transformers' Conv1D, stored as (in, out), each as one layer. The others: biases, norm layers, embeddings, vectors
+    (at most one dimension longer than 1: a Linear with one output has one), parametrized weights (weight_norm and the
+    like, unless asked for), weights of which a layer is all zero, and whatever modules of unknown types hold (see
+    ``rotate``). Parameters with requires_grad=False are left out. A tied tensor counts once, under its first name; it
+    rotates if any module that shares it makes it rotate, but one that is an embedding anywhere is an embedding.
+
+    Zeros are looked for now: call it before trained weights are loaded, as for the run that is resumed. Warns where
+    nothing rotates, and where unknown types hold more than a tenth of the weights that could.
 
     Args:
         model: any module, wrapped (DDP, torch.compile) or not. Names are those of ``model.named_parameters()``.
@@ -286,8 +302,9 @@ def layer_groups(
             ``get_output_embeddings()``; else the last Linear with as many outputs as an embedding has entries; else
             the last Linear. Options go to the base that has them; those that both have, to ``base``.
         embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
-        rotate: module types of which every tensor of two or more dimensions, biases apart, rotates besides, such as the
-            Conv1D of transformers; as a dict, with the ``chunks`` of each (1, n or "all"), also for the types above.
+        rotate: module types, or modules of the model with all inside of them, of which every tensor that is no vector,
+            biases apart, rotates besides; as a dict, with the ``chunks`` of each (1, n or "all"), or False for what is
+            not to rotate, such as a head without normalisation. Also for the types above.
         options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0
             into those that rotate.
 
@@ -308,6 +325,7 @@ def layer_groups(
     trainable, entries = trainable_entries(model, asked)
     if others_base is not None:
         _set_aside(entries, head_of(model))
+    _set_aside_vectors(entries)
     zeros = _set_aside_zeros(entries)
     rotating = [entry for entry in entries if entry.chunks is not None]
     rest = [entry for entry in entries if entry.chunks is None]
@@ -322,6 +340,10 @@ def layer_groups(
     if others == "freeze":
         _freeze(rest, zeros)
 
+    turning = sum(entry.param.numel() for entry in rotating)
+    message = doubt(model, turning, [(entry.unknown, entry.param) for entry in rest if entry.unknown is not None])
+    if message is not None:
+        warn_caller(message)
     factor_of = dict(zip((entry.param for entry in rotating), factors, strict=True))
     group_of = {param: group for group in groups for _, param in group["params"]}
     rows = [

@@ -242,9 +242,11 @@ class RotationMonitor:
         rotation, angle, norm = (each.clone() for each in self._read.unbind(1))
         return Curves(list(self.names), list(self._steps), rotation=rotation, angle=angle, norm=norm)
 
-    def plot(self, path: str | Path | None = None, **options: Any) -> "Figure":
-        """Draw the curves, one line per layer: see :func:`layca_fast.figures.rotation.draw`. Needs matplotlib."""
-        return self.curves.plot(path, **options)
+    def plot(
+        self, path: str | Path | None = None, *, quantity: str = "rotation", title: str = "", xlabel: str = "step"
+    ) -> "Figure":
+        """Draw the curves, one line per layer: :meth:`layca_fast.Curves.plot` says what the options are."""
+        return self.curves.plot(path, quantity=quantity, title=title, xlabel=xlabel)
 
     @property
     def nbytes(self) -> int:

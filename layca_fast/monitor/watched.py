@@ -1,10 +1,10 @@
 """Which tensors a RotationMonitor watches, under which names, and how they are spread over processes."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -76,6 +76,11 @@ def _of_model(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
     return [(entry.name, entry.param, entry.chunks) for entry in entries]
 
 
+def _is_layer(param: Tensor, group: Mapping[str, Any]) -> bool:
+    # A matrix of one row is watched, too, though by default it does not rotate.
+    return param.dim() >= 2 if group.get("rotate") is None else rotates(param, group)
+
+
 def _of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor, int | str | None]]:
     """Every parameter with its chunks: None where it does not rotate, or would not under FusedLayca's default.
 
@@ -88,7 +93,7 @@ def _of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor, int | str | N
         (
             name if times[name] == 1 else f"{numbers[id(group)]}.{name}",
             param,
-            group.get("chunks", 1) if rotates(param, {"rotate": group.get("rotate")}) else None,
+            group.get("chunks", 1) if _is_layer(param, group) else None,
         )
         for group, name, param in found
     ]

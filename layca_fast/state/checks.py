@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..formulas.options import find_base
 from ..messages import describe, labelled
-from .layout import matrix_shape, overlaps
+from .layout import bytes_needed, matrix_shape, overlaps
 from .sharding import check_placements, check_same_mesh, is_sharded, local_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -63,10 +63,19 @@ def check_parameter(tensor: Tensor, label: str) -> None:
         )
 
 
+def check_writable(tensor: Tensor, label: str) -> None:
+    """Raise ValueError for a tensor that was made in inference mode, and is not to be written to outside of it."""
+    if local_of(tensor).is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{describe(label, tensor)} was made under torch.inference_mode(), and such a tensor cannot be trained: "
+            "pass a copy that is made outside of it, torch.nn.Parameter(parameter.clone())"
+        )
+
+
 def check_memory(tensor: Tensor, label: str) -> None:
-    """Raise ValueError for a tensor that has elements and no memory, as sharded training leaves it between uses."""
+    """Raise ValueError for a tensor whose memory was freed, in part or whole, as sharded training does between uses."""
     local = local_of(tensor)
-    if local.numel() > 0 and local.untyped_storage().nbytes() == 0:
+    if local.numel() > 0 and local.untyped_storage().nbytes() < bytes_needed(local):
         raise ValueError(f"the memory of {describe(label, tensor)} was freed: step while it is there")
 
 

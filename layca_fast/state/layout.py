@@ -1,6 +1,7 @@
 """How a tensor lies in memory: what the kernels may walk as one run of addresses, and where its scalars live."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,11 @@ def _dims(tensor: Tensor) -> list[tuple[int, int]]:
     """(stride, size) of the dimensions longer than 1, innermost first."""
     dims = zip(tensor.stride(), tensor.shape, strict=True)
     return sorted((stride, size) for stride, size in dims if size != 1)
+
+
+def is_vector(tensor: Tensor) -> bool:
+    """Whether at most one dimension is longer than 1: rows, columns and numbers, however many dimensions they have."""
+    return sum(size != 1 for size in tensor.shape) < 2
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -22,6 +28,12 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def bytes_needed(tensor: Tensor) -> int:
+    """How many bytes its storage must have for all elements of a tensor, of which there is one at least."""
+    reach = sum(stride * (size - 1) for stride, size in _dims(tensor))
+    return int((tensor.storage_offset() + reach + 1) * tensor.element_size())
 
 
 def overlaps(tensor: Tensor) -> bool:
@@ -37,6 +49,15 @@ def overlaps(tensor: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def usable(state: Any) -> Any:
+    """A state in which single elements can be written, at any time: itself, or a copy of one that is expanded."""
+    if not isinstance(state, Tensor) or state.layout != torch.strided:
+        return state
+    if overlaps(state) or (state.is_inference() and not torch.is_inference_mode_enabled()):
+        return state.clone(memory_format=torch.contiguous_format)
+    return state
 
 
 def layers_are_dense(tensor: Tensor, layers: int) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, NamedTuple
 
 import torch
@@ -10,10 +11,18 @@ from torch import Tensor
 from ..formulas.bases import FORMULAS, Formula
 from ..formulas.options import find_base
 from ..messages import describe, labelled
-from .checks import check_gradient, check_matrices, check_memory, check_parameter, count_layers
+from .checks import (
+    check_gradient,
+    check_matrices,
+    check_memory,
+    check_parameter,
+    check_writable,
+    count_layers,
+)
 from .compensation import HALVES, fits, is_compensated, state_dtype
 from .contents import check_complete
-from .layout import layers_are_dense, scalar_device
+from .layout import is_vector, layers_are_dense, scalar_device, usable
+from .memory import Written
 from .runner import Choose, Runs
 from .sharding import (
     Piece,
@@ -37,9 +46,9 @@ OUR_STATES = {"radius", "remainder", "step", *(name for formula in FORMULAS.valu
 
 
 def rotates(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether a tensor of this group rotates; by default those of two or more dimensions do."""
+    """Whether a tensor of this group rotates; by default those that are no vectors do: (n, 1) is one."""
     rotate = group["rotate"]
-    return param.dim() >= 2 if rotate is None else bool(rotate)
+    return not is_vector(param) if rotate is None else bool(rotate)
 
 
 def ignored_decay(groups: Sequence[Mapping[str, Any]]) -> str | None:
@@ -47,8 +56,8 @@ def ignored_decay(groups: Sequence[Mapping[str, Any]]) -> str | None:
     for group, label, param in labelled(groups):
         if group["weight_decay"] != 0 and rotates(param, group):
             return (
-                f"weight_decay={group['weight_decay']} is ignored for {label} and every other tensor that rotates: "
-                "Layca keeps their norms fixed. Set weight_decay=0 there to silence this"
+                f"weight_decay={group['weight_decay']} is ignored for {describe(label, param)} and every other "
+                "tensor that rotates: Layca keeps their norms fixed. Set weight_decay=0 there to silence this"
             )
     return None
 
@@ -80,7 +89,10 @@ class Member(Generic[Runs]):
         where one has another shape than the parameter.
         """
         dtype = state_dtype(self.param.dtype, self.group)
-        old = {name: self._placed(name, state[name]) for name in state if state[name] is not None}
+        for name, value in state.items():
+            if name in OUR_STATES and isinstance(value, Tensor):
+                check_memory(value, f"the state {name!r} of {self.label}")
+        old = {name: usable(self._placed(name, state[name])) for name in state if state[name] is not None}
         local = {}
         for name in self.formula.states:
             local[name] = self._buffer(name, old.get(name), dtype)
@@ -94,6 +106,12 @@ class Member(Generic[Runs]):
         if self.rotates:
             local["radius"] = self._radius(old.get("radius"))
         return {name: self._kept(name, local[name], state.get(name)) for name in local}, local
+
+    def written(self, states: Mapping[str, Tensor]) -> Iterator[Written]:
+        """What a step writes to, with what to call it; ``states`` as kernels see them."""
+        yield partial(describe, self.label, self.param), self.local
+        for name, state in states.items():
+            yield partial("the state {!r} of {}".format, name, self.label), state
 
     def _placed(self, name: str, value: Any) -> Any:
         """The local part of a state, which may come from other shards."""
@@ -227,6 +245,7 @@ def members(
             continue
         check_parameter(param, label)
         check_memory(param, label)
+        check_writable(param, label)
         if param.grad is not None:
             check_gradient(param.grad, param, label)
         check_matrices(param, group, label)
@@ -261,6 +280,8 @@ def drop_remainders(groups: Sequence[Mapping[str, Any]], state: State) -> None:
         has = state.get(param, {})
         if not fits(has.get("remainder"), param, group):
             has.pop("remainder", None)
+            if not has and param in state:
+                del state[param]
 
 
 class Layers(NamedTuple):

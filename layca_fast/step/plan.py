@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..formulas.bases import Formula
 from ..formulas.options import find_base
@@ -13,6 +15,7 @@ from ..formulas.tables import Coefficient
 from ..messages import labelled
 from ..state.compensation import state_dtype
 from ..state.members import Layers, Member, State, check_norms, drop_remainders, members
+from ..state.memory import check_apart
 from ..state.reduction import Groups
 from ..state.runner import Choose
 from ..state.sharding import is_elsewhere, is_sharded
@@ -55,6 +58,8 @@ class Plan:
     ``state``; nothing is modified if a check fails. ``scratch``: memory that plans which never step at one time share.
     """
 
+    # What is made here is written to by steps of every mode.
+    @torch.inference_mode(False)
     def __init__(
         self,
         groups: Sequence[Mapping[str, Any]],
@@ -72,6 +77,7 @@ class Plan:
         stepped = set() if previous is None else {id(slot.owner) for _, slot, _ in previous.rows()}
         found = list(members(groups, state, stepped, choose))
         states = [member.new_states(state.get(member.param, {})) for member in found]
+        check_apart([each for member, (_, local) in zip(found, states, strict=True) for each in member.written(local)])
         known = set() if previous is None else {id(each.param) for each in previous._zero}
         turning = [Layers(m.group, m.label, m.param, m.layers) for m in found if m.rotates]
         # A process may make its plan anew alone: what is agreed upon is not asked before they all have to.
@@ -123,7 +129,8 @@ class Plan:
         for member, (kept, local) in zip(found, states, strict=True):
             old = state.get(member.param, {})
             fresh = any(old.get(name) is None for name in member.formula.states)
-            entry = state[member.param]
+            # As torch has it, what needs no state has no entry.
+            entry = state.setdefault(member.param, {}) if kept else old
             entry.update(kept)
             types = (member.param.dtype, state_dtype(member.param.dtype, member.group), "remainder" in kept)
             lies = (member.local.device, is_sharded(member.param), member.is_shared)
@@ -143,7 +150,7 @@ class Plan:
                 (self._shared if is_shared else self._whole).append((backend, batch))
         self._shared_dots = self._share_dots(layout, choose) if self._shared else None
         self._entries = list(state.values())
-        self._retired: dict[tuple[Tensor, int], Tensor] = {}
+        self._retired = WeakTensorKeyDictionary()
 
     def _share_dots(self, layout: Sequence[tuple[int, Groups]], choose: Choose[Backend]) -> SharedDots:
         batches = [batch for _, batch in self._shared]
@@ -153,15 +160,20 @@ class Plan:
     def counts(self) -> dict[tuple[Tensor, int], Tensor]:
         """The counts of every slot that has been stepped, (layers, Count.WIDTH), in this plan or before it."""
         ours = {(slot.owner, slot.piece.first): batch.counts[rows] for batch, slot, rows in self.rows()}
-        return {**self._retired, **ours}
+        retired = {(owner, first): count for owner, counts in self._retired.items() for first, count in counts.items()}
+        return {**retired, **ours}
 
     def carry_counts(self, counts: Mapping[tuple[Tensor, int], Tensor]) -> None:
         """Go on counting from these, which :meth:`counts` of another plan returned."""
-        self._retired = dict(counts)
+        retired = dict(counts)
         for batch, slot, rows in self.rows():
-            known = self._retired.get((slot.owner, slot.piece.first))
+            known = retired.pop((slot.owner, slot.piece.first), None)
             if known is not None and len(known) == slot.layers:
                 batch.counts[rows] = known.to(batch.counts.device)
+        # Weakly: parameters that were replaced would stay in memory as long as the optimizer.
+        self._retired = WeakTensorKeyDictionary()
+        for (owner, first), count in retired.items():
+            self._retired.setdefault(owner, {})[first] = count.clone()
 
     def rest(self) -> None:
         """Let the statistics say what they do after a step for which no tensor had a gradient."""

@@ -192,6 +192,13 @@ def test_unknown_commands_show_the_usage(argv: list[str], capsys: pytest.Capture
     assert "info,verify,demo" in capsys.readouterr().err
 
 
+def test_help_says_what_every_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("info", "verify", "demo", "plot"):
+        assert any(line.startswith(f"{name} ") and len(line.split()) > 4 for line in lines), name
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["info", "--help"], ["verify", "-h"], ["demo", "--help"], ["plot", "-h"]])
 def test_every_command_explains_itself(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:

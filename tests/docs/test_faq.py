@@ -1,6 +1,7 @@
 """docs/faq.md: every message that it explains is what the code says today."""
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca, RotationMonitor, attach, layer_groups
+from layca_fast.backends import choose, load
 from layca_fast.diagnostics import LayerConditioning
 
 FAQ = Path(__file__).parents[2] / "docs" / "faq.md"
@@ -61,6 +63,20 @@ def tied() -> None:
     FusedLayca([("embedding.weight", weight), ("head.weight", weight)])
 
 
+def shared_memory() -> None:
+    embedding, head = matrix(), matrix()
+    head.data = embedding.data
+    made = FusedLayca([("embedding.weight", embedding), ("head.weight", head)])
+    embedding.grad = head.grad = torch.ones_like(head)
+    made.step()
+
+
+def other_groups() -> None:
+    first, second = matrix(), matrix()
+    saved = FusedLayca([{"params": [first]}, {"params": [second], "rotate": False}]).state_dict()
+    FusedLayca([first, second]).load_state_dict(saved)
+
+
 def sparse() -> None:
     embedding = nn.Embedding(4, 3, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
@@ -95,6 +111,32 @@ def second_backward() -> None:
         weight.sum().backward()
 
 
+class Mixer(nn.Module):
+    """A type that torch does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = matrix(3, 4)
+
+
+class Model(Named):
+    """What the user calls their own."""
+
+
+def slow_fallback() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(load("cpu")), "missing", lambda self: "the native module is not there")
+        patch.setattr(type(load("triton")), "missing", lambda self: "not here")
+        warnings.simplefilter("error")
+        choose("auto", torch.device("cpu"))
+
+
+def nameless_checkpoint() -> None:
+    model = nn.Linear(2, 3)
+    old = torch.optim.AdamW(model.parameters())
+    FusedLayca(layer_groups(model), base="adam").load_state_dict(old.state_dict())
+
+
 def damaged_checkpoint() -> None:
     saved = step(matrix(), base="adam").state_dict()
     saved["state"][0]["exp_avg_sq"][0, 0] = float("inf")
@@ -105,9 +147,14 @@ def damaged_checkpoint() -> None:
 TRIGGERS: dict[str, Callable[[], object]] = {
     "A layer starts at zero": zero_layer,
     "Weight decay does nothing": lambda: step(matrix(), weight_decay=0.01),
+    "No layer rotates": lambda: layer_groups(Model("mixer", Mixer())),
+    "Nothing rotates": lambda: FusedLayca([matrix(3)]),
+    "An embedding or a head rotates": lambda: FusedLayca([matrix(32000, 4)]),
+    "The slow fallback runs": slow_fallback,
     "The learning rate is refused": lambda: FusedLayca([matrix()], lr=-0.1),
     "An option is refused": lambda: FusedLayca([matrix()], betas=(0.9, 0.99)),
     "The same tensor twice": tied,
+    "Tensors that share memory": shared_memory,
     "A backend cannot run": lambda: step(matrix(), backend="cuda"),
     "chunks does not fit": lambda: step(matrix(4, 2), chunks=3),
     "chunks was changed in the middle of a run": changed_chunks,
@@ -119,7 +166,9 @@ TRIGGERS: dict[str, Callable[[], object]] = {
     "A checkpoint of another model": lambda: FusedLayca([matrix(5, 2)], momentum=0.9).load_state_dict(
         step(matrix(), momentum=0.9).state_dict()
     ),
+    "A checkpoint with other groups": other_groups,
     "A checkpoint of another optimizer": foreign_checkpoint,
+    "A checkpoint of another optimizer without names": nameless_checkpoint,
     "A checkpoint that is damaged": damaged_checkpoint,
     "Rotations below the precision of the type": lambda: step(matrix(dtype=torch.bfloat16), lr=1e-3, compensate=False),
     "attach and 16-bit parameters": lambda: attach(torch.optim.SGD([matrix(dtype=torch.bfloat16)], lr=0.1)),
