@@ -22,7 +22,7 @@ from .formulas.options import (
 )
 from .in_backward.handle import StepInBackward
 from .messages import labelled, named, warn_caller
-from .state.checks import check_memory, check_new, check_parameter, check_writable
+from .state.checks import check_matrices, check_memory, check_new, check_parameter, check_writable
 from .state.compensation import HALVES, join, lost_rotation
 from .state.doubts import nothing_rotates, vocabulary_rotates
 from .state.entries import drop_empty, with_all_entries
@@ -46,8 +46,9 @@ class FusedLayca(Optimizer):
             float16, dense. Updated in place by :meth:`step`; their ``.grad``, of any floating type, is never modified.
         lr: rotation rate, float or tensor of one element: a rotating layer turns by atan(lr) radians per step; other
             tensors take the plain base step scaled by lr. None: 3**-3 where the direction is one step's gradient,
-            3**-5 where it is averaged over steps: momentum, sgd_amom, adam, lion (paper, section 4).
-        base: the optimizer that proposes the direction: "sgd", "sgd_amom", "rmsprop", "adagrad", "adam" or "lion".
+            3**-5 where it is averaged over steps: momentum, sgd_amom, adam, lion (paper, section 4); muon: 2**-4.
+        base: the optimizer that proposes the direction: "sgd", "sgd_amom", "rmsprop", "adagrad", "adam", "lion", or
+            "muon", for matrices only: each layer, viewed as (rows, all else), takes the orthogonalised momentum.
         rule: "layca", or "hyperball" (arXiv 2606.16899): the step is not projected, so the layer turns by
             atan2(lr sin(phi), 1 - lr cos(phi)), with phi the angle between weights and step.
         rotate: which tensors rotate: True, False, or None for all but vectors. A tensor with at most one dimension
@@ -73,7 +74,10 @@ class FusedLayca(Optimizer):
         backend: "auto", "cpu", "triton", "cuda" or "torch": see :func:`layca_fast.backends`.
         base_options: what the base has beside these, named as in torch.optim and with its defaults. sgd: momentum,
             dampening, nesterov; sgd_amom: momentum (0.9); rmsprop: alpha, eps, momentum, centered; adagrad: eps,
-            initial_accumulator_value; adam: betas, eps, amsgrad; lion (arXiv 2302.06675): betas (0.9, 0.99).
+            initial_accumulator_value; adam: betas, eps, amsgrad; lion (arXiv 2302.06675): betas (0.9, 0.99); muon:
+            momentum, nesterov, ns_steps, ns_coefficients, eps, adjust_lr (None, "original" or "match_rms_adamw": of the
+            plain step), and ns_dtype, the type of its Newton-Schulz iterations: None for bfloat16 on GPUs, float32 on
+            CPUs, and float64 for float64 parameters.
         unscale_in_step: for the whole optimizer: ``torch.amp.GradScaler`` leaves unscaling, and skipping steps whose
             gradients are not finite, to the kernels: the host need not wait. Lightning then refuses to clip gradients.
 
@@ -183,6 +187,7 @@ class FusedLayca(Optimizer):
             for owner, label, param in labelled(self.param_groups):
                 if owner is added:
                     check_parameter(param, label)
+                    check_matrices(param, group, label)
                     check_writable(param, label)
         except (TypeError, ValueError):
             self.param_groups.pop()

@@ -25,8 +25,10 @@ from ..state.slot import Slot
 from .backend import Backend
 from .batch import Batch
 from .capture import check_capture, is_capturing
+from .directions import batches_of
 from .distributed import SharedDots
 from .learned_radius import learned_radii
+from .scratch import Scratch
 from .taking import reserve, take
 from .unscaling import LossScale
 from .watch import gradients, same_objects
@@ -63,7 +65,7 @@ class Plan:
     """The batches for the parameters that have a gradient or had one before, and the state that they need.
 
     ``choose`` finds the backend of a tensor. Building it checks everything, then creates the missing state in
-    ``state``; nothing is modified if a check fails.
+    ``state``; nothing is modified if a check fails. ``scratch``: memory that plans which never step at one time share.
     """
 
     # What is made here is written to by steps of every mode.
@@ -74,6 +76,7 @@ class Plan:
         state: State,
         choose: Choose[Backend],
         previous: "Plan | None" = None,
+        scratch: Scratch | None = None,
     ) -> None:
         if is_capturing():
             check_capture(groups)
@@ -93,6 +96,7 @@ class Plan:
         asked += [e for e in turning if id(e.param) not in known and "radius" not in state.get(e.param, {})]
         self._zero: list[Layers] = [*(each for each in zero if each.is_at_rest), *check_norms(asked)]
 
+        self._scratch: Scratch = scratch or (Scratch() if previous is None else previous._scratch)
         kept = {param: dict(entry) for param, entry in state.items()}
         try:
             self._build(found, states, groups, state, choose)
@@ -156,9 +160,9 @@ class Plan:
         self._shared: list[tuple[Backend, Batch]] = []
         self._whole: list[tuple[Backend, Batch]] = []
         for key, (backend, formula, is_shared) in kinds.items():
-            pair = backend, Batch(formula, slots[key], backend.tile)
-            self.batches.append(pair)
-            (self._shared if is_shared else self._whole).append(pair)
+            for batch in batches_of(formula, slots[key], backend.tile, self._scratch):
+                self.batches.append((backend, batch))
+                (self._shared if is_shared else self._whole).append((backend, batch))
         self._learned = learned_radii(batch for _, batch in self.batches)
         self._shared_dots = self._share_dots(layout, choose) if self._shared else None
         self._entries = list(state.values())
