@@ -105,6 +105,22 @@ def test_what_stands_off_the_sphere(example: ModuleType, seed: int) -> None:
         assert len(everything) == len(turning["params"]) + len(heads)
 
 
+def test_norms_that_follow_the_base_step(example: ModuleType, seed: int) -> None:
+    """What the docs warn of is what is run: Adam's first step is the sign of the gradient, but for eps."""
+    task = example.TASKS["mlp"]
+    model = task.model(seed)
+    optimizer = example.make_optimizer(example.FROM_STEP, task, model, 0.01, 0.01)
+    task.loss(model, seed, 0).backward()
+    weights = [param for param in model.parameters() if param.dim() == 2]
+    before = [param.detach().clone() for param in weights]
+    optimizer.step()
+    for param, old in zip(weights, before, strict=True):
+        step = param.grad / (param.grad.abs() + 1e-8)
+        cosine = (old.flatten() @ step.flatten() / (old.norm() * step.norm())).item()
+        assert (param.norm() / old.norm()).item() == pytest.approx(math.exp(-9 * 0.01 * cosine), rel=1e-5)
+        assert optimizer.state[param]["radius"].item() == pytest.approx(param.norm().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("page", ["learned_radius.md", "learning_rate.md"])
 def test_the_tables_of_the_docs_are_those_of_the_csv(
     example: ModuleType, page: str, monkeypatch: pytest.MonkeyPatch
