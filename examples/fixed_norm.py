@@ -156,7 +156,12 @@ class Contest:
 
 def span(values: Sequence[float]) -> str:
     """Mean and range."""
-    return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    return f"{short(fmean(values))} ({short(min(values))} to {short(max(values))})"
+
+
+def short(value: float, digits: int = 3) -> str:
+    """With so many digits after the point; what has diverged as a power of 10."""
+    return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.0e}"
 
 
 def shown(row: Row, task: Task, part: str) -> float:
@@ -172,7 +177,7 @@ def outcome(table: Table, task: Task, rates: dict[str, int], seeds: Sequence[int
         growth = [factor for row in rows for factor in row.growth()]
         test = span([shown(row, task, "test") for row in rows])
         loss = span([row.train_loss for row in rows])
-        lines.append([name, f"3^{lr}", test, loss, f"{min(growth):.2f} to {max(growth):.2f}"])
+        lines.append([name, f"3^{lr}", test, loss, f"{short(min(growth), 2)} to {short(max(growth), 2)}"])
     return lines
 
 
