@@ -20,7 +20,7 @@ from .support import STEPS, Place, counting, draw, expect, give, off, on, params
 LAYERS: Sequence[tuple[tuple[int, ...], Placement, dict[str, Any]]] = (
     ((7, 5), Shard(0), {}),
     ((5, 3, 4), Shard(1), {"radius": "current", "maximize": True}),
-    ((1, 9), Shard(0), {"rule": "hyperball"}),
+    ((1, 9), Shard(0), {"rule": "hyperball", "rotate": True}),
     ((6, 5), Shard(0), {"chunks": 3}),
     ((12, 3), Shard(0), {"chunks": 12}),
     ((8, 4), Shard(1), {"chunks": "all", "rule": "hyperball"}),
