@@ -18,6 +18,9 @@ struct Uncounted {
   static constexpr bool counts_steps = false;
   static constexpr bool takes_roots = false;
 
+  // Whether state k is a mean or a sum of squares.
+  static constexpr LAYCA_HOST_DEVICE bool is_square(int) { return false; }
+
   // Where this is not finite, the gradient counts as 0.
   template <class T>
   static LAYCA_INLINE T witness(T grad) {
@@ -35,6 +38,8 @@ struct Uncounted {
 struct Counted {
   static constexpr bool counts_steps = true;
   static constexpr bool takes_roots = true;  // in `step`: it takes longer than to read it from a cache
+
+  static constexpr LAYCA_HOST_DEVICE bool is_square(int k) { return k == 0; }
 
   template <class T>
   static LAYCA_INLINE T witness(T grad) {
@@ -180,6 +185,8 @@ struct Adam : Counted {
   static constexpr const char* name = amsgrad ? "adam_amsgrad" : "adam";
   static constexpr int n_states = amsgrad ? 3 : 2;
   static constexpr bool reads_grad = false;
+
+  static constexpr LAYCA_HOST_DEVICE bool is_square(int k) { return k > 0; }
 
   static LAYCA_INLINE void prepare(double count, const double* group, double* options) {
     using std::exp;

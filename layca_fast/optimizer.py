@@ -16,14 +16,16 @@ from .in_backward.handle import StepInBackward
 from .messages import labelled, named, warn_caller
 from .state.checks import check_memory, check_new, check_parameter, check_writable
 from .state.compensation import HALVES, join, lost_rotation
+from .state.doubts import nothing_rotates, vocabulary_rotates
 from .state.entries import drop_empty, with_all_entries
 from .state.loading import Loading
 from .state.members import ignored_decay, rotates
 from .state.sharding import local_of, wrap
 from .state.structure import check_entries, check_groups, check_saved
 from .step.capture import is_capturing
+from .step.interrupts import uninterrupted
 from .step.plan import Plan
-from .step.stats import RotationStats, rotation_stats
+from .step.stats import StepStats, rotation_stats
 from .step.unscaling import LossScale
 
 
@@ -124,6 +126,9 @@ class FusedLayca(Optimizer):
         self._warned = False
         self._warned_of_types = False
         super().__init__(params, defaults)
+        message = nothing_rotates(self.param_groups) or vocabulary_rotates(self.param_groups)
+        if message is not None:
+            warn_caller(message)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as any torch optimizer does; the group's own options are checked before it is added.
@@ -224,9 +229,10 @@ class FusedLayca(Optimizer):
             self._in_backward.close()
             return loss
         if self._plan is None or self._stale or not self._plan.holds(self.param_groups, self.state):
-            check_entries(self.param_groups, self.state)
-            self._plan = Plan(self.param_groups, self.state, choose, previous=self._plan)
-            self._stale = False
+            with uninterrupted():
+                check_entries(self.param_groups, self.state)
+                self._plan = Plan(self.param_groups, self.state, choose, previous=self._plan)
+                self._stale = False
             if self._in_backward is not None:
                 self._plan.carry_counts(self._in_backward.counts())
                 self._in_backward = None
@@ -345,8 +351,11 @@ class FusedLayca(Optimizer):
         check_memory(remainder, "the state 'remainder' of the parameter")
         return wrap(join(local_of(param).detach(), local_of(remainder)), param)
 
-    def rotation_stats(self) -> dict[Tensor, RotationStats]:
-        """What the last step did to each tensor, by parameter; empty before the first. Does not wait for a device.
+    def rotation_stats(self) -> StepStats:
+        """What the last step did to each tensor, a dict by parameter; empty before the first. ``print`` shows a table.
+
+        Does not wait for a device, as reading or printing a number does. The table has the least and the largest of a
+        tensor's layers, angles in radians, and under "kept" the steps without a direction to turn in.
 
         Of a DTensor: to the layers that this process has something of. What it counts, of elements and of steps with a
         gradient here, is not summed over processes.

@@ -15,6 +15,9 @@ from layca_fast.backends import load
 from layca_fast.commands.verify import BASE_OPTIONS
 from layca_fast.formulas.bases import BASES, Base
 
+#: Seconds after which what a test waits for counts as hanging: an hour, however slow or busy the machine.
+HANGS = 3600
+
 #: Every backend of this version. None is skipped: the native module is always built for the tests, and Triton's
 #: kernels run under its interpreter where there is no GPU.
 BACKENDS = ("torch", "cpu", "triton")

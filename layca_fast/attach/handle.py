@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..messages import labelled
 from ..optimizer import FusedLayca
 from ..state.entries import drop_empty, with_all_entries
-from ..state.loading import follow_attached, keep_options, shield_radii, unshield_radii
+from ..state.loading import check_radii, follow_attached, keep_options, shield_radii, unshield_radii
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
 
 #: Our key among the hooks. torch numbers hooks per process, so a number that came with a pickle could be given again.
@@ -50,6 +50,13 @@ class Handle:
             getattr(optimizer, hooks).move_to_end(_KEY, last=False)
         # torch leaves hooks out of copies and pickles. An instance attribute is found before the class's method.
         optimizer.__getstate__ = self._state_of_optimizer  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        optimizer = self._optimizer()
+        if optimizer is None or _handle_of(optimizer) is not self:
+            return "<layca_fast.attach: removed>"
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return f"<layca_fast.attach to {type(optimizer).__name__}: {options}>"
 
     def remove(self) -> None:
         """Take the hooks off, and the radii out of the optimizer's state. Does nothing the second time."""
@@ -100,7 +107,9 @@ class Handle:
         return self._shadow
 
     def _before_load(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-        return shield_radii(keep_options(optimizer, follow_attached(optimizer, saved), OPTIONS))
+        saved = follow_attached(optimizer, saved)
+        check_radii(optimizer, saved)
+        return shield_radii(keep_options(optimizer, saved, OPTIONS))
 
     def _after_load(self, optimizer: Optimizer) -> None:
         unshield_radii(optimizer)

@@ -25,6 +25,7 @@ from ..state.members import rotates
 from ..state.memory import check_apart, is_trained
 from ..state.sharding import is_sharded, local_of
 from ..state.structure import check_entries
+from ..step.interrupts import uninterrupted
 from ..step.plan import Plan
 from ..step.watch import Layouts
 
@@ -259,4 +260,5 @@ class Shadow:
                 ours.pop("radius", None)
                 self._published.remove(alias)
         if self._plan is None or not self._plan.holds(self._groups, self._state):
-            self._plan = Plan(self._groups, self._state, choose, previous=self._plan)
+            with uninterrupted():
+                self._plan = Plan(self._groups, self._state, choose, previous=self._plan)

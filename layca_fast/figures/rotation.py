@@ -25,6 +25,9 @@ MOST_NAMED = 12
 #: Longer names lose their middle.
 LONGEST_NAME = 30
 
+#: Curves that stay below this get an axis of their own length.
+SHORT = 0.5
+
 LABELS = {
     "rotation": r"layer rotation, $1-\cos(w_t, w_0)$",
     "angle": "rotation between records (rad)",
@@ -56,8 +59,10 @@ def draw(
 ) -> Figure:
     """Draw one quantity of all layers, and write it to ``path`` (PNG, PDF or SVG by its suffix) if that is given.
 
-    ``quantity``: "rotation", from 0 to 1 or as far as it goes; "angle", radians on a logarithmic scale; or "norm", the
-    same. Up to 12 layers are named beside the lines; more have a colour bar. pyplot knows nothing of the figure.
+    ``quantity``: "rotation", from 0 to 1, or as far as it goes where that is beyond 1 or below 1/2; "angle", radians on
+    a logarithmic scale; or "norm", the same.
+
+    Up to 12 layers are named beside the lines; more have a colour bar. pyplot knows nothing of the figure.
     """
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity={quantity!r} is unknown: choose one of {list(QUANTITIES)}")
@@ -70,9 +75,9 @@ def draw(
         axes = figure.subplots()
         few = len(curves.names) <= MOST_NAMED
         _draw_lines(axes, curves, quantity, colours, width=1.3 if few else max(0.45, 10 / len(curves.names)))
+        axes.set_ylabel(LABELS[quantity])
         _scale(axes, curves, quantity)
         axes.set_xlabel(xlabel)
-        axes.set_ylabel(LABELS[quantity])
         axes.set_title(title)
         if few:
             _name_lines(axes, curves, colours)
@@ -98,7 +103,13 @@ def _scale(axes: Axes, curves: Curves, quantity: str) -> None:
     values = getattr(curves, quantity).numpy()
     values = values[np.isfinite(values)]
     if quantity == "rotation":
-        axes.set_ylim(0, max(1.0, 1.02 * values.max(initial=0.0)))
+        highest = values.max(initial=0.0)
+        # A short run would be a flat line on the axis to 1; and a run that went nowhere must not look like a long one.
+        if 0 < highest < SHORT:
+            axes.set_ylabel(f"{LABELS[quantity]}\n(the axis ends at {1.05 * highest:.2g}, not at 1)")
+            axes.set_ylim(0, 1.05 * highest)
+        else:
+            axes.set_ylim(0, max(1.0, 1.02 * highest))
         return
     axes.set_yscale("log")
     if quantity == "norm":

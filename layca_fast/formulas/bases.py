@@ -14,6 +14,9 @@ from . import base_steps
 
 Options = Mapping[str, Any]
 
+#: States that are means or sums of squares, of which steps are made by division.
+SQUARES = {"square_avg", "sum", "exp_avg_sq", "max_exp_avg_sq"}
+
 #: The paper's recommended rotation rates (arXiv 1806.01603, section 4): where the direction is the gradient of one
 #: step, and where it is averaged over steps.
 RATE_OF_ONE_STEP, RATE_OF_AVERAGE = 3.0**-3, 3.0**-5
@@ -38,6 +41,11 @@ class Formula:
     counts_steps: bool = False
     prepare: Callable[..., Any] = base_steps.same_options
     admit: Callable[..., Any] = base_steps.finite_or_zero
+
+    @property
+    def are_squares(self) -> tuple[bool, ...]:
+        """Of each state, whether it is of squares: it starts anew with the gradient's where one is not finite."""
+        return tuple(name in SQUARES for name in self.states)
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,15 @@ def check_group(group: Mapping[str, Any]) -> None:
 def find_base(name: Any) -> Base:
     """The base optimizer called ``name``; ValueError with the valid names if there is none."""
     if not isinstance(name, str) or name not in BASES:
-        raise ValueError(f"base={name!r} is unknown: choose one of {sorted(BASES)}")
+        raise ValueError(f"base={name!r} is unknown: {_base_meant(name)}choose one of {sorted(BASES)}")
     return BASES[name]
+
+
+def _base_meant(name: Any) -> str:
+    if str(name).lower() == "adamw":
+        return "'adam' is it, for its weight decay is decoupled; "
+    close = get_close_matches(str(name).lower(), BASES, n=1, cutoff=0.75)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def check_options(base: Base, given: Mapping[str, Any]) -> None:
@@ -106,7 +113,11 @@ def check_options(base: Base, given: Mapping[str, Any]) -> None:
         if name not in base.options:
             others = sorted(each.name for each in BASES.values() if name in each.options)
             owner = f" (it belongs to {', '.join(others)})" if others else ""
+            known = [*base.options, *COMMON_OPTIONS, "unscale_in_step"]
+            close = [] if others else get_close_matches(str(name), known, n=1, cutoff=0.75)
+            meant = f" (did you mean {close[0]!r}?)" if close else ""
             raise TypeError(
-                f"{name}={given[name]!r} is no option of base={base.name!r}{owner}: it has {sorted(base.options)}, "
-                "beside those of every base (lr, rotate, chunks, rule, radius, weight_decay, ...)"
+                f"{name}={given[name]!r} is no option of base={base.name!r}{owner}{meant}: it has "
+                f"{sorted(base.options)}, beside those of every base (lr, rotate, chunks, "
+                "rule, radius, weight_decay, ...)"
             )

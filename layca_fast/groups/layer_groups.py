@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..formulas.bases import scaled_rate
 from ..formulas.options import check_choice, check_lr, misspelt
-from ..messages import aligned
+from ..messages import aligned, warn_caller
 from ..state.checks import check_initialized, count_layers
 from ..state.layout import is_vector
 from ..state.zeros import have_zero_layers
+from .left_out import doubt
 from .roles import EMBEDDINGS, Asked, asked_types, decide
 
 OTHERS = ("train", "freeze")
@@ -25,7 +26,10 @@ RESERVED = ("params", "param_names", "chunks", "lr_factor")
 
 @dataclass(frozen=True)
 class Row:
-    """One trainable tensor in the plan: ``lr_factor`` is None and ``reason`` says why where it does not rotate."""
+    """One trainable tensor in the plan: ``lr_factor`` is None and ``reason`` says why where it does not rotate.
+
+    ``reason`` of one that rotates: how, where that is not as one would think; mostly "".
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -38,6 +42,7 @@ class Row:
         if self.lr_factor is None:
             return self.name, str(self.shape), f"no: {self.reason}", "-"
         rotates = "yes" if self.layers == 1 else f"yes, as {self.layers} layers"
+        rotates += f": {self.reason}" * bool(self.reason)
         return self.name, str(self.shape), rotates, f"{self.lr_factor:.4g}"
 
 
@@ -75,6 +80,7 @@ class _Entry:
     param: Tensor
     chunks: int | str | None
     reason: str
+    unknown: type[nn.Module] | None = None
 
     @property
     def layers(self) -> int:
@@ -135,7 +141,7 @@ def _set_aside_zeros(entries: Sequence[_Entry]) -> list[_Entry]:
     moved = [entry for entry, is_zero in zip(rotating, zeros, strict=True) if is_zero]
     for entry in moved:
         entry.reason = "all zero" if entry.layers == 1 else f"one of its {entry.layers} layers is all zero"
-        entry.chunks = None
+        entry.chunks = entry.unknown = None
     return moved
 
 
@@ -223,20 +229,21 @@ def layer_groups(
     others: str = "train",
     others_lr: float | Tensor | None = None,
     embeddings: bool = False,
-    rotate: Iterable[type[nn.Module]] | Mapping[type[nn.Module], int | str] = (),
+    rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, int | str] = (),
     **options: Any,
 ) -> LayerGroups:
     """Param groups in which the weights of the model's layers rotate, and nothing else; ``print`` shows the plan.
 
     Rotating: the weights of Linear, Bilinear, Conv1d to 3d and ConvTranspose1d to 3d; MultiheadAttention's packed
-    ``in_proj_weight`` as 3 layers; the weights of RNN, LSTM, GRU and their cells as one layer per gate. The others:
-    biases, norm layers, embeddings, vectors (at most one dimension longer than 1: a Linear with one output has one),
-    parametrized weights (weight_norm and the like, unless asked for), weights of which a layer is all zero, and
-    whatever modules of unknown types hold (see ``rotate``). Parameters with requires_grad=False are left out. A tied
-    tensor counts once, under its first name; it rotates if any module that shares it makes it rotate, but one that is
-    an embedding anywhere is an embedding.
+    ``in_proj_weight`` as 3 layers; the weights of RNN, LSTM, GRU and their cells as one layer per gate; those of
+    transformers' Conv1D, stored as (in, out), each as one layer. The others: biases, norm layers, embeddings, vectors
+    (at most one dimension longer than 1: a Linear with one output has one), parametrized weights (weight_norm and the
+    like, unless asked for), weights of which a layer is all zero, and whatever modules of unknown types hold (see
+    ``rotate``). Parameters with requires_grad=False are left out. A tied tensor counts once, under its first name; it
+    rotates if any module that shares it makes it rotate, but one that is an embedding anywhere is an embedding.
 
-    Zeros are looked for now: call it before trained weights are loaded, as for the run that is resumed.
+    Zeros are looked for now: call it before trained weights are loaded, as for the run that is resumed. Warns where
+    nothing rotates, and where unknown types hold more than a tenth of the weights that could.
 
     Args:
         model: any module, wrapped (DDP, torch.compile) or not. Names are those of ``model.named_parameters()``.
@@ -250,8 +257,9 @@ def layer_groups(
             Weights of zeros are frozen, too, with a warning, since they never train then.
         others_lr: the lr of the others; None: ``lr``. Only for others="train".
         embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
-        rotate: module types of which every tensor that is no vector, biases apart, rotates besides, such as the
-            Conv1D of transformers; as a dict, with the ``chunks`` of each (1, n or "all"), also for the types above.
+        rotate: module types, or modules of the model with all inside of them, of which every tensor that is no vector,
+            biases apart, rotates besides; as a dict, with the ``chunks`` of each (1, n or "all"), or False for what is
+            not to rotate, such as a head without normalisation. Also for the types above.
         options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0
             into those that rotate.
 
@@ -284,6 +292,10 @@ def layer_groups(
     if others == "freeze":
         _freeze(rest, zeros)
 
+    turning = sum(entry.param.numel() for entry in rotating)
+    message = doubt(model, turning, [(entry.unknown, entry.param) for entry in rest if entry.unknown is not None])
+    if message is not None:
+        warn_caller(message)
     factor_of = dict(zip((entry.param for entry in rotating), factors, strict=True))
     rows = [
         Row(entry.name, tuple(entry.param.shape), entry.layers, factor_of.get(entry.param), entry.reason)

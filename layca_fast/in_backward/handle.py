@@ -112,6 +112,9 @@ class StepInBackward:
         self._is_open = False
         self._memory_is_checked = False
 
+    def __repr__(self) -> str:
+        return f"<step_in_backward: {f'on, with {len(self._hooks)} parameters' if self.is_on else 'removed'}>"
+
     def remove(self) -> None:
         """Take the hooks off: the next :meth:`FusedLayca.step` is an ordinary one. Does nothing the second time."""
         for hook in self._hooks.values():

@@ -86,9 +86,17 @@ class Curves:
         """Whether any angle between records is known."""
         return not bool(self.angle.isnan().all())
 
-    def plot(self, path: "str | Path | None" = None, **options: Any) -> "Figure":
-        """Draw the layer rotation curves as :func:`layca_fast.figures.rotation.draw` does; needs matplotlib."""
-        return drawing()(self, path, **options)
+    def plot(
+        self, path: "str | Path | None" = None, *, quantity: str = "rotation", title: str = "", xlabel: str = "step"
+    ) -> "Figure":
+        """Draw one quantity of all layers, a line each, and write it to ``path`` if that is given; needs matplotlib.
+
+        ``path``: PNG, PDF or SVG by its suffix. ``quantity``: "rotation", from 0 to 1, to what is reached where that is
+        beyond 1 or below 1/2; or "angle", in radians, or "norm", both on a logarithmic scale. ``title`` stands above,
+        ``xlabel`` below. Returns the figure, which pyplot knows nothing of. Raises ImportError without matplotlib, and
+        ValueError for an unknown quantity, and where there is nothing to draw.
+        """
+        return drawing()(self, path, quantity=quantity, title=title, xlabel=xlabel)
 
 
 def curves_of(names: Sequence[str], records: Iterable[Mapping[str, Any]]) -> Curves:

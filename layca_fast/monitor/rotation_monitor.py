@@ -18,6 +18,7 @@ from ..state.reduction import Reduction
 from ..step.capture import is_capturing
 from .curves import QUANTITIES, Curves
 from .keeping import KEEPS, Reference, Sketched, View, Whole
+from .saved import check_saved
 from .watched import replaced, watched_layers
 
 if TYPE_CHECKING:
@@ -241,9 +242,11 @@ class RotationMonitor:
         rotation, angle, norm = (each.clone() for each in self._read.unbind(1))
         return Curves(list(self.names), list(self._steps), rotation=rotation, angle=angle, norm=norm)
 
-    def plot(self, path: str | Path | None = None, **options: Any) -> "Figure":
-        """Draw the curves, one line per layer: see :func:`layca_fast.figures.rotation.draw`. Needs matplotlib."""
-        return self.curves.plot(path, **options)
+    def plot(
+        self, path: str | Path | None = None, *, quantity: str = "rotation", title: str = "", xlabel: str = "step"
+    ) -> "Figure":
+        """Draw the curves, one line per layer: :meth:`layca_fast.Curves.plot` says what the options are."""
+        return self.curves.plot(path, quantity=quantity, title=title, xlabel=xlabel)
 
     @property
     def nbytes(self) -> int:
@@ -323,6 +326,7 @@ class RotationMonitor:
         """
         if state_dict.get("version") != VERSION:
             raise ValueError(f"state_dict: has version {state_dict.get('version')!r}, and only {VERSION} can be read")
+        check_saved(state_dict, SETTINGS, self._before is not None and bool(state_dict.get("per_step")))
         for name in SETTINGS:
             if state_dict[name] != getattr(self, name):
                 raise ValueError(

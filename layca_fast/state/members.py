@@ -13,6 +13,7 @@ from ..formulas.options import find_base
 from ..messages import describe, labelled
 from .checks import check_gradient, check_memory, check_parameter, check_writable, count_layers
 from .compensation import HALVES, fits, is_compensated, state_dtype
+from .contents import check_complete
 from .layout import is_vector, layers_are_dense, scalar_device, usable
 from .memory import Written
 from .runner import Choose, Runs
@@ -48,8 +49,8 @@ def ignored_decay(groups: Sequence[Mapping[str, Any]]) -> str | None:
     for group, label, param in labelled(groups):
         if group["weight_decay"] != 0 and rotates(param, group):
             return (
-                f"weight_decay={group['weight_decay']} is ignored for {label} and every other tensor that rotates: "
-                "Layca keeps their norms fixed. Set weight_decay=0 there to silence this"
+                f"weight_decay={group['weight_decay']} is ignored for {describe(label, param)} and every other "
+                "tensor that rotates: Layca keeps their norms fixed. Set weight_decay=0 there to silence this"
             )
     return None
 
@@ -90,6 +91,7 @@ class Member(Generic[Runs]):
             local[name] = self._buffer(name, old.get(name), dtype)
         if is_compensated(self.param.dtype, self.group):
             local["remainder"] = self._remainder(old.get("remainder"))
+        check_complete(self.formula, state, describe(self.label, self.param))
         if self.formula.counts_steps:
             # Another base may have counted steps before these buffers were made.
             has = [name for name in self.formula.states if state.get(name) is not None]
@@ -164,11 +166,6 @@ class Member(Generic[Runs]):
     def _step_count(self, old: Any, buffers: Sequence[str]) -> Tensor:
         if not buffers:
             old = 0.0
-        if old is None:
-            raise ValueError(
-                f"the state of {describe(self.label, self.param)} has {buffers[0]!r} but no 'step', the number of "
-                "steps that made it: set it, or clear the optimizer's state for it, del optimizer.state[parameter]"
-            )
         # Older versions of torch saved a plain number.
         count = old if isinstance(old, Tensor) else torch.tensor(float(old), device="cpu")
         if count.shape != ():

@@ -192,9 +192,10 @@ class Batch:
         self.hyperparameters.fetch()
         if self._scaled is not None:
             self.taken = self._scaled.apply(loss_scale or LossScale())
-        for index, step in self._empty:
-            if step is not None and self.grads[index] is not None:
-                step += 1 if self.taken is None else self.taken
+
+    def reserve(self) -> None:
+        """Make the tables that are made when they are first used."""
+        _ = self.layers, self.tiles, self.partials, self.partial_counts, self.step_options
 
     def _await_first_gradients(self) -> Tensor:
         """Which tensors have yet to take their first gradient, (tensors,) int64 on the device.
@@ -217,12 +218,22 @@ class Batch:
 
     def release(self) -> None:
         """After a step: drop the gradients, so that zero_grad frees them, and settle the slots that had one."""
+        for index, step in self._empty:
+            if step is not None and self.grads[index] is not None:
+                step += 1 if self.taken is None else self.taken
+        if self._scaled is not None:
+            self._scaled.settle()
         if not self._settled:
             for slot, grad in zip(self.slots, self.grads, strict=True):
                 slot.fresh &= grad is None
             self._settled = not any(slot.fresh for slot in self.slots)
             self._set_hyper_rows()
         self.grads, self._grad_addresses = [None] * len(self.slots), None
+
+    @property
+    def is_delicate(self) -> bool:
+        """Whether :meth:`release` will do what must not be done twice, or by halves."""
+        return not self._settled or bool(self._empty)
 
     @property
     def stepped(self) -> list[Tensor]:

@@ -14,7 +14,7 @@ from ..formulas.rotation import KEEP
 from ..formulas.tables import Coefficient
 from ..messages import labelled
 from ..state.compensation import state_dtype
-from ..state.members import Layers, State, check_norms, drop_remainders, members
+from ..state.members import Layers, Member, State, check_norms, drop_remainders, members
 from ..state.memory import check_apart
 from ..state.reduction import Groups
 from ..state.runner import Choose
@@ -24,6 +24,7 @@ from .backend import Backend
 from .batch import Batch
 from .capture import check_capture, is_capturing
 from .distributed import SharedDots
+from .taking import reserve, take
 from .unscaling import LossScale
 from .watch import gradients, same_objects
 
@@ -82,6 +83,34 @@ class Plan:
         asked += [e for e in turning if id(e.param) not in known and "radius" not in state.get(e.param, {})]
         self._zero: list[Layers] = [*(each for each in zero if each.is_at_rest), *check_norms(asked)]
 
+        kept = {param: dict(entry) for param, entry in state.items()}
+        try:
+            self._build(found, states, groups, state, choose)
+        except BaseException:
+            # The next try would take states made here for such as have taken a gradient.
+            for param in list(state):
+                if param in kept:
+                    state[param].clear()
+                    state[param].update(kept[param])
+                else:
+                    del state[param]
+            raise
+        self.recorded = False
+        #: CUDA graphs read the tables of the plan that they recorded, so it outlives its use here.
+        self._kept: list[Plan] = []
+        if previous is not None:
+            self.carry_counts(previous.counts())
+            self._kept = [*previous._kept, *([previous] if previous.recorded else [])]
+
+    def _build(
+        self,
+        found: Sequence[Member[Backend]],
+        states: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]],
+        groups: Sequence[Mapping[str, Any]],
+        state: State,
+        choose: Choose[Backend],
+    ) -> None:
+        """Publish the states, and make the batches that run on them."""
         drop_remainders(groups, state)
         self._groups, self._state = groups, state
         self._signature = _signature(groups)
@@ -118,12 +147,6 @@ class Plan:
         self._shared_dots = self._share_dots(layout, choose) if self._shared else None
         self._entries = list(state.values())
         self._retired = WeakTensorKeyDictionary()
-        self.recorded = False
-        #: CUDA graphs read the tables of the plan that they recorded, so it outlives its use here.
-        self._kept: list[Plan] = []
-        if previous is not None:
-            self.carry_counts(previous.counts())
-            self._kept = [*previous._kept, *([previous] if previous.recorded else [])]
 
     def _share_dots(self, layout: Sequence[tuple[int, Groups]], choose: Choose[Backend]) -> SharedDots:
         batches = [batch for _, batch in self._shared]
@@ -189,20 +212,27 @@ class Plan:
             for _, batch in self.batches:
                 batch.check_capture()
             self.recorded = True
-        for backend, batch in self._whole:
+        reserve(self.batches)
+        for _, batch in self.batches:
             batch.refresh(loss_scale, capturing)
-            backend.step(batch)
-            self._finish(backend, batch)
+        take(self._whole, self._finish)
         if self._shared_dots is not None:
+            self._take_shared(self._shared_dots, loss_scale, capturing)
+
+    def _take_shared(self, shared_dots: SharedDots, loss_scale: LossScale | None, capturing: bool) -> None:
+        measured = 0
+        try:
             for backend, batch in self._shared:
-                batch.refresh(loss_scale, capturing)
+                measured += 1
                 backend.measure(batch)
-            self._shared_dots.add_up(loss_scale, capturing)
+            shared_dots.add_up(loss_scale, capturing)
             for backend, batch in self._shared:
                 backend.coefficients(batch)
                 backend.rotate(batch)
-            self._shared_dots.turn_still()
-            for backend, batch in self._shared:
+            shared_dots.turn_still()
+        finally:
+            # Who has waited for others may be interrupted, and stop.
+            for backend, batch in self._shared[:measured]:
                 self._finish(backend, batch)
 
     def _finish(self, backend: Backend, batch: Batch) -> None:

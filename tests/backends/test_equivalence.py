@@ -9,6 +9,7 @@ import torch
 from layca_fast.commands.verify import BASE_OPTIONS, ODD_SHAPES, Case, compare
 from layca_fast.formulas.options import RULES
 
+from ..pairs import ChosenCase
 from ..support import BACKENDS
 
 DTYPES = (torch.float32, torch.float64)
@@ -25,15 +26,15 @@ FEW_CHUNKS = (
 STEPS = {"torch": 10, "cpu": 10, "triton": 3}
 
 
-def cases(interpreted: bool = False) -> list[Case]:
+def cases(interpreted: bool = False) -> list[ChosenCase]:
     """Every base option and rule with every dtype, chunking and radius, none at neutral hyperparameters.
 
     ``interpreted``: every second of them, under every base option all that any three of the choices can be together.
     """
     chosen = itertools.product(*map(enumerate, (RULES, FEW_CHUNKS if interpreted else CHUNKS, RADII, DTYPES)))
-    rows = [(sum(numbers) % 2, row) for numbers, row in (zip(*each, strict=True) for each in chosen)]
+    rows = [tuple(zip(*each, strict=True)) for each in chosen]
     return [
-        Case(
+        ChosenCase(
             name=f"{options}, {rule}, chunks={chunks}, radius={radius}, {dtype}",
             shapes=shapes,
             options={
@@ -45,24 +46,24 @@ def cases(interpreted: bool = False) -> list[Case]:
             },
             dtype=dtype,
             lr=0.03,
+            choices=(base, *numbers),
         )
-        for options, (odd, (rule, (chunks, shapes), radius, dtype)) in itertools.product(BASE_OPTIONS, rows)
-        if not (interpreted and odd)
+        for (base, options), (numbers, (rule, (chunks, shapes), radius, dtype)) in itertools.product(
+            enumerate(BASE_OPTIONS), rows
+        )
+        if not (interpreted and sum(numbers) % 2)
     ]
 
 
 @pytest.mark.filterwarnings("ignore:weight_decay=.* is ignored")
 @pytest.mark.parametrize(
-    ("backend", "case"),
-    [
-        pytest.param(backend, case, id=f"{backend}-{case.name}")
-        for backend in BACKENDS
-        for case in cases(interpreted=backend == "triton")
-    ],
+    "case",
+    [replace(case, backend=backend) for backend in BACKENDS for case in cases(interpreted=backend == "triton")],
+    ids=lambda case: f"{case.backend}-{case.name}",
 )
-def test_follows_the_reference(backend: str, case: Case, seed: int) -> None:
+def test_follows_the_reference(case: ChosenCase, seed: int) -> None:
     """Angle and norm of every step, and the weights after the last."""
-    errors = compare(replace(case, steps=STEPS[backend]), backend, torch.device("cpu"), seed)
+    errors = compare(replace(case, steps=STEPS[case.backend]), case.backend, torch.device("cpu"), seed)
     assert errors.passed, errors
 
 

@@ -1,6 +1,7 @@
 """docs/faq.md: every message that it explains is what the code says today."""
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca, RotationMonitor, attach, layer_groups
+from layca_fast.backends import choose, load
 from layca_fast.diagnostics import LayerConditioning
 
 FAQ = Path(__file__).parents[2] / "docs" / "faq.md"
@@ -109,10 +111,46 @@ def second_backward() -> None:
         weight.sum().backward()
 
 
+class Mixer(nn.Module):
+    """A type that torch does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = matrix(3, 4)
+
+
+class Model(Named):
+    """What the user calls their own."""
+
+
+def slow_fallback() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(load("cpu")), "missing", lambda self: "the native module is not there")
+        patch.setattr(type(load("triton")), "missing", lambda self: "not here")
+        warnings.simplefilter("error")
+        choose("auto", torch.device("cpu"))
+
+
+def nameless_checkpoint() -> None:
+    model = nn.Linear(2, 3)
+    old = torch.optim.AdamW(model.parameters())
+    FusedLayca(layer_groups(model), base="adam").load_state_dict(old.state_dict())
+
+
+def damaged_checkpoint() -> None:
+    saved = step(matrix(), base="adam").state_dict()
+    saved["state"][0]["exp_avg_sq"][0, 0] = float("inf")
+    FusedLayca([matrix()], base="adam").load_state_dict(saved)
+
+
 #: What triggers the message of each entry, by its heading.
 TRIGGERS: dict[str, Callable[[], object]] = {
     "A layer starts at zero": zero_layer,
     "Weight decay does nothing": lambda: step(matrix(), weight_decay=0.01),
+    "No layer rotates": lambda: layer_groups(Model("mixer", Mixer())),
+    "Nothing rotates": lambda: FusedLayca([matrix(3)]),
+    "An embedding or a head rotates": lambda: FusedLayca([matrix(32000, 4)]),
+    "The slow fallback runs": slow_fallback,
     "The learning rate is refused": lambda: FusedLayca([matrix()], lr=-0.1),
     "An option is refused": lambda: FusedLayca([matrix()], betas=(0.9, 0.99)),
     "The same tensor twice": tied,
@@ -130,6 +168,8 @@ TRIGGERS: dict[str, Callable[[], object]] = {
     ),
     "A checkpoint with other groups": other_groups,
     "A checkpoint of another optimizer": foreign_checkpoint,
+    "A checkpoint of another optimizer without names": nameless_checkpoint,
+    "A checkpoint that is damaged": damaged_checkpoint,
     "Rotations below the precision of the type": lambda: step(matrix(dtype=torch.bfloat16), lr=1e-3, compensate=False),
     "attach and 16-bit parameters": lambda: attach(torch.optim.SGD([matrix(dtype=torch.bfloat16)], lr=0.1)),
     "attach, a second time": attach_again,

@@ -128,6 +128,8 @@ OF_ANOTHER_BASE = (
     BadOption(
         "betas for rmsprop", {"base": "rmsprop", "betas": (0.9, 0.9)}, TypeError, r"betas=.*belongs to adam, lion"
     ),
+    BadOption("AdamW", {"base": "adamw"}, ValueError, r"base='adamw' is unknown: 'adam' is it, for its weight decay"),
+    BadOption("misspelt base", {"base": "Adma"}, ValueError, r"base='Adma' is unknown: did you mean 'adam'\?"),
     BadOption("eps for lion", {"base": "lion", "eps": 1e-8}, TypeError, r"eps=1e-08 is no option of base='lion'"),
     BadOption(
         "two options of another base",
@@ -273,3 +275,9 @@ def test_a_module_in_the_place_of_its_parameters() -> None:
         FusedLayca(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="nothing is attached"):
         detach(torch.nn.Linear(2, 2))
+
+
+def test_a_misspelt_option_is_guessed(seed: int) -> None:
+    """In a group it is a warning, as its keys may be the user's own."""
+    with pytest.raises(TypeError, match=r"beckend='cpu' is no option of base='sgd' \(did you mean 'backend'\?\)"):
+        FusedLayca([parameter(2, 3)], 0.1, beckend="cpu")

@@ -104,7 +104,9 @@ def test_float16_follows_float32_in_triton(base: Mapping[str, Any], seed: int) -
     test_float16_follows_float32("triton", base, seed)
 
 
-@pytest.mark.parametrize("base", [{"momentum": 0.9}, {"base": "adam"}], ids=str)
+@pytest.mark.parametrize(
+    "base", [{"momentum": 0.9}, pytest.param({"base": "adam"}, marks=pytest.mark.exhaustive)], ids=str
+)
 @native_backends
 def test_float16_is_within_a_millionth_after_1000_steps(backend: str, base: Mapping[str, Any], seed: int) -> None:
     """Down to weights of 1e-5, of which float16 itself holds 8 bits; and of a bias that starts from zero."""
@@ -171,7 +173,7 @@ def turned_in_a_plane(dtype: torch.dtype, lr: float, backend: str, **options: An
     return total
 
 
-@pytest.mark.parametrize("lr", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("lr", [1e-2, pytest.param(1e-3, marks=pytest.mark.exhaustive), 1e-4])
 @every_half
 @native_backends
 def test_weights_turn_by_what_is_asked(backend: str, dtype: torch.dtype, lr: float, seed: int) -> None:
@@ -232,7 +234,7 @@ def test_rates_below_what_the_type_carries_are_warned_of_once(dtype: torch.dtype
 
 @pytest.mark.parametrize(
     ("shape", "options"),
-    [((4, 3), {}), ((4, 3), {"compensate": True}), ((12,), {"compensate": False})],
+    [((4, 3), {}), ((4, 3), {"compensate": True}), ((12,), {"compensate": False, "rotate": False})],
     ids=["default", "compensated", "does not rotate"],
 )
 def test_nobody_else_is_warned(shape: tuple[int, ...], options: dict[str, Any], seed: int) -> None:

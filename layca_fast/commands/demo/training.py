@@ -1,12 +1,10 @@
 """What the demo trains: a small convolutional network on real digits, and what it records of every epoch."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +64,10 @@ class Run:
     """One training. Row e of ``accuracy`` (on the test digits) and ``rotation`` is after e epochs; row 0 is the start.
 
     ``rotation``: 1 - cos of the angle between each layer's weights and its initial ones, layers in forward order.
-    ``seconds_per_epoch``: the median over epochs of the training alone, without testing.
     """
 
     accuracy: list[float]
     rotation: list[list[float]]
-    seconds_per_epoch: float
 
 
 #: A contestant with its runs, one for each seed.
@@ -180,16 +176,13 @@ def train(
 
     accuracies = [accuracy(network, digits.test_images, digits.test_labels)]
     rotations = [rotation_from(initial, weights)]
-    seconds = []
     for _ in range(epochs):
-        started = time.perf_counter()
         _train_epoch(network, optimizer, digits, shuffle)
-        seconds.append(time.perf_counter() - started)
         scheduler.step()
         accuracies.append(accuracy(network, digits.test_images, digits.test_labels))
         rotations.append(rotation_from(initial, weights))
         on_epoch(accuracies[-1])
-    return Run(accuracies, rotations, median(seconds))
+    return Run(accuracies, rotations)
 
 
 def _train_epoch(network: nn.Module, optimizer: Optimizer, digits: Digits, shuffle: torch.Generator) -> None:
@@ -200,6 +193,3 @@ def _train_epoch(network: nn.Module, optimizer: Optimizer, digits: Digits, shuff
         loss = functional.cross_entropy(network(digits.train_images[batch]), digits.train_labels[batch])
         loss.backward()
         optimizer.step()
-    if device.type == "cuda":
-        # Whoever times an epoch means its work, not its launches.
-        torch.cuda.synchronize(device)

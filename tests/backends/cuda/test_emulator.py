@@ -26,6 +26,9 @@ from ...support import clones, parameter, random_gradients, relative_distance, r
 from ..test_equivalence import LARGE, cases
 from .support import emulated, emulator  # noqa: F401
 
+#: It takes minutes to build, and who has no GPU does not run this backend; where there is one, tests/gpu does.
+pytestmark = pytest.mark.exhaustive
+
 CPU = torch.device("cpu")
 ROWS = rows_by_formula(lr=0.05, weight_decay=0.05)
 every_formula = pytest.mark.parametrize("formula", FORMULAS)
