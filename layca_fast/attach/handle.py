@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ..messages import labelled
 from ..optimizer import FusedLayca
 from ..state.entries import drop_empty, with_all_entries
 from ..state.loading import check_radii, follow_attached, keep_options, shield_radii, unshield_radii
+from ..step.hooks import is_nested, lacks_hooks
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
 
 #: Our key among the hooks. torch numbers hooks per process, so a number that came with a pickle could be given again.
@@ -90,14 +92,19 @@ class Handle:
         state: dict[str, Any] = type(optimizer).__getstate__(optimizer)
         return {**state, **ours, "__getstate__": self._state_of_optimizer}
 
+    # To compile what the hooks do on the host would gain nothing, and be done again for every new lr.
+    @_disable_dynamo
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._fitting_shadow(optimizer).keep(optimizer)
+        if not is_nested(self):
+            self._fitting_shadow(optimizer).keep(optimizer)
 
+    @_disable_dynamo
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Some optimizers put new memory under a parameter while they step, and hooks may have changed lr.
-        self._fitting_shadow(optimizer).turn(optimizer)
+        if not is_nested(self):
+            self._fitting_shadow(optimizer).turn(optimizer)
 
     def _fitting_shadow(self, optimizer: Optimizer) -> Shadow:
         groups = plan_groups(optimizer, self._options)
@@ -126,8 +133,12 @@ def _check_optimizer(optimizer: Any) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, FusedLayca):
         raise TypeError(f"optimizer is a {name}, which rotates by itself: use it without attach")
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        raise TypeError(f"optimizer is a {name} without step hooks, a wrapper: attach to the optimizer inside it")
+    lack = lacks_hooks(optimizer, tuple(_HOOKS))
+    if lack is not None:
+        raise TypeError(
+            f"optimizer is a {name} {lack}, as wrappers are that skip Optimizer.__init__: attach to the optimizer "
+            "inside it"
+        )
     # Of the class: a learning rate scheduler replaces the method of the instance.
     arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
     needed = [each.name for each in arguments if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]

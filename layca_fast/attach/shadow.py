@@ -18,7 +18,7 @@ from ..backends import choose
 from ..formulas.bases import BASES
 from ..formulas.options import check_group
 from ..messages import describe, labelled
-from ..state.checks import check_parameter, check_writable, count_layers
+from ..state.checks import check_parameter, check_writable, count_layers, is_fake
 from ..state.compensation import HALVES
 from ..state.layout import is_dense, memory_order
 from ..state.members import rotates
@@ -191,6 +191,8 @@ class Shadow:
         if previous is not None:
             previous._drop()
         self._pairs: list[tuple[Tensor, Tensor]] = [(param, param.detach()) for _, _, param in turning(groups)]
+        # They have no addresses, and torch warns of being asked.
+        self._are_fake = any(is_fake(param) for param, _ in self._pairs)
         for param, alias in self._pairs:
             alias.grad = _copy_of(param, old.pop(id(param), None))
         aliases = {id(param): alias for param, alias in self._pairs}
@@ -219,7 +221,7 @@ class Shadow:
             _structure(groups) == self._made_for
             and self._lie.hold()
             and all(
-                param.data_ptr() == alias.data_ptr()
+                (self._are_fake or param.data_ptr() == alias.data_ptr())
                 and param.stride() == alias.stride()
                 and param.shape == alias.shape
                 and param.dtype == alias.dtype

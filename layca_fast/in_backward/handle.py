@@ -98,7 +98,11 @@ class StepInBackward:
             self._counts.setdefault(param, {})[first] = count.clone()
         # Each device has a thread of its own in a backward pass.
         self._lock = threading.RLock()
-        self._follow(optimizer)
+        try:
+            self._follow(optimizer)
+        except BaseException:
+            self.remove()
+            raise
         self._stepped: set[Tensor] = set()
         self._begin()
 

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from ..groups.layer_groups import trainable_entries
 from ..groups.roles import EMBEDDINGS
-from ..messages import named
-from ..state.checks import check_memory, check_parameter, count_layers
+from ..messages import named, warn_caller
+from ..state.checks import check_memory, check_parameter, count_layers, is_fake
 from ..state.members import rotates
 from ..state.sharding import Piece, is_sharded, local_of, sharding_of
 
@@ -60,6 +60,8 @@ class Watched:
 def _watched(name: str, param: Tensor, chunks: int | str) -> list[Watched]:
     label = f"parameter {name!r}"
     check_parameter(param, label)
+    if is_fake(param):
+        raise TypeError(f"{label} is a FakeTensor, without numbers to measure: make the monitor outside of that mode")
     check_memory(param, label)
     layers = count_layers(param, chunks, label)
     names = (name,) if layers == 1 else tuple(f"{name}[{index}]" for index in range(layers))
@@ -117,7 +119,9 @@ def _named(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
     chunks = {}
     if any(param.requires_grad for param in model.parameters()):
         chunks = {name: chunks for name, _, chunks in _of_model(model)}
-    return [(name, p, chunks.get(name)) for name, p in model.named_parameters() if p.is_floating_point()]
+    return [
+        (name, p, chunks.get(name)) for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()
+    ]
 
 
 def replaced(source: nn.Module | Optimizer, watched: Sequence[Watched]) -> list[str]:
@@ -146,8 +150,39 @@ def watched_layers(source: nn.Module | Optimizer, layers: Iterable[str] | None) 
     else:
         chosen = _chosen(found, list(layers))
     if not chosen:
-        raise ValueError(
-            f"model_or_optimizer: no parameter of this {type(source).__name__} has two or more dimensions; name those "
-            "to watch: layers=['...']"
-        )
+        raise ValueError(f"model_or_optimizer: {_why_none(source, found)}")
+    if layers is None:
+        chosen = _readable(chosen)
     return [each for name, param, chunks in chosen for each in _watched(name, param, chunks)]
+
+
+def _why_none(source: nn.Module | Optimizer, found: Sequence[tuple[str, Tensor, int | str | None]]) -> str:
+    """What to say, and to do, where nothing is a layer by itself."""
+    kind = type(source).__name__
+    matrices = [name for name, param, _ in found if param.dim() >= 2]
+    names = matrices or [name for name, _, _ in found]
+    start = f"no parameter of this {kind} has two or more dimensions"
+    if matrices:
+        start = f"no parameter of this {kind} is watched unless it is named: those of two or more dimensions are not "
+        start += "layers by themselves, but parametrized, embeddings or of norm layers, or have rotate=False"
+    return f"{start}; name those to watch: layers={names}" if names else f"{start}: give it a parameter that is trained"
+
+
+def _readable(chosen: Sequence[tuple[str, Tensor, int | str]]) -> list[tuple[str, Tensor, int | str]]:
+    """Those of a type that can be measured; warns of the rest. TypeError where there are none."""
+    kept, errors = [], []
+    for name, param, chunks in chosen:
+        try:
+            check_parameter(param, f"parameter {name!r}")
+        except TypeError as error:
+            errors.append(error)
+        else:
+            kept.append((name, param, chunks))
+    if errors and not kept:
+        raise errors[0]
+    if errors:
+        warn_caller(
+            f"RotationMonitor leaves {len(errors)} of {len(chosen)} layers out, which it cannot measure; name those to "
+            f"watch to silence this: layers={[name for name, _, _ in kept]}. The first is: {errors[0]}"
+        )
+    return kept

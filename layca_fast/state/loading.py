@@ -96,11 +96,13 @@ def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         base = find_base(group.get("base", optimizer.defaults.get("base")))
         check_complete(base.formula({**base.options, **group}), state, describe(label, param))
         for name, value in state.items():
+            is_ours = name in OUR_STATES and isinstance(value, Tensor)
+            if is_ours:
+                check_memory(value, f"state_dict: the state {name!r} of {label}")
             layers = count_layers(param, group.get("chunks", 1), label) if name == "radius" else 1
             check_contents(name, value, param, label, layers)
-            if name not in OUR_STATES or not isinstance(value, Tensor):
+            if not is_ours:
                 continue
-            check_memory(value, f"state_dict: the state {name!r} of {label}")
             if name == "radius" and "rotate" in group and group["rotate"] is None and is_vector(param):
                 raise ValueError(
                     f"state_dict: {describe(label, param)} has a radius, so it turned when it was saved, and "
@@ -203,7 +205,10 @@ def check_radii(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Raise ValueError, for another optimizer than ours to load, for a saved radius that no run can have left."""
     for _, label, param, state in _pairs(optimizer, saved):
         if isinstance(state, Mapping):
-            check_contents("radius", state.get("radius"), param, label, 1)
+            radius = state.get("radius")
+            if isinstance(radius, Tensor):
+                check_memory(radius, f"state_dict: the state 'radius' of {label}")
+            check_contents("radius", radius, param, label, 1)
 
 
 def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:

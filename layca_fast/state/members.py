@@ -11,11 +11,12 @@ from torch import Tensor
 from ..formulas.bases import FORMULAS, Formula
 from ..formulas.options import find_base
 from ..messages import describe, labelled
-from .checks import check_gradient, check_memory, check_parameter, check_writable, count_layers
+from .checks import check_gradient, check_memory, check_parameter, check_writable, count_layers, is_fake
 from .compensation import HALVES, fits, is_compensated, state_dtype
 from .contents import check_complete
 from .layout import is_vector, layers_are_dense, scalar_device, usable
 from .memory import Written
+from .modes import check_modes
 from .runner import Choose, Runs
 from .sharding import (
     Piece,
@@ -247,6 +248,15 @@ def members(
             sharding = sharding_of(param, layers, describe(label, param))
         dense = all(layers_are_dense(piece.of(local), piece.layers) for piece in sharding.pieces)
         backend = choose(group["backend"], local.device)
+        if is_fake(local) and backend.writes_unseen:
+            if group["backend"] != "auto":
+                raise ValueError(
+                    f"{describe(label, param)} is a FakeTensor, without memory that backend={backend.name!r} could "
+                    "write to: use backend='auto' or 'torch', which try a step out without numbers"
+                )
+            backend = choose("torch", local.device)
+        if not is_fake(local):
+            check_modes()
         if not dense and backend.needs_dense:
             if group["backend"] != "auto":
                 raise ValueError(

@@ -13,9 +13,11 @@ from ..formulas.options import find_base
 from ..formulas.rotation import KEEP
 from ..formulas.tables import Coefficient
 from ..messages import labelled
+from ..state.checks import is_fake
 from ..state.compensation import state_dtype
 from ..state.members import Layers, Member, State, check_norms, drop_remainders, members
 from ..state.memory import check_apart
+from ..state.modes import announce, are_watching, check_modes
 from ..state.reduction import Groups
 from ..state.runner import Choose
 from ..state.sharding import is_elsewhere, is_sharded
@@ -47,6 +49,13 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
         )
         for group in groups
     ]
+
+
+def _written(batch: Batch) -> list[Tensor]:
+    """All that a step on the present gradients writes to, beside the batch's own tables."""
+    taken = [slot for slot, grad in zip(batch.slots, batch.grads, strict=True) if grad is not None]
+    own = [each for slot in taken for each in (slot.step, slot.radius, slot.remainder) if each is not None]
+    return [*(slot.param for slot in taken), *(state for slot in taken for state in slot.states), *own]
 
 
 class Plan:
@@ -122,12 +131,17 @@ class Plan:
         slots: dict[tuple[Any, ...], list[Slot]] = {}
         kinds: dict[tuple[Any, ...], tuple[Backend, Formula, bool]] = {}
         layout: list[tuple[int, Groups]] = []
+        #: Tensors of FakeTensorMode, with their states: there is nothing to compute.
+        self._fake: list[tuple[Tensor, list[Tensor]]] = []
         for member, (kept, local) in zip(found, states, strict=True):
             old = state.get(member.param, {})
             fresh = any(old.get(name) is None for name in member.formula.states)
             # As torch has it, what needs no state has no entry.
             entry = state.setdefault(member.param, {}) if kept else old
             entry.update(kept)
+            if is_fake(member.local):
+                self._fake.append((member.param, list(local.values())))
+                continue
             types = (member.param.dtype, state_dtype(member.param.dtype, member.group), "remainder" in kept)
             lies = (member.local.device, is_sharded(member.param), member.is_shared)
             key = (member.backend.name, member.formula.name, *types, *lies)
@@ -207,6 +221,8 @@ class Plan:
         capturing = is_capturing()
         for _, batch in self.batches:
             batch.take_gradients()
+        if self._fake or are_watching():
+            self._announce()
         if capturing:
             check_capture(self._groups)
             for _, batch in self.batches:
@@ -234,6 +250,17 @@ class Plan:
             # Who has waited for others may be interrupted, and stop.
             for backend, batch in self._shared[:measured]:
                 self._finish(backend, batch)
+
+    def _announce(self) -> None:
+        """Before anything is written: tell torch's modes what will be."""
+        if self.batches:
+            check_modes()
+        for backend, batch in self.batches:
+            if backend.writes_unseen:
+                announce(_written(batch))
+        for param, states in self._fake:
+            if param.grad is not None:
+                announce([param, *states])
 
     def _finish(self, backend: Backend, batch: Batch) -> None:
         if backend.writes_unseen:

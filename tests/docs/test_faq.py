@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca, RotationMonitor, attach, layer_groups
@@ -137,6 +138,35 @@ def nameless_checkpoint() -> None:
     FusedLayca(layer_groups(model), base="adam").load_state_dict(old.state_dict())
 
 
+def with_gaps() -> Parameter:
+    return Parameter(torch.randn(4, 6)[:, :3])
+
+
+class Lookahead(torch.optim.SGD):
+    """A wrapper that has not called torch's constructor."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.optimizer = inner
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+def step_inside_fake_mode() -> None:
+    weight = matrix()
+    made = step(weight, backend="cpu")
+    weight.grad = torch.ones_like(weight)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made.step()
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.odd = matrix(3, 3, dtype=torch.complex64)
+
+
 def damaged_checkpoint() -> None:
     saved = step(matrix(), base="adam").state_dict()
     saved["state"][0]["exp_avg_sq"][0, 0] = float("inf")
@@ -160,6 +190,12 @@ TRIGGERS: dict[str, Callable[[], object]] = {
     "chunks was changed in the middle of a run": changed_chunks,
     "Sparse gradients": sparse,
     "Elements that share memory": lambda: FusedLayca([torch.randn(3, 1).expand(3, 4)]),
+    "A complex parameter": lambda: FusedLayca([matrix(3, 4, dtype=torch.complex64)]),
+    "A parameter with gaps in memory": lambda: step(with_gaps(), backend="cpu"),
+    "A wrapper without step hooks": lambda: attach(Lookahead(torch.optim.SGD([matrix()], lr=0.1))),
+    "A step inside FakeTensorMode": step_inside_fake_mode,
+    "A RotationMonitor finds no layer": lambda: RotationMonitor(nn.Embedding(4, 3)),
+    "A RotationMonitor leaves tensors out": lambda: RotationMonitor(Odd()),
     "A lazy module has seen no input": lambda: layer_groups(nn.LazyLinear(2)),
     "alpha is out of range": lambda: layer_groups(nn.Linear(2, 2), alpha=1.0),
     "A parameter lands in no group": lambda: layer_groups(Hiding("layer", nn.Linear(2, 2))),
