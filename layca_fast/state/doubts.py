@@ -27,8 +27,8 @@ def nothing_rotates(groups: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     return (
         f"nothing rotates: none of the {sum(len(group['params']) for group in groups)} parameters has two or more "
-        "dimensions longer than 1, so all take plain base steps. Pass the weights of the layers, too, or rotate=False to"
-        " silence this"
+        "dimensions longer than 1, so all take plain base steps. Pass the weights of the layers, too, or rotate=False "
+        "to silence this"
     )
 
 
