@@ -10,8 +10,16 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from .backends import choose
-from .formulas.bases import BASES, Base, recommended_rate, scaled_rate
-from .formulas.options import COMMON_OPTIONS, check_choice, check_group, check_options, find_base, misspelt
+from .formulas.bases import Base, recommended_rate, scaled_rate
+from .formulas.options import (
+    COMMON_OPTIONS,
+    check_choice,
+    check_group,
+    check_groups,
+    check_options,
+    find_base,
+    misspelt,
+)
 from .in_backward.handle import StepInBackward
 from .messages import labelled, named, warn_caller
 from .state.checks import check_memory, check_new, check_parameter, check_writable
@@ -20,8 +28,9 @@ from .state.doubts import nothing_rotates, vocabulary_rotates
 from .state.entries import drop_empty, with_all_entries
 from .state.loading import Loading
 from .state.members import ignored_decay, rotates
+from .state.others import Names, unread
 from .state.sharding import local_of, wrap
-from .state.structure import check_entries, check_groups, check_saved
+from .state.structure import check_entries, check_saved
 from .step.capture import is_capturing
 from .step.interrupts import uninterrupted
 from .step.plan import Plan
@@ -123,8 +132,10 @@ class FusedLayca(Optimizer):
         self._plan: Plan | None = None
         self._in_backward: StepInBackward | None = None
         self._stale = True
+        self._steps = 0
         self._warned = False
         self._warned_of_types = False
+        self._warned_of_keys = False
         super().__init__(params, defaults)
         message = nothing_rotates(self.param_groups) or vocabulary_rotates(self.param_groups)
         if message is not None:
@@ -134,7 +145,8 @@ class FusedLayca(Optimizer):
         """Add a group, as any torch optimizer does; the group's own options are checked before it is added.
 
         A group without an lr of its own takes the optimizer's, times the group's ``lr_factor`` if it has one (a finite
-        number >= 0; :func:`layca_fast.layer_groups` sets it).
+        number >= 0; :func:`layca_fast.layer_groups` sets it). Keys that are no option of its base are kept as they are.
+        Where some groups name their parameters and others do not, those get the names "group.index".
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict with the key 'params', not a {type(param_group).__name__}")
@@ -146,21 +158,19 @@ class FusedLayca(Optimizer):
         if not isinstance(given["params"], (Tensor, set)):
             given["params"] = list(given["params"])
         base = find_base(given.get("base", self.defaults["base"]))
-        all_options = {name for each in BASES.values() for name in each.options}
-        check_options(base, {name: given[name] for name in given if name in all_options})
         group = {**self._options_of(base), **given}
         if group["lr"] is None or ("lr" not in given and self._lr_is_recommended):
             group["lr"] = recommended_rate(base, group)
         check_group(group)
         if given.get("lr") is None and "lr_factor" in given:
             group["lr"] = scaled_rate(group["lr"], given["lr_factor"])
-        message = misspelt(given)
-        if message is not None:
-            warn_caller(message)
+        self._warn_of_keys(base, given)
         keys = set(group)
         before = len(self.param_groups)
         check_new(group, self.param_groups)
+        names = Names(group, self.param_groups)
         super().add_param_group(group)
+        names.give_back()
         added = self.param_groups[before]
         for name in self.defaults.keys() - keys:
             del added[name]
@@ -172,9 +182,16 @@ class FusedLayca(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        names.number_others()
         self._stale = True
         if self._in_backward is not None and self._in_backward.is_on:
             self._in_backward.follow()
+
+    def _warn_of_keys(self, base: Base, given: Mapping[str, Any]) -> None:
+        for message in (misspelt(given), None if self._warned_of_keys else unread(base, given)):
+            if message is not None:
+                self._warned_of_keys = True
+                warn_caller(message)
 
     def _options_of(self, base: Base) -> dict[str, Any]:
         """What a group under ``base`` holds unless it says otherwise: base options of another base are not for it."""
@@ -184,14 +201,15 @@ class FusedLayca(Optimizer):
         return {**common, **inherited}
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {name: getattr(self, name) for name in ("_lr_is_recommended", "_unscales")}
+        ours = {name: getattr(self, name) for name in ("_lr_is_recommended", "_unscales", "_steps")}
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by torch's load_state_dict, on an optimizer that has made its plan.
         super().__setstate__(state)
-        flags = dict.fromkeys(("_lr_is_recommended", "_unscales", "_warned", "_warned_of_types"), False)
-        for name, value in {"_plan": None, "_in_backward": None, **flags}.items():
+        told = ("_warned", "_warned_of_types", "_warned_of_keys")
+        flags = dict.fromkeys(("_lr_is_recommended", "_unscales", *told), False)
+        for name, value in {"_plan": None, "_in_backward": None, "_steps": 0, **flags}.items():
             self.__dict__.setdefault(name, value)
         self._stale = True
         # A group from an older version may lack options; torch's own additions to the defaults are none of ours.
@@ -219,14 +237,15 @@ class FusedLayca(Optimizer):
         steps what backward has not, and closes the iteration.
         """
         loss = None
-        check_groups(self.param_groups)
+        check_groups(self.param_groups, self._steps + 1)
         loss_scale = LossScale.of(self) if self._unscales else None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            check_groups(self.param_groups)
+            check_groups(self.param_groups, self._steps + 1)
         if self._in_backward is not None and self._in_backward.is_on:
             self._in_backward.close()
+            self._steps += 1
             return loss
         if self._plan is None or self._stale or not self._plan.holds(self.param_groups, self.state):
             with uninterrupted():
@@ -239,6 +258,7 @@ class FusedLayca(Optimizer):
             self._warn_of_ignored_decay()
         self._warn_of_lost_rotations()
         self._plan.step(loss_scale)
+        self._steps += 1
         return loss
 
     def step_in_backward(self) -> StepInBackward:
@@ -280,7 +300,7 @@ class FusedLayca(Optimizer):
         the same. Raises, before anything is modified: TypeError or ValueError for values out of range, RuntimeError
         for changes that a captured graph cannot follow, and during a capture.
         """
-        check_groups(self.param_groups)
+        check_groups(self.param_groups, self._steps + 1)
         if is_capturing():
             raise RuntimeError("sync_hyperparameters() cannot be part of a CUDA graph: call it outside of the capture")
         if self._plan is not None:

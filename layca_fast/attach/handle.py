@@ -45,6 +45,7 @@ class Handle:
         self._optimizer: weakref.ref[Optimizer] = weakref.ref(optimizer)
         self._options = dict(options)
         self._shadow: Shadow | None = None
+        self._steps = 0
         for hooks, method in _HOOKS.items():
             getattr(optimizer, hooks)[_KEY] = getattr(self, method)
         # The user's own hooks after a step or a load then see what this one has made of it.
@@ -75,11 +76,11 @@ class Handle:
 
     # Weights and plan are made again at the next step: a copy of the optimizer has parameters of its own.
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer(), "options": self._options}
+        return {"optimizer": self._optimizer(), "options": self._options, "steps": self._steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._optimizer = weakref.ref(state["optimizer"])
-        self._options = state["options"]
+        self._options, self._steps = state["options"], state.get("steps", 0)
         self._shadow = None
 
     def _state_of_optimizer(self) -> dict[str, Any]:
@@ -105,9 +106,10 @@ class Handle:
         # Some optimizers put new memory under a parameter while they step, and hooks may have changed lr.
         if not is_nested(self):
             self._fitting_shadow(optimizer).turn(optimizer)
+            self._steps += 1
 
     def _fitting_shadow(self, optimizer: Optimizer) -> Shadow:
-        groups = plan_groups(optimizer, self._options)
+        groups = plan_groups(optimizer, self._options, self._steps + 1)
         if self._shadow is None or not self._shadow.fits(groups):
             self._shadow = Shadow(optimizer, groups, self._shadow)
         self._shadow.take_rates(groups)

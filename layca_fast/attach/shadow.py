@@ -16,15 +16,17 @@ from torch.optim import Optimizer
 
 from ..backends import choose
 from ..formulas.bases import BASES
-from ..formulas.options import check_group
+from ..formulas.options import check_groups
 from ..messages import describe, labelled
 from ..state.checks import check_parameter, check_writable, count_layers, is_fake
 from ..state.compensation import HALVES
 from ..state.layout import is_dense, memory_order
 from ..state.members import rotates
 from ..state.memory import check_apart, is_trained
+from ..state.others import option
 from ..state.sharding import is_sharded, local_of
 from ..state.structure import check_entries
+from ..step.hypers import DIFFERENCE
 from ..step.interrupts import uninterrupted
 from ..step.plan import Plan
 from ..step.watch import Layouts
@@ -41,17 +43,18 @@ _AS_IT_IS: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "maximize": False,
     "capturable": False,
-    "difference": True,
+    DIFFERENCE: True,
     "compensate": None,
     "state_dtype": None,
     **BASES["sgd"].options,
 }
 
 
-def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any], step: int = 0) -> list[dict[str, Any]]:
     """The param groups of ``optimizer`` as a plan reads them, still with its own parameters.
 
-    Raises TypeError or ValueError for options that are unknown or out of range, or a group without lr.
+    Raises TypeError or ValueError for options that are unknown or out of range, or a group without lr; with the number
+    of the ``step`` before which they are asked for, if there is one.
     """
     groups = []
     for number, theirs in enumerate(optimizer.param_groups):
@@ -60,12 +63,12 @@ def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any]) -> list[dict[
                 f"group {number} of {type(optimizer).__name__} has no 'lr', the rate to turn by: set "
                 f"optimizer.param_groups[{number}]['lr'], or train these parameters with FusedLayca"
             )
-        options = {name: theirs.get(name, defaults[name]) for name in OPTIONS}
+        options = {name: option(optimizer, theirs, name, defaults[name]) for name in OPTIONS}
         ours = {**_AS_IT_IS, **options, "lr": theirs["lr"], "params": theirs["params"]}
         if "param_names" in theirs:
             ours["param_names"] = theirs["param_names"]
-        check_group(ours)
         groups.append(ours)
+    check_groups(groups, step)
     return groups
 
 
@@ -185,7 +188,7 @@ class Shadow:
         # A layer that shares memory with what does not rotate would lose its norm as well.
         written = [(label, param) for _, label, param in labelled(groups) if is_trained(param)]
         check_apart([(partial(describe, label, param), local_of(param)) for label, param in written])
-        self._lie = Layouts([local_of(param) for _, param in written])
+        self._lie = Layouts([local_of(param) for _, param in written if not is_fake(param)])
         self._made_for = _structure(groups)
         old = {} if previous is None else {id(param): alias.grad for param, alias in previous._pairs}
         if previous is not None:
@@ -197,7 +200,7 @@ class Shadow:
             alias.grad = _copy_of(param, old.pop(id(param), None))
         aliases = {id(param): alias for param, alias in self._pairs}
         # Stands for every tensor that does not rotate. It has no gradient, so the plan leaves it out.
-        absent = torch.empty(0, device="cpu")
+        absent = torch.empty(0, dtype=torch.float32, device="cpu")
         self._groups = groups
         for group in groups:
             group["params"] = [aliases.pop(id(param), absent) for param in group["params"]]

@@ -94,7 +94,7 @@ def layers_of(tensor: Tensor, chunks: int | str) -> list[Tensor]:
 
 
 def _gradient(param: Tensor, case: Case, turns: bool, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(param.shape, dtype=torch.float64, generator=generator)
+    noise = torch.randn(param.shape, dtype=torch.float64, device="cpu", generator=generator)
     if case.sine is None or not turns:
         return noise.to(case.dtype)
     weight = param.cpu().double()
@@ -115,7 +115,7 @@ def _away_from_ties(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, 
 def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Errors:
     """Run ``case`` on one backend beside the reference in float64 on the same gradients."""
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(shape, dtype=case.dtype, generator=generator) for shape in case.shapes]
+    weights = [torch.randn(shape, dtype=case.dtype, device="cpu", generator=generator) for shape in case.shapes]
     params = [weight.to(device, copy=True).requires_grad_() for weight in weights]
     expected = [weight.to(torch.float64, copy=True) for weight in weights]
     states: list[dict[str, Any]] = [{} for _ in params]

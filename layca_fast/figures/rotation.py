@@ -27,6 +27,8 @@ LONGEST_NAME = 30
 
 #: Curves that stay below this get an axis of their own length.
 SHORT = 0.5
+#: Columns that a line is thinned to: more than the axes have pixels at the resolution of files.
+COLUMNS = 2000
 
 LABELS = {
     "rotation": r"layer rotation, $1-\cos(w_t, w_0)$",
@@ -86,15 +88,33 @@ def draw(
     return figure
 
 
+def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What can be seen of a line: (points,) each. In every column its first, lowest, highest and last point.
+
+    Few points stay as they are, and so do gaps (NaN) that are wider than a column.
+    """
+    if len(steps) <= 4 * COLUMNS or not np.all(steps[1:] > steps[:-1]):
+        return steps, values
+    columns = (steps - steps[0]) * (COLUMNS / (steps[-1] - steps[0]))
+    starts = np.flatnonzero(np.diff(np.minimum(columns, COLUMNS - 1).astype(np.int64), prepend=-1))
+    ends = np.append(starts[1:], len(steps)) - 1
+    with np.errstate(invalid="ignore"):
+        lowest, highest = np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
+    middle = (steps[starts] + steps[ends]) / 2
+    x = np.stack([steps[starts], middle, middle, steps[ends]], axis=1)
+    y = np.stack([values[starts], lowest, highest, values[ends]], axis=1)
+    return x.ravel(), y.ravel()
+
+
 def _draw_lines(axes: Axes, curves: Curves, quantity: str, colours: ListedColormap, width: float) -> None:
-    values = getattr(curves, quantity).numpy().T
-    steps = np.broadcast_to(np.array(curves.steps, dtype=float), values.shape)
-    points = np.stack([steps, values], axis=2)
-    lines = LineCollection(list(points), colors=colours(np.arange(colours.N)), linewidths=width)
+    steps = np.array(curves.steps, dtype=float)
+    points = [np.stack(thinned(steps, values), axis=1) for values in getattr(curves, quantity).numpy().T]
+    lines = LineCollection(points, colors=colours(np.arange(colours.N)), linewidths=width)
     axes.add_collection(lines)
     if len(curves.steps) == 1:
         # A line through one point shows nothing.
-        axes.scatter(points[:, 0, 0], points[:, 0, 1], c=colours(np.arange(colours.N)), s=8)
+        x, y = np.concatenate(points).T
+        axes.scatter(x, y, c=colours(np.arange(colours.N)), s=8)
 
 
 def _scale(axes: Axes, curves: Curves, quantity: str) -> None:
@@ -123,7 +143,7 @@ def _scale(axes: Axes, curves: Curves, quantity: str) -> None:
 
 def _name_lines(axes: Axes, curves: Curves, colours: ListedColormap) -> None:
     entries = [axes.plot([], [], color=colours(layer), linewidth=2.5)[0] for layer in range(colours.N)]
-    axes.legend(
+    legend = axes.legend(
         entries,
         short_names(curves.names),
         loc="upper left",
@@ -133,6 +153,9 @@ def _name_lines(axes: Axes, curves: Curves, colours: ListedColormap) -> None:
         labelspacing=0.35,
         fontsize=7,
     )
+    for text in legend.get_texts():
+        # A name is no formula, whatever dollars it has.
+        text.set_parse_math(False)
 
 
 def _draw_layer_scale(figure: Figure, axes: Axes, curves: Curves, colours: ListedColormap) -> None:
@@ -142,6 +165,8 @@ def _draw_layer_scale(figure: Figure, axes: Axes, curves: Curves, colours: Liste
     bar.minorticks_off()
     names = short_names(curves.names)
     bar.set_ticklabels([f"{tick}: {names[tick - 1]}" for tick in ticks])
+    for text in bar.ax.get_yticklabels():
+        text.set_parse_math(False)
     # Small layers at the top, as one reads; the first layer is where the data comes in.
     bar.ax.invert_yaxis()
     bar.outline.set_visible(False)

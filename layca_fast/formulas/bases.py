@@ -21,6 +21,14 @@ SQUARES = {"square_avg", "sum", "exp_avg_sq", "max_exp_avg_sq"}
 #: step, and where it is averaged over steps.
 RATE_OF_ONE_STEP, RATE_OF_AVERAGE = 3.0**-3, 3.0**-5
 
+#: What a schedule sets may lie below zero by this much, and counts as zero: one that ends there misses it by rounding.
+ROUNDING = 1e-9
+
+
+def not_negative(value: Any) -> float:
+    """A scheduled number, which :data:`ROUNDING` lets be a little below zero, as it is used."""
+    return max(float(value), 0.0)
+
 
 @dataclass(frozen=True)
 class Formula:
@@ -90,6 +98,10 @@ def _check_range(group: Options, name: str, low: float, high: float, interval: s
         raise ValueError(f"{name}={value!r}: must be a number in {interval}")
 
 
+def _check_scheduled(group: Options, name: str, high: float, interval: str) -> None:
+    _check_range(group, name, -ROUNDING, high, interval)
+
+
 def _check_truth(group: Options, *names: str) -> None:
     for name in names:
         if group[name] not in (True, False):
@@ -101,7 +113,7 @@ def _check_betas(group: Options) -> None:
     if (
         not isinstance(betas, Sequence)
         or len(betas) != 2
-        or not all(isinstance(beta, Real) and 0.0 <= float(beta) < 1.0 for beta in betas)
+        or not all(isinstance(beta, Real) and -ROUNDING <= float(beta) < 1.0 for beta in betas)
     ):
         raise ValueError(f"betas={betas!r}: must be two numbers in [0, 1)")
 
@@ -111,7 +123,7 @@ def _check_eps(group: Options) -> None:
 
 
 def _check_sgd(group: Options) -> None:
-    _check_range(group, "momentum", 0.0, math.inf, "[0, inf)")
+    _check_scheduled(group, "momentum", math.inf, "[0, inf)")
     _check_truth(group, "nesterov")
     dampening, nesterov = group["dampening"], group["nesterov"]
     if not isinstance(dampening, Real) or not math.isfinite(dampening):
@@ -124,12 +136,12 @@ def _check_sgd(group: Options) -> None:
 
 
 def _check_momentum(group: Options) -> None:
-    _check_range(group, "momentum", 0.0, 1.0, "[0, 1)")
+    _check_scheduled(group, "momentum", 1.0, "[0, 1)")
 
 
 def _check_rmsprop(group: Options) -> None:
-    _check_range(group, "alpha", 0.0, 1.0, "[0, 1)")
-    _check_range(group, "momentum", 0.0, math.inf, "[0, inf)")
+    _check_scheduled(group, "alpha", 1.0, "[0, 1)")
+    _check_scheduled(group, "momentum", math.inf, "[0, inf)")
     _check_eps(group)
     _check_truth(group, "centered")
 
@@ -184,32 +196,37 @@ _LION = _formula("lion", "exp_avg", reads_grad=True)
 
 
 def _sgd_formula(group: Options) -> Formula:
-    if group["momentum"] == 0:
+    if group["momentum"] <= 0:
         return _SGD
     return _NESTEROV if group["nesterov"] else _MOMENTUM
 
 
 def _sgd_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
-    if group["momentum"] == 0:
+    if group["momentum"] <= 0:
         return ()
     # torch.optim.SGD copies the first gradient into the buffer undampened. Our buffer starts as zeros, so
     # weighting that gradient by 1 is the same.
     return (float(group["momentum"]), 1.0 if fresh else 1.0 - group["dampening"])
 
 
+def _amom_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
+    momentum = not_negative(group["momentum"])
+    return (momentum, 1.0 - momentum)
+
+
 def _rmsprop_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
-    alpha = float(group["alpha"])
-    return (alpha, 1.0 - alpha, float(group["eps"]), float(group["momentum"]))
+    alpha = not_negative(group["alpha"])
+    return (alpha, 1.0 - alpha, float(group["eps"]), not_negative(group["momentum"]))
 
 
 def _adam_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
-    beta1, beta2 = map(float, group["betas"])
+    beta1, beta2 = map(not_negative, group["betas"])
     logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     return (1.0 - beta1, beta2, 1.0 - beta2, float(group["eps"]), *logs)
 
 
 def _lion_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
-    beta1, beta2 = map(float, group["betas"])
+    beta1, beta2 = map(not_negative, group["betas"])
     return (1.0 - beta2, beta1 / beta2, (1.0 - beta1) - beta1 / beta2 * (1.0 - beta2))
 
 
@@ -228,14 +245,14 @@ BASES: Mapping[str, Base] = {
             "sgd_amom",
             options={"momentum": 0.9},
             formula=lambda group: _MOMENTUM,
-            scalars=lambda group, fresh: (float(group["momentum"]), 1.0 - group["momentum"]),
+            scalars=_amom_scalars,
             check=_check_momentum,
             averages=lambda group: True,
         ),
         Base(
             "rmsprop",
             options={"alpha": 0.99, "eps": 1e-8, "momentum": 0.0, "centered": False},
-            formula=lambda group: _RMSPROP[bool(group["centered"]), group["momentum"] != 0],
+            formula=lambda group: _RMSPROP[bool(group["centered"]), group["momentum"] > 0],
             scalars=_rmsprop_scalars,
             check=_check_rmsprop,
             averages=lambda group: bool(group["momentum"] != 0),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import BASES, Base
+from .bases import BASES, ROUNDING, Base, not_negative
 from .rotation import RULES
 
 #: The names of the backends; ``backends/`` has one module for each.
@@ -40,7 +40,10 @@ def misspelt(group: Mapping[str, Any], others: Sequence[str] = ()) -> str | None
 
 
 def check_lr(lr: Any, name: str = "lr") -> None:
-    """Raise for a learning rate that is no finite number >= 0. One that lives on a device is not read back."""
+    """Raise for a learning rate that is no finite number >= 0. One that lives on a device is not read back.
+
+    A rate that is below zero by no more than ROUNDING counts as 0.
+    """
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"{name} is a tensor of shape {tuple(lr.shape)}: it must hold one number")
@@ -50,7 +53,7 @@ def check_lr(lr: Any, name: str = "lr") -> None:
             raise ValueError(f"{name} is a tensor whose memory was freed: set it anew")
     elif not isinstance(lr, Real):
         raise TypeError(f"{name}={lr!r}: must be a number, or a tensor that holds one")
-    if not (0.0 <= float(lr) < math.inf):
+    if not (-ROUNDING <= float(lr) < math.inf):
         raise ValueError(f"{name}={lr!r}: must be finite and >= 0 (each step turns a layer by atan(lr) radians)")
 
 
@@ -89,8 +92,32 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (all but vectors)")
     check_chunks(group["chunks"])
     decay = group["weight_decay"]
-    if not isinstance(decay, Real) or not (0.0 <= float(decay) < math.inf):
+    if not isinstance(decay, Real) or not (-ROUNDING <= float(decay) < math.inf):
         raise ValueError(f"weight_decay={decay!r}: must be a finite number >= 0")
+
+
+def check_groups(groups: Sequence[Mapping[str, Any]], step: int) -> None:
+    """:func:`check_group` of all of them; the error tells the number of the step to come, to which schedules have led.
+
+    ``step`` is 0 where none is coming. ValueError for a group without what every group has: one appended by hand.
+    """
+    for number, group in enumerate(groups):
+        try:
+            check_group(group)
+        except KeyError as error:
+            raise ValueError(
+                f"group {number} of the optimizer lacks {error}, which every group has: add groups with "
+                "optimizer.add_param_group(group), which completes them, not by appending to optimizer.param_groups"
+            ) from None
+        except (TypeError, ValueError) as error:
+            if step == 0:
+                raise
+            raise type(error)(f"{error}; found at step {step}, in group {number}") from None
+
+
+def decays(group: Mapping[str, Any]) -> bool:
+    """Whether a group asks for weight decay."""
+    return not_negative(group["weight_decay"]) > 0.0
 
 
 def find_base(name: Any) -> Base:

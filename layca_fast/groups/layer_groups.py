@@ -194,7 +194,14 @@ def _freeze(entries: Iterable[_Entry], zeros: Sequence[_Entry]) -> None:
 
 
 def _check_arguments(
-    model: Any, lr: Any, alpha: Any, others: Any, others_lr: Any, embeddings: Any, options: Mapping[str, Any]
+    model: Any,
+    lr: Any,
+    alpha: Any,
+    others: Any,
+    others_lr: Any,
+    embeddings: Any,
+    names: Any,
+    options: Mapping[str, Any],
 ) -> None:
     """Raise TypeError or ValueError for what ``layer_groups`` cannot take."""
     if not isinstance(model, nn.Module):
@@ -202,6 +209,7 @@ def _check_arguments(
     _check_alpha(alpha)
     check_choice({"others": others}, "others", OTHERS)
     check_choice({"embeddings": embeddings}, "embeddings", (False, True))
+    check_choice({"names": names}, "names", (False, True))
     for name, rate in (("lr", lr), ("others_lr", others_lr)):
         if rate is not None:
             check_lr(rate, name)
@@ -212,7 +220,7 @@ def _check_arguments(
     for name in RESERVED:
         if name in options:
             raise TypeError(f"{name}={options[name]!r}: layer_groups sets it itself; leave it out")
-    message = misspelt(options, ("alpha", "others", "others_lr", "embeddings"))
+    message = misspelt(options, ("alpha", "others", "others_lr", "embeddings", "names"))
     if message is not None:
         raise TypeError(message)
     if options.get("base") == "rmsprop" and alpha != 0:
@@ -230,6 +238,7 @@ def layer_groups(
     others_lr: float | Tensor | None = None,
     embeddings: bool = False,
     rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, int | str] = (),
+    names: bool = True,
     **options: Any,
 ) -> LayerGroups:
     """Param groups in which the weights of the model's layers rotate, and nothing else; ``print`` shows the plan.
@@ -260,18 +269,20 @@ def layer_groups(
         rotate: module types, or modules of the model with all inside of them, of which every tensor that is no vector,
             biases apart, rotates besides; as a dict, with the ``chunks`` of each (1, n or "all"), or False for what is
             not to rotate, such as a head without normalisation. Also for the types above.
+        names: whether the groups name their parameters, for messages. Then torch's own optimizers take no group without
+            names later, as callbacks add them that unfreeze layers (FusedLayca does): pass False for those.
         options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0
             into those that rotate.
 
     Returns:
-        A list of dicts that any torch optimizer takes (torch >= 2.6), with named parameters. Rotating tensors with the
+        A list of dicts that any torch optimizer takes (torch >= 2.6). Rotating tensors with the
         same factor and chunks share a group; the others come last.
 
     Raises:
         TypeError, ValueError: for arguments out of range, lazy parameters that are not initialized, no trainable
             parameter at all, and trainable parameters that would land in no group; before anything is modified.
     """
-    _check_arguments(model, lr, alpha, others, others_lr, embeddings, options)
+    _check_arguments(model, lr, alpha, others, others_lr, embeddings, names, options)
     asked = asked_types(rotate)
     if embeddings:
         asked = {**asked, **{kind: 1 for kind in EMBEDDINGS if kind not in asked}}
@@ -301,4 +312,7 @@ def layer_groups(
         Row(entry.name, tuple(entry.param.shape), entry.layers, factor_of.get(entry.param), entry.reason)
         for entry in entries
     ]
+    if not names:
+        for group in groups:
+            group["params"] = [param for _, param in group["params"]]
     return LayerGroups(groups, rows, left_out)

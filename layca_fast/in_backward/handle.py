@@ -22,12 +22,13 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import choose
+from ..formulas.options import check_groups
 from ..messages import describe, labelled
 from ..state.checks import count_layers
 from ..state.members import Layers, check_norms, rotates
 from ..state.memory import check_apart, is_trained
 from ..state.sharding import is_sharded, local_of
-from ..state.structure import check_entries, check_groups
+from ..state.structure import check_entries
 from ..step.capture import is_capturing
 from ..step.plan import Plan
 from ..step.watch import gradients, same_objects
@@ -41,6 +42,7 @@ class Stepped(Protocol):
     state: Any
     _unscales: bool
     _stale: bool
+    _steps: int
     _plan: Plan | None
     _in_backward: "StepInBackward | None"
 
@@ -238,7 +240,7 @@ class StepInBackward:
 
     def _open(self, optimizer: Stepped) -> None:
         """At the first gradient of an iteration: what the ordinary step checks before it modifies anything."""
-        check_groups(optimizer.param_groups)
+        check_groups(optimizer.param_groups, optimizer._steps + 1)
         if not self._follows(optimizer):
             self._follow(optimizer)
             plan = optimizer._plan

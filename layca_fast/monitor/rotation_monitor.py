@@ -151,7 +151,7 @@ class RotationMonitor(AfterSteps):
         self.step = step
         self._steps: list[int] = []
         self._pending: list[Tensor] = []
-        self._read = torch.zeros(0, len(QUANTITIES), len(self.names), dtype=torch.float64)
+        self._read = torch.zeros(0, len(QUANTITIES), len(self.names), dtype=torch.float64, device="cpu")
         weights, squares = self._view.take()
         self._start.set(weights)
         if self._before is not None:

@@ -1,12 +1,13 @@
 """Which tensors a RotationMonitor watches, under which names, and how they are spread over processes."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from ..groups.layer_groups import trainable_entries
@@ -14,10 +15,15 @@ from ..groups.roles import EMBEDDINGS
 from ..messages import named, warn_caller
 from ..state.checks import check_memory, check_parameter, count_layers, is_fake
 from ..state.members import rotates
+from ..state.others import option
 from ..state.sharding import Piece, is_sharded, local_of, sharding_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+#: Of types whose tensors are layers only where they are asked for.
+NO_LAYERS = (*EMBEDDINGS, ParametrizationList)
 
 
 @dataclass(frozen=True)
@@ -73,14 +79,14 @@ def _watched(name: str, param: Tensor, chunks: int | str) -> list[Watched]:
 def _of_model(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
     """Every trainable parameter with its chunks: None where it is no layer."""
     # Also types that layer_groups does not know: nothing depends here on what such a tensor is.
-    asked = {type(module): None for module in model.modules() if not isinstance(module, EMBEDDINGS)}
+    asked = {type(module): None for module in model.modules() if not isinstance(module, NO_LAYERS)}
     _, entries = trainable_entries(model, asked)
     return [(entry.name, entry.param, entry.chunks) for entry in entries]
 
 
-def _is_layer(param: Tensor, group: Mapping[str, Any]) -> bool:
+def _is_layer(param: Tensor, rotate: Any) -> bool:
     # A matrix of one row is watched, too, though by default it does not rotate.
-    return param.dim() >= 2 if group.get("rotate") is None else rotates(param, group)
+    return param.dim() >= 2 if rotate is None else rotates(param, {"rotate": rotate})
 
 
 def _of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor, int | str | None]]:
@@ -95,7 +101,9 @@ def _of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor, int | str | N
         (
             name if times[name] == 1 else f"{numbers[id(group)]}.{name}",
             param,
-            group.get("chunks", 1) if _is_layer(param, group) else None,
+            option(optimizer, group, "chunks", 1)
+            if _is_layer(param, option(optimizer, group, "rotate", None))
+            else None,
         )
         for group, name, param in found
     ]

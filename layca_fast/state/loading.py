@@ -19,11 +19,9 @@ from .contents import check_complete, check_contents
 from .entries import drop_empty
 from .layout import is_vector, scalar_device
 from .members import OUR_STATES
+from .others import OUR_OPTIONS
 from .regroup import follow_groups
 from .structure import check_saved
-
-#: Every group of FusedLayca has all of these. Groups made by layer_groups for another optimizer have some.
-OUR_OPTIONS = {"base", "rule", "rotate"}
 
 
 def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, Tensor, Any]]:

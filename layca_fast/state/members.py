@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..formulas.bases import FORMULAS, Formula
-from ..formulas.options import find_base
+from ..formulas.options import decays, find_base
 from ..messages import describe, labelled
 from .checks import check_gradient, check_memory, check_parameter, check_writable, count_layers, is_fake
 from .compensation import HALVES, fits, is_compensated, state_dtype
@@ -48,7 +48,7 @@ def rotates(param: Tensor, group: Mapping[str, Any]) -> bool:
 def ignored_decay(groups: Sequence[Mapping[str, Any]]) -> str | None:
     """What to warn of, if a group asks for weight decay of tensors that rotate."""
     for group, label, param in labelled(groups):
-        if group["weight_decay"] != 0 and rotates(param, group):
+        if decays(group) and rotates(param, group):
             return (
                 f"weight_decay={group['weight_decay']} is ignored for {describe(label, param)} and every other "
                 "tensor that rotates: Layca keeps their norms fixed. Set weight_decay=0 there to silence this"
@@ -168,7 +168,7 @@ class Member(Generic[Runs]):
         if not buffers:
             old = 0.0
         # Older versions of torch saved a plain number.
-        count = old if isinstance(old, Tensor) else torch.tensor(float(old), device="cpu")
+        count = old if isinstance(old, Tensor) else torch.tensor(float(old), dtype=torch.float32, device="cpu")
         if count.shape != ():
             raise ValueError(
                 f"the state 'step' of {describe(self.label, self.param)} has shape {tuple(count.shape)}: it must be a "
@@ -290,7 +290,7 @@ class Layers(NamedTuple):
     def is_at_rest(self) -> bool:
         """Whether the host can see that a step at the group's rate moves nothing."""
         lr = self.group["lr"]
-        return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0.0
+        return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) <= 0.0
 
 
 def check_norms(tensors: Sequence[Layers]) -> list[Layers]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .checks import is_wrapper
+from .checks import is_fake, is_wrapper
 from .layout import bytes_needed, is_dense
 from .sharding import is_elsewhere, local_of
 
@@ -75,7 +75,9 @@ def shared_memory(tensors: Sequence[Written]) -> tuple[str, str] | None:
 
     for _, group in groupby(sorted(tensors, key=device_of), device_of):
         # What has been freed lies nowhere.
-        there = [each for each in group if each[1].numel() > 0 and each[1].data_ptr() != 0]
+        # A FakeTensor has no memory to share.
+        real = [each for each in group if each[1].numel() > 0 and not is_fake(each[1])]
+        there = [each for each in real if each[1].data_ptr() != 0]
         ranges = [(each[1].data_ptr(), _end(each[1]), each) for each in there]
         for cluster in _clusters(ranges):
             found = _meeting(cluster)

@@ -5,20 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..formulas.options import check_group
 from ..messages import describe, labelled
-
-
-def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """What ``check_group`` raises, and ValueError for a group without what every group has: one appended by hand."""
-    for number, group in enumerate(groups):
-        try:
-            check_group(group)
-        except KeyError as error:
-            raise ValueError(
-                f"group {number} of the optimizer lacks {error}, which every group has: add groups with "
-                "optimizer.add_param_group(group), which completes them, not by appending to optimizer.param_groups"
-            ) from None
 
 
 def check_entries(groups: Sequence[Mapping[str, Any]], state: Any) -> None:

@@ -9,7 +9,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..formulas.bases import Formula
-from ..formulas.options import find_base
+from ..formulas.options import decays, find_base
 from ..formulas.rotation import KEEP
 from ..formulas.tables import Coefficient
 from ..messages import labelled
@@ -43,7 +43,7 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
             group["chunks"],
             group["radius"],
             group["backend"],
-            bool(group["weight_decay"]),
+            decays(group),
             group["compensate"],
             group["state_dtype"],
         )

@@ -1,6 +1,7 @@
 """docs/faq.md: every message that it explains is what the code says today."""
 
 import re
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.nn import Parameter
 from layca_fast import FusedLayca, RotationMonitor, attach, layer_groups
 from layca_fast.backends import choose, load
 from layca_fast.diagnostics import LayerConditioning
+from layca_fast.monitor.reading import read_curves
 
 FAQ = Path(__file__).parents[2] / "docs" / "faq.md"
 
@@ -104,6 +106,19 @@ def attach_again() -> None:
     attach(plain)
 
 
+def scheduled() -> None:
+    made = FusedLayca([matrix()], lr=0.1)
+    made.param_groups[0]["lr"] = -0.5
+    made.step()
+
+
+def damaged() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.csv"
+        path.write_text("step,layer,rotation,angle,norm\n1,w,0.5\n", encoding="utf-8")
+        read_curves(path)
+
+
 def second_backward() -> None:
     weight = matrix()
     made = FusedLayca([weight], lr=0.1)
@@ -122,6 +137,13 @@ class Mixer(nn.Module):
 
 class Model(Named):
     """What the user calls their own."""
+
+
+def nothing_rotates() -> None:
+    # Ignored elsewhere in the tests.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FusedLayca([matrix(3)])
 
 
 def slow_fallback() -> None:
@@ -178,11 +200,14 @@ TRIGGERS: dict[str, Callable[[], object]] = {
     "A layer starts at zero": zero_layer,
     "Weight decay does nothing": lambda: step(matrix(), weight_decay=0.01),
     "No layer rotates": lambda: layer_groups(Model("mixer", Mixer())),
-    "Nothing rotates": lambda: FusedLayca([matrix(3)]),
+    "Nothing rotates": nothing_rotates,
     "An embedding or a head rotates": lambda: FusedLayca([matrix(32000, 4)]),
     "The slow fallback runs": slow_fallback,
     "The learning rate is refused": lambda: FusedLayca([matrix()], lr=-0.1),
     "An option is refused": lambda: FusedLayca([matrix()], betas=(0.9, 0.99)),
+    "A group has an option of another base": lambda: FusedLayca([{"params": [matrix()], "betas": (0.9, 0.99)}]),
+    "A scheduler sets a number out of range": scheduled,
+    "A file of rotation curves is damaged": damaged,
     "The same tensor twice": tied,
     "Tensors that share memory": shared_memory,
     "A backend cannot run": lambda: step(matrix(), backend="cuda"),

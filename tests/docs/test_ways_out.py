@@ -1,6 +1,9 @@
 """docs/faq.md: what each entry says to do, done, so that the call that was refused works."""
 
+import tempfile
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca, RotationMonitor, attach, detach, layer_groups
+from layca_fast.backends import choose
 from layca_fast.diagnostics import LayerConditioning
+from layca_fast.monitor.reading import read_curves
 
 from ..support import norm_of
-from .test_faq import TRIGGERS, Lookahead, Named, Odd, matrix, step, with_gaps
+from .test_faq import TRIGGERS, Lookahead, Mixer, Model, Named, Odd, matrix, step, with_gaps
 
 
 def trains(optimizer: Any, *params: Tensor) -> None:
@@ -28,18 +33,74 @@ def trains(optimizer: Any, *params: Tensor) -> None:
 def zero_layer() -> None:
     zero = Parameter(torch.zeros(4, 6))
     trains(FusedLayca([{"params": [zero], "rotate": False}], lr=0.1), zero)
-    model = nn.Linear(6, 4)
-    nn.init.zeros_(model.weight)
-    trains(FusedLayca(layer_groups(model), lr=0.1), model.weight)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(6, 4))
+    nn.init.zeros_(model[0].weight)
+    trains(FusedLayca(layer_groups(model), lr=0.1), model[0].weight)
     nn.init.normal_(zero)
     trains(FusedLayca([zero], lr=0.1), zero)
 
 
 def tied() -> None:
-    model = nn.ModuleDict({"embedding": nn.Embedding(4, 3), "head": nn.Linear(3, 4)})
+    model = nn.ModuleDict({"embedding": nn.Embedding(4, 3), "body": nn.Linear(3, 3), "head": nn.Linear(3, 4)})
     model["head"].weight = model["embedding"].weight
     for params in (model.parameters(), layer_groups(model)):
         trains(FusedLayca(params, lr=0.1), model["head"].weight)
+
+
+def unknown_types() -> None:
+    for rotate in ([Mixer], {Mixer: 3}, {Mixer: False}):
+        layer_groups(nn.Sequential(nn.Linear(20, 20), Model("mixer", Mixer())), rotate=rotate)
+
+
+def vectors_alone() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FusedLayca([matrix(3)], rotate=False)
+        FusedLayca([matrix(3), matrix(3, 2)])
+
+
+def vocabulary() -> None:
+    for rotate in (False, True):
+        FusedLayca([{"params": [matrix(32000, 4)], "rotate": rotate}, {"params": [matrix()]}])
+    layer_groups(nn.Sequential(nn.Embedding(32000, 4), nn.Linear(4, 4)))
+
+
+def scheduled_again() -> None:
+    made = step(matrix())
+    made.param_groups[0]["lr"] = 0.05
+    trains(made, made.param_groups[0]["params"][0])
+
+
+def mended_file() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.csv"
+        path.write_text("step,layer,rotation,angle,norm\n1,w,0.5,0.1,2.0\n2,w,0.5\n", encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[:2]), encoding="utf-8")
+        assert read_curves(path).steps == [1]
+
+
+def apart() -> None:
+    embedding, head = matrix(), matrix()
+    head.data = embedding.data
+    head.data = head.data.clone()
+    trains(FusedLayca([("embedding.weight", embedding), ("head.weight", head)], lr=0.1), head)
+
+
+def same_groups() -> None:
+    first, second = matrix(), matrix()
+    groups = lambda: [{"params": [first]}, {"params": [second], "rotate": False}]  # noqa: E731
+    saved = FusedLayca(groups()).state_dict()
+    FusedLayca(groups()).load_state_dict(saved)
+
+
+def named_checkpoint() -> None:
+    model = nn.Linear(2, 3)
+    old = torch.optim.AdamW(model.parameters())
+    saved = old.state_dict()
+    saved["param_groups"][0]["param_names"] = [name for name, _ in model.named_parameters()]
+    with pytest.warns(UserWarning, match="another optimizer wrote"):
+        FusedLayca(layer_groups(model), base="adam").load_state_dict(saved)
 
 
 def chunks_changed() -> None:
@@ -179,9 +240,19 @@ def named_layers() -> None:
 WAYS_OUT: dict[str, Callable[[], object]] = {
     "A layer starts at zero": zero_layer,
     "Weight decay does nothing": lambda: step(matrix(), weight_decay=0),
+    "No layer rotates": unknown_types,
+    "Nothing rotates": vectors_alone,
+    "An embedding or a head rotates": vocabulary,
+    "The slow fallback runs": lambda: choose("torch", torch.device("cpu")),
     "The learning rate is refused": lambda: step(matrix(), maximize=True),
     "An option is refused": lambda: step(matrix(), base="adam", betas=(0.9, 0.99)),
+    "A group has an option of another base": lambda: FusedLayca(
+        [{"params": [matrix()], "base": "adam", "betas": (0.9, 0.99)}]
+    ),
+    "A scheduler sets a number out of range": scheduled_again,
+    "A file of rotation curves is damaged": mended_file,
     "The same tensor twice": tied,
+    "Tensors that share memory": apart,
     "A backend cannot run": lambda: step(matrix(), backend="auto"),
     "chunks does not fit": lambda: (step(matrix(4, 2), chunks=2), step(matrix(4, 2), chunks=1)),
     "chunks was changed in the middle of a run": chunks_changed,
@@ -197,8 +268,10 @@ WAYS_OUT: dict[str, Callable[[], object]] = {
     "alpha is out of range": lambda: layer_groups(nn.Linear(2, 2), alpha=0.99),
     "A parameter lands in no group": all_parameters,
     "A checkpoint of another model": own_checkpoint,
+    "A checkpoint with other groups": same_groups,
     # A warning that says what was done; there is nothing to do.
     "A checkpoint of another optimizer": own_checkpoint,
+    "A checkpoint of another optimizer without names": named_checkpoint,
     "A checkpoint that is damaged": without_the_damaged_state,
     "Rotations below the precision of the type": rotations_below_the_type,
     "attach and 16-bit parameters": with_a_float32_model,
