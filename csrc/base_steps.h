@@ -237,11 +237,28 @@ struct Lion : Uncounted {
   }
 };
 
+// What Muon makes a matrix's direction of: the average, or Nesterov's look-ahead. The rest: layca_fast/step/directions.py.
+struct Muon : Uncounted {
+  static constexpr const char* name = "muon";
+  static constexpr int n_states = 1;
+  static constexpr bool reads_grad = true;
+
+  template <class T>
+  static LAYCA_INLINE void advance(T grad, T* state, const T* options) {
+    state[0] = running_mean(state[0], grad, options[0]);
+  }
+
+  template <class T>
+  static LAYCA_INLINE T step(T grad, const T* state, const T* options) {
+    return options[1] * grad + options[2] * state[0];
+  }
+};
+
 template <class... Formula>
 struct FormulaList {};
 
 // Every formula; a compiled backend instantiates its kernels for each of them.
 using Formulas = FormulaList<Sgd, SgdMomentum, SgdNesterov, RmsProp<false, false>, RmsProp<true, false>,
-                             RmsProp<false, true>, RmsProp<true, true>, Adagrad, Adam<false>, Adam<true>, Lion>;
+                             RmsProp<false, true>, RmsProp<true, true>, Adagrad, Adam<false>, Adam<true>, Lion, Muon>;
 
 }  // namespace layca

@@ -37,7 +37,7 @@ struct Flag {
 
 // Columns of the hyperparameter table, float64.
 struct Hyper {
-  enum : int { LR = 0, WEIGHT_DECAY, GRAD_SCALE, NOISE, OPTION, WIDTH = OPTION + max_options };
+  enum : int { LR = 0, WEIGHT_DECAY, GRAD_SCALE, NOISE, OPTION, RADIUS_LR = OPTION + max_options, WIDTH };
 };
 
 // Columns of the layer table, int64.

@@ -22,7 +22,7 @@ from .formulas.options import (
 )
 from .in_backward.handle import StepInBackward
 from .messages import labelled, named, warn_caller
-from .state.checks import check_memory, check_new, check_parameter, check_writable
+from .state.checks import check_matrices, check_memory, check_new, check_parameter, check_writable
 from .state.compensation import HALVES, join, lost_rotation
 from .state.doubts import nothing_rotates, vocabulary_rotates
 from .state.entries import drop_empty, with_all_entries
@@ -46,8 +46,9 @@ class FusedLayca(Optimizer):
             float16, dense. Updated in place by :meth:`step`; their ``.grad``, of any floating type, is never modified.
         lr: rotation rate, float or tensor of one element: a rotating layer turns by atan(lr) radians per step; other
             tensors take the plain base step scaled by lr. None: 3**-3 where the direction is one step's gradient,
-            3**-5 where it is averaged over steps: momentum, sgd_amom, adam, lion (paper, section 4).
-        base: the optimizer that proposes the direction: "sgd", "sgd_amom", "rmsprop", "adagrad", "adam" or "lion".
+            3**-5 where it is averaged over steps: momentum, sgd_amom, adam, lion (paper, section 4); muon: 2**-4.
+        base: the optimizer that proposes the direction: "sgd", "sgd_amom", "rmsprop", "adagrad", "adam", "lion", or
+            "muon", for matrices only: each layer, viewed as (rows, all else), takes the orthogonalised momentum.
         rule: "layca", or "hyperball" (arXiv 2606.16899): the step is not projected, so the layer turns by
             atan2(lr sin(phi), 1 - lr cos(phi)), with phi the angle between weights and step.
         rotate: which tensors rotate: True, False, or None for all but vectors. A tensor with at most one dimension
@@ -57,7 +58,10 @@ class FusedLayca(Optimizer):
         chunks: layers per rotating tensor, as equal slices of its first dimension: 1, a divisor of that dimension, or
             "all" for one layer per slice.
         radius: the norm that a layer is put back to after each step: "initial", its norm before the first step that
-            moved it, or "current", its norm before the step.
+            moved it; "current", its norm before the step; or "learned", which begins as "initial" and follows the
+            gradient, R <- R exp(-radius_lr lr c) with c = <w, g> / (|w| |g|): for layers whose norm the output depends
+            on. It costs one more pass over weights and gradients.
+        radius_lr: the rate of learned radii, as a multiple of lr; their product counts as 1 at most.
         weight_decay: decoupled decay of the tensors that do not rotate. Ignored, with a warning, where they do.
         maximize: ascend instead of descend.
         compensate: whether bfloat16 and float16 parameters keep the rest of their bits in the state ``remainder``, 2
@@ -70,7 +74,10 @@ class FusedLayca(Optimizer):
         backend: "auto", "cpu", "triton", "cuda" or "torch": see :func:`layca_fast.backends`.
         base_options: what the base has beside these, named as in torch.optim and with its defaults. sgd: momentum,
             dampening, nesterov; sgd_amom: momentum (0.9); rmsprop: alpha, eps, momentum, centered; adagrad: eps,
-            initial_accumulator_value; adam: betas, eps, amsgrad; lion (arXiv 2302.06675): betas (0.9, 0.99).
+            initial_accumulator_value; adam: betas, eps, amsgrad; lion (arXiv 2302.06675): betas (0.9, 0.99); muon:
+            momentum, nesterov, ns_steps, ns_coefficients, eps, adjust_lr (None, "original" or "match_rms_adamw": of the
+            plain step), and ns_dtype, the type of its Newton-Schulz iterations: None for bfloat16 on GPUs, float32 on
+            CPUs, and float64 for float64 parameters.
         unscale_in_step: for the whole optimizer: ``torch.amp.GradScaler`` leaves unscaling, and skipping steps whose
             gradients are not finite, to the kernels: the host need not wait. Lightning then refuses to clip gradients.
 
@@ -93,6 +100,7 @@ class FusedLayca(Optimizer):
         rotate: bool | None = None,
         chunks: int | str = 1,
         radius: str = "initial",
+        radius_lr: float = 9.0,
         weight_decay: float = 0.0,
         maximize: bool = False,
         compensate: bool | None = None,
@@ -117,6 +125,7 @@ class FusedLayca(Optimizer):
             "rotate": rotate,
             "chunks": chunks,
             "radius": radius,
+            "radius_lr": radius_lr,
             "weight_decay": weight_decay,
             "maximize": maximize,
             "compensate": compensate,
@@ -178,6 +187,7 @@ class FusedLayca(Optimizer):
             for owner, label, param in labelled(self.param_groups):
                 if owner is added:
                     check_parameter(param, label)
+                    check_matrices(param, group, label)
                     check_writable(param, label)
         except (TypeError, ValueError):
             self.param_groups.pop()

@@ -40,6 +40,18 @@ def parameter(*shape: int, backend: str = "torch", dtype: torch.dtype = torch.fl
     return Parameter(torch.randn(shape, dtype=dtype).to(device_of(backend)))
 
 
+def directs(base: Mapping[str, Any]) -> bool:
+    """Whether a base with these options makes directions of whole matrices."""
+    row = BASES[base.get("base", "sgd")]
+    return row.formula({**row.options, **base}).direct is not None
+
+
+def shapes_for(base: Mapping[str, Any], shapes: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The shapes, or where the base takes matrices only, with as many dimensions that every slice of them is one."""
+    more = 3 if directs(base) else 0
+    return [(*shape, *(2,) * (more - len(shape))) for shape in shapes]
+
+
 def clones(params: Iterable[Tensor]) -> list[Parameter]:
     return [Parameter(param.detach().clone()) for param in params]
 
@@ -174,7 +186,7 @@ def rows_by_formula(**more: Any) -> dict[str, tuple[Base, dict[str, Any]]]:
     """For each formula a base with a complete param group, its options away from their defaults, that runs it."""
     rows = {}
     for options in BASE_OPTIONS:
-        optimizer = FusedLayca([torch.ones(1, requires_grad=True)], **options, **more)
+        optimizer = FusedLayca([torch.ones(1, 1, requires_grad=True)], **options, **more)
         (group,) = optimizer.param_groups
         base = BASES[group["base"]]
         rows[base.formula(group).name] = base, group

@@ -44,6 +44,7 @@ _AS_IT_IS: Mapping[str, Any] = {
     "maximize": False,
     "capturable": False,
     DIFFERENCE: True,
+    "radius_lr": 0.0,
     "compensate": None,
     "state_dtype": None,
     **BASES["sgd"].options,
@@ -67,6 +68,11 @@ def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any], step: int = 0
         ours = {**_AS_IT_IS, **options, "lr": theirs["lr"], "params": theirs["params"]}
         if "param_names" in theirs:
             ours["param_names"] = theirs["param_names"]
+        if ours["radius"] == "learned":
+            raise ValueError(
+                "radius='learned': radii follow the gradient, and attach() knows the other optimizer's step alone: "
+                "train with FusedLayca, or choose 'initial' or 'current'"
+            )
         groups.append(ours)
     check_groups(groups, step)
     return groups

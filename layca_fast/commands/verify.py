@@ -17,6 +17,7 @@ from ..formulas.options import find_base
 from ..optimizer import FusedLayca
 from ..reference import reference_step
 from ..state.compensation import HALVES
+from ..state.layout import matrix_shape
 from ..state.members import rotates
 from .progress import progress
 
@@ -190,7 +191,30 @@ BASE_OPTIONS: tuple[Mapping[str, Any], ...] = (
     {"base": "adam", "betas": (0.8, 0.95), "eps": 1e-3},
     {"base": "adam", "betas": (0.7, 0.9), "eps": 1e-2, "amsgrad": True},
     {"base": "lion", "betas": (0.8, 0.95)},
+    # Rounding errors of the other types grow in the iterations, and on GPUs the default is bfloat16.
+    {"base": "muon", "momentum": 0.9, "ns_dtype": torch.float64},
+    {
+        "base": "muon",
+        "momentum": 0.8,
+        "nesterov": False,
+        "ns_steps": 3,
+        "ns_coefficients": (3.0, -3.2, 1.2),
+        "adjust_lr": "match_rms_adamw",
+        "ns_dtype": torch.float64,
+    },
 )
+
+
+def shapes_of(options: Mapping[str, Any], shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+    """Those of ``shapes`` that a base with these options takes."""
+    base = find_base(options.get("base", "sgd"))
+    directs = base.formula({**base.options, **options}).direct is not None
+    if not directs:
+        return shapes
+    chunks = options.get("chunks", 1)
+    layers = [(shape[0] if chunks == "all" else chunks) if shape else 1 for shape in shapes]
+    each = zip(shapes, layers, strict=True)
+    return tuple(shape for shape, count in each if len(matrix_shape(shape, count, chunks)) >= 2)
 
 
 def describe_base(options: Mapping[str, Any]) -> tuple[str, Formula]:
@@ -233,13 +257,19 @@ def cases(effort: Effort) -> Iterator[Case]:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for options in BASE_OPTIONS:
             name, _ = describe_base(options)
-            yield Case(name, ODD_SHAPES, options, dtype, steps)
+            shapes = shapes_of(options, ODD_SHAPES)
+            yield Case(name, shapes, options, dtype, steps)
             # The rule is made of float64 numbers, which know nothing of 16 bits.
             if dtype not in HALVES:
-                yield Case(f"{name}, hyperball", ODD_SHAPES, {**options, "rule": "hyperball"}, dtype, steps)
+                yield Case(f"{name}, hyperball", shapes, {**options, "rule": "hyperball"}, dtype, steps)
         momentum = {"base": "sgd", "momentum": 0.9}
         slices = {**momentum, "chunks": "all", "radius": "current", "maximize": True}
         yield Case("chunks=all, radius=current", ((12, 30), (5, 4, 7)), slices, dtype, steps)
+        adam = {"base": "adam", "betas": (0.8, 0.95), "eps": 1e-3}
+        learned = {**adam, "radius": "learned", "radius_lr": 2.0, "chunks": "all"}
+        yield Case("radius=learned", ((12, 30), (5, 4, 7)), learned, dtype, steps)
+        tilted = {**momentum, "radius": "learned", "maximize": True}
+        yield Case("radius=learned, maximize", ((40, 30), (2, 1)), tilted, dtype, steps)
         plain = {**momentum, "rotate": False, "weight_decay": 0.1}
         yield Case("no rotation, weight decay", ODD_SHAPES, plain, dtype, steps)
         if dtype not in (torch.float32, torch.bfloat16):

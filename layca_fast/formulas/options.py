@@ -15,12 +15,12 @@ from .rotation import RULES
 #: The names of the backends; ``backends/`` has one module for each.
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
-RADII = ("initial", "current")
+RADII = ("initial", "current", "learned")
 STATE_DTYPES = (None, torch.bfloat16, torch.float32)
 
 #: What every group holds whatever its base is.
 COMMON_OPTIONS = (
-    *("lr", "base", "rule", "rotate", "chunks", "radius", "weight_decay", "maximize"),
+    *("lr", "base", "rule", "rotate", "chunks", "radius", "radius_lr", "weight_decay", "maximize"),
     *("compensate", "state_dtype", "capturable", "backend"),
 )
 
@@ -57,6 +57,17 @@ def check_lr(lr: Any, name: str = "lr") -> None:
         raise ValueError(f"{name}={lr!r}: must be finite and >= 0 (each step turns a layer by atan(lr) radians)")
 
 
+def check_radius_lr(rate: Any) -> None:
+    """Raise for a rate of learned radii that is no finite number >= 0."""
+    if not isinstance(rate, Real):
+        raise TypeError(f"radius_lr={rate!r}: must be a number, of which the rate of the radius is that many times lr")
+    if not (0.0 <= float(rate) < math.inf):
+        raise ValueError(
+            f"radius_lr={rate!r}: must be finite and >= 0 (a step changes a learned radius by a factor of "
+            "exp(radius_lr * lr) at most; 9 is the default, 0 keeps it)"
+        )
+
+
 def check_choice(group: Mapping[str, Any], name: str, choices: tuple[Any, ...]) -> None:
     """Raise ValueError if the option ``name`` of ``group`` is none of ``choices``."""
     if group[name] not in choices:
@@ -79,6 +90,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     base.check(group)
     check_choice(group, "rule", tuple(RULES))
     check_choice(group, "radius", RADII)
+    check_radius_lr(group["radius_lr"])
     check_choice(group, "backend", ("auto", *BACKENDS))
     check_choice(group, "maximize", (False, True))
     check_choice(group, "state_dtype", STATE_DTYPES)

@@ -43,7 +43,8 @@ class Hyper(IntEnum):
     GRAD_SCALE = 2  # multiplies the gradient: -1 under maximize
     NOISE = 3  # of the step, as a part of the norm of the weights: see formulas/rotation.py
     OPTION = 4  # MAX_OPTIONS columns, in the order of Base.scalars
-    WIDTH = 10
+    RADIUS_LR = 10  # of radius="learned", as a multiple of LR; 0 elsewhere
+    WIDTH = 11
 
 
 class Layer(IntEnum):

@@ -31,6 +31,7 @@ from ..state.sharding import is_sharded, local_of
 from ..state.structure import check_entries
 from ..step.capture import is_capturing
 from ..step.plan import Plan
+from ..step.scratch import Scratch
 from ..step.watch import gradients, same_objects
 from .places import places
 
@@ -93,6 +94,7 @@ class StepInBackward:
         self._optimizer: weakref.ref[Stepped] = weakref.ref(optimizer)
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._plans: dict[Tensor, Plan] = {}
+        self._scratch = Scratch()
         self.is_on = True
         # Weakly, as parameters may be replaced.
         self._counts = WeakTensorKeyDictionary()
@@ -281,7 +283,7 @@ class StepInBackward:
                 self._check_memory()
             if param not in optimizer.state:
                 self._created.add(param)
-            previous, plan = plan, Plan(groups, state, choose, previous=plan)
+            previous, plan = plan, Plan(groups, state, choose, plan, self._scratch)
             if previous is None and param in self._counts:
                 plan.carry_counts({(param, first): count for first, count in self._counts[param].items()})
             self._plans[param] = plan

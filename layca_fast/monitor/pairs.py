@@ -27,6 +27,7 @@ _GROUP: Mapping[str, Any] = {
     "base": "sgd",
     "rule": "layca",
     "radius": "current",
+    "radius_lr": 0.0,
     "lr": 0.0,
     "weight_decay": 0.0,
     "maximize": False,

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formulas.options import find_base
 from ..messages import describe, labelled
-from .layout import bytes_needed, overlaps
+from .layout import bytes_needed, matrix_shape, overlaps
 from .sharding import check_placements, check_same_mesh, is_sharded, local_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -151,3 +152,24 @@ def count_layers(param: Tensor, chunks: int | str, label: str) -> int:
             f"{rows}, or put the tensor in a group with chunks=1"
         )
     return int(chunks)
+
+
+def check_matrices(param: Tensor, group: Mapping[str, Any], label: str) -> None:
+    """Raise ValueError where a layer of ``param`` is no matrix and the base of its group directs matrices only.
+
+    Or where ``chunks`` does not divide it. Lazy parameters, which have no shape yet, pass.
+    """
+    base = find_base(group["base"])
+    if base.formula(group).direct is None or torch.nn.parameter.is_lazy(param):
+        return
+    chunks = group["chunks"]
+    if param.dim() < 2:
+        raise ValueError(
+            f"{describe(label, param)} is no matrix, and base={base.name!r} directs whole matrices: put it in a group "
+            f"with another base, as layer_groups(model, base={base.name!r}, others_base='adam') does"
+        )
+    if len(matrix_shape(param.shape, count_layers(param, chunks, label), chunks)) < 2:
+        raise ValueError(
+            f"chunks={chunks!r} cuts {describe(label, param)} into vectors, and base={base.name!r} directs whole "
+            "matrices: choose fewer chunks, or another base for its group"
+        )

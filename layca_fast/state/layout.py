@@ -1,5 +1,6 @@
 """How a tensor lies in memory: what the kernels may walk as one run of addresses, and where its scalars live."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,3 +78,15 @@ def memory_order(tensor: Tensor) -> Tensor:
 def scalar_device(device: torch.device) -> torch.device:
     """Where the float64 dots and coefficients of tensors on ``device`` live: MPS has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def matrix_shape(shape: Sequence[int], layers: int, chunks: int | str = 1) -> tuple[int, ...]:
+    """The shape of one of ``layers`` equal slices of the first dimension, whose rows are its first dimension.
+
+    A slice of one row of three or more dimensions, as ``chunks`` makes them of stacked matrices, is the matrix in it.
+    Of fewer than two dimensions it is no matrix.
+    """
+    if not shape:
+        return ()
+    height = shape[0] // layers
+    return tuple(shape[1:]) if height == 1 and chunks != 1 else (height, *shape[1:])

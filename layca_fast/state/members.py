@@ -11,7 +11,15 @@ from torch import Tensor
 from ..formulas.bases import FORMULAS, Formula
 from ..formulas.options import decays, find_base
 from ..messages import describe, labelled
-from .checks import check_gradient, check_memory, check_parameter, check_writable, count_layers, is_fake
+from .checks import (
+    check_gradient,
+    check_matrices,
+    check_memory,
+    check_parameter,
+    check_writable,
+    count_layers,
+    is_fake,
+)
 from .compensation import HALVES, fits, is_compensated, state_dtype
 from .contents import check_complete
 from .layout import is_vector, layers_are_dense, scalar_device, usable
@@ -242,10 +250,19 @@ def members(
         check_writable(param, label)
         if param.grad is not None:
             check_gradient(param.grad, param, label)
-        layers = count_layers(param, group["chunks"], label) if turning else 1
+        check_matrices(param, group, label)
+        # Matrices have directions of their own, whether they rotate or not.
+        layered = turning or formula.direct is not None
+        layers = count_layers(param, group["chunks"], label) if layered else 1
         local, sharding = local_of(param), Sharding(1, (Piece(0, 1),))
-        if turning:
+        if layered:
             sharding = sharding_of(param, layers, describe(label, param))
+        if formula.direct is not None and sharding.groups:
+            raise ValueError(
+                f"{describe(label, param)} has matrices of which this process holds parts only, and "
+                f"base={group['base']!r} directs whole matrices: shard it by whole layers (chunks along the sharded "
+                "dimension), keep it whole, or take another base"
+            )
         dense = all(layers_are_dense(piece.of(local), piece.layers) for piece in sharding.pieces)
         backend = choose(group["backend"], local.device)
         if is_fake(local) and backend.writes_unseen:

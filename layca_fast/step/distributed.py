@@ -20,6 +20,7 @@ from ..state.reduction import Groups, Reduction
 from ..state.slot import Slot
 from .backend import Backend
 from .batch import Batch
+from .learned_radius import LearnedRadii, scale_moving
 from .unscaling import LossScale
 
 if TYPE_CHECKING:
@@ -49,8 +50,11 @@ class _Still:
         self.batch.refresh(loss_scale, capturing)
         self._backend.measure(self.batch)
 
-    def turn(self) -> None:
+    def turn(self, factors: Tensor | None) -> None:
+        """``factors``: of the norms of the layers of the batch, where radii are learned."""
         self._backend.coefficients(self.batch)
+        if factors is not None:
+            scale_moving(self.batch, factors.index_select(0, self.rows))
         self._backend.rotate(self.batch)
         self.batch.release()
 
@@ -75,7 +79,7 @@ def _without_step(slot: Slot) -> Slot:
 class _Share:
     """A batch in the reduction: where its layers' dots are among those of all, and what it has that stays still."""
 
-    def __init__(self, batch: Batch, rows: Sequence[int], backend: Backend) -> None:
+    def __init__(self, batch: Batch, rows: Sequence[int], backend: Backend | None) -> None:
         self.batch = batch
         self._backend = backend
         self._rows = torch.tensor(rows, dtype=torch.int64, device=batch.dots.device)
@@ -85,6 +89,8 @@ class _Share:
 
     def measure_still(self, loss_scale: LossScale | None, capturing: bool) -> None:
         """Measure what the kernels leave out, once they have measured."""
+        if self._backend is None:
+            return
         lacking = tuple(i for i, grad in enumerate(self.batch.grads) if grad is None and i not in self._empty)
         indices = (*self._empty, *lacking)
         if not indices:
@@ -111,40 +117,54 @@ class _Share:
             self.still.batch.dots.copy_(self.batch.dots.index_select(0, self.still.rows))
 
 
+def _places(batch: Batch, firsts: Sequence[int], start: int) -> list[int]:
+    """The rows of a batch's layers in the table of all, of which those of its kind begin at ``start``."""
+    rows: list[int] = []
+    for slot in batch.slots:
+        first = start + firsts[slot.number] + slot.piece.first
+        rows.extend(range(first, first + slot.layers))
+    return rows
+
+
 class SharedDots:
     """The dots of the layers that other processes have parts of, in batches that hold only such layers.
 
     ``layout`` has (number of layers here, groups) for each of their tensors, and each slot of ``batches`` the number of
-    its tensor in it. ``still`` measures and turns what the kernels leave out.
+    its tensor in it. ``still`` measures and turns what the kernels leave out. ``learned``:
+    the batches whose radii are.
     """
 
-    def __init__(self, layout: Sequence[tuple[int, Groups]], batches: Sequence[Batch], still: Backend) -> None:
+    def __init__(
+        self,
+        layout: Sequence[tuple[int, Groups]],
+        batches: Sequence[Batch],
+        still: Backend,
+        learned: Mapping[Batch, LearnedRadii],
+    ) -> None:
         firsts = list(accumulate((layers for layers, _ in layout), initial=0))
         # Where shards lie on several devices, one that is no CPU.
         devices = sorted({batch.dots.device for batch in batches}, key=lambda device: device.type == "cpu")
-        self._reduction = Reduction(layout, 3, devices[0])
-        self._shares = []
-        for batch in batches:
-            rows: list[int] = []
-            for slot in batch.slots:
-                start = firsts[slot.number] + slot.piece.first
-                rows.extend(range(start, start + slot.layers))
-            self._shares.append(_Share(batch, rows, still))
+        self._learned = [learned.get(batch) for batch in batches]
+        radii = [each.batch for each in self._learned if each is not None]
+        # Their dots travel with the others.
+        self._reduction = Reduction([*layout, *(layout if radii else ())], 3, devices[0])
+        self._shares = [_Share(batch, _places(batch, firsts, 0), still) for batch in batches]
+        self._radii = [_Share(batch, _places(batch, firsts, firsts[-1]), None) for batch in radii]
 
     def add_up(self, loss_scale: LossScale | None, capturing: bool) -> None:
         """From the dots of what lies here to those of the whole layers, in place, once every batch is measured."""
         table = self._reduction.table
-        for share in self._shares:
+        for share in (*self._shares, *self._radii):
             share.measure_still(loss_scale, capturing)
             share.give(table)
         self._reduction.run()
-        for share in self._shares:
+        for share in (*self._shares, *self._radii):
             share.take(table)
 
     def turn_still(self) -> None:
         """Rotate what the kernels leave out."""
-        for share in self._shares:
+        for share, learned in zip(self._shares, self._learned, strict=True):
             if share.still is not None:
-                share.still.turn()
+                share.still.turn(None if learned is None else learned.all_factors())
                 # What is told of the step is then the same on every process.
                 share.batch.coefficients.index_copy_(0, share.still.rows, share.still.batch.coefficients)

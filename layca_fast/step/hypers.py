@@ -71,9 +71,10 @@ class Hyperparameters:
                 -1.0 if group["maximize"] else 1.0,
                 self._noise if group.get(DIFFERENCE) else 0.0,
             )
+            radius_lr = float(group["radius_lr"]) if group["radius"] == "learned" else 0.0
             for fresh in (False, True):
                 scalars = base.scalars(group, fresh)
-                rows += (*head, *scalars, *(0.0,) * (MAX_OPTIONS - len(scalars)))
+                rows += (*head, *scalars, *(0.0,) * (MAX_OPTIONS - len(scalars)), radius_lr)
         return rows, rates
 
     def push_ahead(self) -> None:

@@ -25,7 +25,10 @@ from ..state.slot import Slot
 from .backend import Backend
 from .batch import Batch
 from .capture import check_capture, is_capturing
+from .directions import batches_of
 from .distributed import SharedDots
+from .learned_radius import learned_radii
+from .scratch import Scratch
 from .taking import reserve, take
 from .unscaling import LossScale
 from .watch import gradients, same_objects
@@ -62,7 +65,7 @@ class Plan:
     """The batches for the parameters that have a gradient or had one before, and the state that they need.
 
     ``choose`` finds the backend of a tensor. Building it checks everything, then creates the missing state in
-    ``state``; nothing is modified if a check fails.
+    ``state``; nothing is modified if a check fails. ``scratch``: memory that plans which never step at one time share.
     """
 
     # What is made here is written to by steps of every mode. To leave inference mode switches gradients on.
@@ -74,6 +77,7 @@ class Plan:
         state: State,
         choose: Choose[Backend],
         previous: "Plan | None" = None,
+        scratch: Scratch | None = None,
     ) -> None:
         if is_capturing():
             check_capture(groups)
@@ -93,6 +97,7 @@ class Plan:
         asked += [e for e in turning if id(e.param) not in known and "radius" not in state.get(e.param, {})]
         self._zero: list[Layers] = [*(each for each in zero if each.is_at_rest), *check_norms(asked)]
 
+        self._scratch: Scratch = scratch or (Scratch() if previous is None else previous._scratch)
         kept = {param: dict(entry) for param, entry in state.items()}
         try:
             self._build(found, states, groups, state, choose)
@@ -156,9 +161,10 @@ class Plan:
         self._shared: list[tuple[Backend, Batch]] = []
         self._whole: list[tuple[Backend, Batch]] = []
         for key, (backend, formula, is_shared) in kinds.items():
-            pair = backend, Batch(formula, slots[key], backend.tile)
-            self.batches.append(pair)
-            (self._shared if is_shared else self._whole).append(pair)
+            for batch in batches_of(formula, slots[key], backend.tile, self._scratch):
+                self.batches.append((backend, batch))
+                (self._shared if is_shared else self._whole).append((backend, batch))
+        self._learned = learned_radii(batch for _, batch in self.batches)
         self._shared_dots = self._share_dots(layout, choose) if self._shared else None
         self._entries = list(state.values())
         self._retired = WeakTensorKeyDictionary()
@@ -166,7 +172,7 @@ class Plan:
     def _share_dots(self, layout: Sequence[tuple[int, Groups]], choose: Choose[Backend]) -> SharedDots:
         batches = [batch for _, batch in self._shared]
         # The torch backend takes whatever a shard without elements or gradient is.
-        return SharedDots(layout, batches, choose("torch", batches[0].device))
+        return SharedDots(layout, batches, choose("torch", batches[0].device), self._learned)
 
     def counts(self) -> dict[tuple[Tensor, int], Tensor]:
         """The counts of every slot that has been stepped, (layers, Count.WIDTH), in this plan or before it."""
@@ -226,12 +232,14 @@ class Plan:
             self._announce()
         if capturing:
             check_capture(self._groups)
-            for _, batch in self.batches:
+            for batch in self._all_batches():
                 batch.check_capture()
             self.recorded = True
         reserve(self.batches)
         for _, batch in self.batches:
             batch.refresh(loss_scale, capturing)
+        for learned in self._learned.values():
+            learned.refresh(loss_scale, capturing)
         take(self._whole, self._finish)
         if self._shared_dots is not None:
             self._take_shared(self._shared_dots, loss_scale, capturing)
@@ -242,9 +250,13 @@ class Plan:
             for backend, batch in self._shared:
                 measured += 1
                 backend.measure(batch)
+                if batch.learned is not None:
+                    batch.learned.measure(backend)
             shared_dots.add_up(loss_scale, capturing)
             for backend, batch in self._shared:
                 backend.coefficients(batch)
+                if batch.learned is not None:
+                    batch.learned.turn()
                 backend.rotate(batch)
             shared_dots.turn_still()
         finally:
@@ -268,6 +280,15 @@ class Plan:
             # Autograd then knows that graphs which saved these weights are out of date.
             increment_version(batch.stepped)
         batch.release()
+        if batch.learned is not None:
+            batch.learned.batch.release()
+
+    def _all_batches(self) -> Iterator[Batch]:
+        """With those that only measure."""
+        for _, batch in self.batches:
+            yield batch
+        for learned in self._learned.values():
+            yield learned.batch
 
     def sync_hyperparameters(self, groups: Sequence[Mapping[str, Any]], state: State, stale: bool) -> None:
         """Bring the hyperparameters on the device up to date with the groups.
@@ -286,8 +307,8 @@ class Plan:
                 "the change, or capture the step again after one outside of a capture"
             )
         for plan in (*older, *([self] if same else [])):
-            for _, batch in plan.batches:
+            for batch in plan._all_batches():
                 batch.sync_hyperparameters()
 
     def _rates_are_recorded(self) -> bool:
-        return all(batch.hyperparameters.are_recorded() for _, batch in self.batches)
+        return all(batch.are_recorded() for _, batch in self.batches)

@@ -18,7 +18,7 @@ def reserve(pairs: Sequence[Pair]) -> None:
     """Before anything is modified: take the memory that the step needs. Raises MemoryError where there is none."""
     try:
         for backend, batch in pairs:
-            backend.reserve(batch)
+            batch.make_room(backend)
     except MemoryError as error:
         raise MemoryError(
             "there is no memory for the step's tables; nothing was modified: free some, and step again"
@@ -30,7 +30,7 @@ def take(pairs: Sequence[Pair], settle: Callable[[Backend, Batch], None]) -> Non
 
     Raises RuntimeError, which says so, where some of them have moved and others could not.
     """
-    calls = [backend.call(batch) for backend, batch in pairs]
+    calls = [batch.call(backend) for backend, batch in pairs]
     taken: list[object] = []
     is_short = all(backend.is_native and not batch.is_delicate for backend, batch in pairs)
     with nullcontext() if is_short else uninterrupted():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layca_fast.commands.verify import BASE_OPTIONS, ODD_SHAPES, Case, compare
+from layca_fast.commands.verify import BASE_OPTIONS, ODD_SHAPES, Case, compare, shapes_of
 from layca_fast.formulas.options import RULES
 
 from ..pairs import ChosenCase
@@ -36,7 +36,7 @@ def cases(interpreted: bool = False) -> list[ChosenCase]:
     return [
         ChosenCase(
             name=f"{options}, {rule}, chunks={chunks}, radius={radius}, {dtype}",
-            shapes=shapes,
+            shapes=shapes_of({**options, "chunks": chunks}, shapes),
             options={
                 **options,
                 "rule": rule,
@@ -72,7 +72,7 @@ def test_follows_the_reference(case: ChosenCase, seed: int) -> None:
 def test_follows_the_reference_for_many_steps(backend: str, options: dict[str, object], seed: int) -> None:
     """Errors must not add up."""
     steps = 15 if backend == "triton" else 50
-    case = Case("many steps", ((9, 21), (7,)), options, steps=steps, lr=0.03)
+    case = Case("many steps", shapes_of(options, ((9, 21), (7,))), options, steps=steps, lr=0.03)
     errors = compare(case, backend, torch.device("cpu"), seed)
     assert errors.passed, errors
 
@@ -87,6 +87,9 @@ LARGE = (
     Case("ascent", ODD_SHAPES, {"momentum": 0.9, "maximize": True}),
     Case("large steps", ODD_SHAPES, {"momentum": 0.9}, lr=2.0),
     Case("small steps", ODD_SHAPES, {"momentum": 0.9}, lr=1e-4),
+    Case("wide, tall and square matrices", ((65, 300), (300, 65), (130, 130), (64, 8, 3, 3)), {"base": "muon"}),
+    Case("many experts", ((60, 12, 20), (7, 20, 12)), {"base": "muon", "chunks": "all", "maximize": True}),
+    Case("plain muon", ((65, 300), (64, 8, 3, 3)), {"base": "muon", "rotate": False, "weight_decay": 0.1}),
 )
 
 

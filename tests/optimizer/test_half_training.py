@@ -25,6 +25,7 @@ from ..support import (
     random_gradients,
     relative_distance,
     same_bits,
+    shapes_for,
     train,
 )
 
@@ -44,7 +45,7 @@ def groups_of(params: Sequence[Tensor], base: Mapping[str, Any]) -> list[dict[st
         {"params": params[:1], **base},
         {"params": params[1:2], **base, "rule": "hyperball", "chunks": "all", "maximize": True},
         {"params": params[2:3], **base, "chunks": 3, "radius": "current"},
-        {"params": params[3:], **base, "weight_decay": 0.05, "lr": 0.003},
+        {"params": params[3:], **base, "rotate": False, "weight_decay": 0.05, "lr": 0.003},
     ]
 
 
@@ -64,7 +65,7 @@ def states_of(optimizer: FusedLayca) -> list[dict[str, Tensor]]:
 
 def twins(dtype: torch.dtype, backend: str, base: Mapping[str, Any], **more: Any) -> tuple[FusedLayca, FusedLayca]:
     """An optimizer of 16-bit parameters, and one of float32 parameters that start from the same numbers."""
-    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in SHAPES]
+    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in shapes_for(base, SHAPES)]
     both = [FusedLayca(groups_of(each, base), 0.02, backend=backend, **more) for each in (params, float32_of(params))]
     return both[0], both[1]
 

@@ -14,7 +14,7 @@ from layca_fast import FusedLayca, RotationMonitor, attach
 from layca_fast.commands.verify import BASE_OPTIONS
 from layca_fast.formulas.bases import SQUARES
 
-from ..support import contents, every_backend, parameter, params_of, random_gradients, same_bits, train
+from ..support import contents, every_backend, parameter, params_of, random_gradients, same_bits, shapes_for, train
 
 BUFFERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -78,7 +78,7 @@ def test_what_no_run_can_have_left_is_refused(name: str, change: Callable[[Any],
 @pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
 def test_what_runs_leave_is_taken(options: dict[str, Any], seed: int) -> None:
     """Of every base, huge and tiny gradients and layers without a radius yet included."""
-    params = [parameter(4, 3), parameter(5), parameter(2, 0)]
+    params = [parameter(*shape) for shape in shapes_for(options, ((4, 3), (5,), (2, 0)))]
     optimizer = FusedLayca(params, 0.1, backend="cpu", **options)
     rows = random_gradients(params, 4)
     train(optimizer, [[grad * scale for grad in row] for row, scale in zip(rows, (0.0, 1e18, 1e-30, 1.0), strict=True)])
@@ -137,7 +137,7 @@ def test_no_weight_moves_by_what_a_broken_state_is_cleaned_to(backend: str, opti
     finite.
     """
     for name_index in range(3):
-        params = [parameter(4, 4, backend=backend), parameter(70, backend=backend)]
+        params = [parameter(*shape, backend=backend) for shape in shapes_for(options, ((4, 4), (70,)))]
         optimizer = FusedLayca(params, 1e-3, rotate=False, backend=backend, **options)
         train(optimizer, random_gradients(params, 3))
         for value in (math.inf, math.nan, -math.inf):
@@ -157,7 +157,7 @@ def test_no_weight_moves_by_what_a_broken_state_is_cleaned_to(backend: str, opti
 
 @pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
 def test_backends_agree_on_what_a_broken_state_becomes(options: dict[str, Any], seed: int) -> None:
-    params = [parameter(4, 3), parameter(5)]
+    params = [parameter(*shape) for shape in shapes_for(options, ((4, 3), (5,)))]
     optimizer = FusedLayca(params, 0.1, backend="torch", **options)
     train(optimizer, random_gradients(params, 2))
     for param in params:

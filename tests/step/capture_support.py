@@ -15,11 +15,11 @@ from layca_fast.step.upload import Mirror
 def record(optimizer: FusedLayca, capturing: Callable[[bool], None]) -> Callable[[], None]:
     """Take a step as a capture would see it; what is returned does to the device what a replay would."""
     tables: list[Tensor] = []
-    scales: list[LossScale | None] = []
+    fetched: list[tuple[Batch, LossScale | None]] = []
     fetch = Batch.fetch
 
     def fetching(batch: Batch, loss_scale: LossScale | None) -> None:
-        scales.append(loss_scale)
+        fetched.append((batch, loss_scale))
         fetch(batch, loss_scale)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -30,13 +30,14 @@ def record(optimizer: FusedLayca, capturing: Callable[[bool], None]) -> Callable
         capturing(True)
         optimizer.step()
         capturing(False)
-    recorded = list(zip(optimizer._plan.batches, tables, scales, strict=True))
+    batches = optimizer._plan.batches
 
     @torch.no_grad()
     def replay() -> None:
-        for (backend, batch), table, loss_scale in recorded:
+        for (batch, loss_scale), table in zip(fetched, tables, strict=True):
             batch.tensors.copy_(table)
             batch.fetch(loss_scale)
-            backend.step(batch)
+        for backend, batch in batches:
+            batch.call(backend)()
 
     return replay

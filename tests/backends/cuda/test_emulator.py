@@ -22,7 +22,16 @@ from layca_fast.state.slot import Slot
 from layca_fast.step.batch import Batch
 
 from ...step import test_unscaling
-from ...support import clones, parameter, random_gradients, relative_distance, rows_by_formula, same_bits, train
+from ...support import (
+    clones,
+    parameter,
+    random_gradients,
+    relative_distance,
+    rows_by_formula,
+    same_bits,
+    shapes_for,
+    train,
+)
 from ..test_equivalence import LARGE, cases
 from .support import emulated, emulator  # noqa: F401
 
@@ -94,7 +103,7 @@ def test_nearly_parallel_steps_turn_by_the_right_angle(n: int, sine: float, seed
 
 @pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
 def test_equals_the_cpu_backend_after_50_steps(options: dict[str, object], seed: int) -> None:
-    ours = [parameter(*shape) for shape in ((70, 90), (33,), (3, 5, 7))]
+    ours = [parameter(*shape) for shape in shapes_for(options, ((70, 90), (33,), (3, 5, 7)))]
     theirs = clones(ours)
     grads = random_gradients(ours, 50)
     optimizers = [
