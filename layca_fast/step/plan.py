@@ -68,8 +68,9 @@ class Plan:
     ``state``; nothing is modified if a check fails. ``scratch``: memory that plans which never step at one time share.
     """
 
-    # What is made here is written to by steps of every mode.
+    # What is made here is written to by steps of every mode. To leave inference mode switches gradients on.
     @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(
         self,
         groups: Sequence[Mapping[str, Any]],

@@ -45,7 +45,8 @@ def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def train(weights: list[Tensor], grads: list[list[Tensor]], backend: str, lr: float, **options: object) -> list[Tensor]:
     """The weights after one step on each of ``grads``."""
     params = [weight.clone().requires_grad_() for weight in weights]
-    optimizer = FusedLayca(params, lr=lr, backend=backend, **options)
+    # Also a matrix of one column.
+    optimizer = FusedLayca(params, lr=lr, backend=backend, **{"rotate": True, **options})
     for step in grads:
         for param, grad in zip(params, step, strict=True):
             param.grad = grad.clone()

@@ -116,7 +116,7 @@ def params_of(optimizer: FusedLayca) -> list[Tensor]:
 
 
 def network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 1))
+    return nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 2))
 
 
 def expect(kind: type[Exception], message: str, call: Callable[[], object]) -> None:

@@ -34,7 +34,7 @@ def twin_networks(place: Place) -> tuple[nn.Sequential, nn.Sequential]:
 def learn(model: nn.Sequential, optimizer: FusedLayca, seed: int, steps: int = STEPS) -> None:
     draws = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        inputs, targets = torch.randn(16, 7, generator=draws), torch.randn(16, 1, generator=draws)
+        inputs, targets = torch.randn(16, 7, generator=draws), torch.randn(16, 2, generator=draws)
         optimizer.zero_grad()
         nn.functional.mse_loss(model(inputs), targets).backward()
         nn.utils.clip_grad_norm_([model[0].weight, model[4].weight], 0.1)
@@ -129,7 +129,7 @@ def learn_unclipped(model: nn.Module, optimizer: FusedLayca, seed: int) -> list[
     sums: list[Tensor] = []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        inputs, targets = torch.randn(16, 7, generator=draws), torch.randn(16, 1, generator=draws)
+        inputs, targets = torch.randn(16, 7, generator=draws), torch.randn(16, 2, generator=draws)
         nn.functional.mse_loss(model(inputs), targets).backward()
         with counting() as seen:
             optimizer.step()
