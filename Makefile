@@ -5,10 +5,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
-PIP_INSTALL := $(RUN) pip install --quiet --disable-pip-version-check
+# What takes long says every few seconds where it stands, and the rest of it only if it fails. Python compiles a module
+# when it is first imported: doing so for all of torch takes longer than most targets.
+QUIETLY := @sh requirements/quietly.sh
+PIP_OPTIONS := --disable-pip-version-check --progress-bar off --no-compile
+PIP_INSTALL := $(QUIETLY) $(RUN) pip install $(PIP_OPTIONS)
 
-# Stamps. Each also says what it was made for, and torch.txt constrains later installs to the torch that is there.
+# Stamps: torch; layca_fast with its native modules and what the demo needs; the development tools. Each also says what
+# it was made for, and torch.txt constrains later installs to the torch that is there.
 TORCH_STAMP := $(VENV)/torch.txt
+BUILT := $(VENV)/built.txt
 STAMP := $(VENV)/installed.txt
 BENCH_STAMP := $(VENV)/bench.txt
 DOCS := $(VENV)/docs
@@ -22,35 +28,60 @@ CHOSEN_TORCH := $(shell sed -n 's/.* chosen: //p' $(TORCH_STAMP) 2>/dev/null)
 TORCH ?= $(CHOSEN_TORCH)
 TORCH_REQUIREMENT := $(if $(TORCH),'$(TORCH)',--requirement requirements/torch.txt)
 
-# The tests of a file stay together, for what they share, and come in the order of tests/conftest.py. Idle threads of
-# one process must not spin while the other has work to do.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# The CUDA module takes minutes to compile: it is built where a GPU is there to run it, where LAYCA_CUDA=ON asks for it,
+# and, for every GPU, where test-exhaustive is to read what nvcc made of it.
+EXHAUSTIVE := $(filter test-all test-exhaustive,$(MAKECMDGOALS))
+NVCC := $(or $(CUDACXX),$(shell command -v nvcc))
+ifeq ($(origin LAYCA_CUDA),undefined)
+ifneq ($(and $(EXHAUSTIVE),$(NVCC)),)
+LAYCA_CUDA := ON
+LAYCA_CUDA_ARCHITECTURES := all
+else
+LAYCA_CUDA := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),AUTO,OFF)
+endif
+endif
+WANTED := $(LAYCA_CUDA)-$(LAYCA_CUDA_ARCHITECTURES)
+BUILT_FOR := $(shell cat $(BUILT) 2>/dev/null)
+
+# The tests of a file stay together, for what they share, and come in the order of tests/conftest.py. A test that hangs
+# is ended after an hour; no other limit depends on how fast the machine is.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --timeout 3600
+# Idle threads of one process must not spin while the other has work to do.
 TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-trainers bench bench-full gpu verify docs lint format FORCE
+.PHONY: help setup demo test test-exhaustive test-trainers test-all bench bench-full gpu verify docs lint format fuzz sanitize FORCE
+# Targets of one command run one after the other: their tests and timings want the cores for themselves.
+.NOTPARALLEL:
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Options: PYTHON=python3.11 (for a new .venv), TORCH='torch==2.12.0', ARGS='...' (passed on to the command)"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Options: PYTHON=python3.11 (for a new .venv), TORCH='torch==2.12.0', ARGS='...' (passed on to the command),"
+	@echo "  LAYCA_CUDA=ON (build the CUDA module where no GPU is visible), LAYCA_REQUIRE_NATIVE=1 (a failed build is an error)"
 
 setup: $(STAMP)  ## make .venv and install layca_fast with its development tools into it
 
-demo: $(STAMP)  ## train on real MNIST digits with SGD and with FusedLayca; a table and a figure (a minute, once set up)
+demo: $(BUILT)  ## train on real MNIST digits with SGD and with FusedLayca; a table and a figure (a minute, once set up)
 	@echo "==> Running the demo"
 	@$(RUN) layca_fast demo $(ARGS)
 
-test: $(STAMP)  ## run the tests
+test: $(STAMP)  ## run the tests: every property on every backend here, in minutes
 	@echo "==> Running the tests"
-	@$(TEST_ENVIRONMENT) $(RUN) pytest $(PARALLEL) $(ARGS)
+	@$(TEST_ENVIRONMENT) $(RUN) pytest -m 'not exhaustive' $(PARALLEL) $(ARGS)
+
+test-exhaustive: $(STAMP)  ## run the tests that 'make test' leaves out: full products of options, compilation for all GPUs
+	@echo "==> Running the exhaustive tests"
+	@$(TEST_ENVIRONMENT) $(RUN) pytest -m exhaustive $(PARALLEL) $(ARGS)
 
 test-trainers: $(TRAINERS_STAMP)  ## run the tests in Hugging Face's Trainer, Lightning and accelerate, installed for that
 	@echo "==> Running the tests in trainers"
 	@$(TEST_ENVIRONMENT) $(TRAINERS)/bin/python -m pytest tests/trainers $(PARALLEL) $(ARGS)
 
-bench: $(BENCH_STAMP)  ## time a step of every backend beside torch's and others' optimizers, on three models (minutes)
+test-all: test test-exhaustive test-trainers  ## run all tests
+
+bench: $(BENCH_STAMP)  ## time a step of every backend beside torch's and others' on ResNet-50 (minutes; ARGS=--full: all models)
 	@echo "==> Running the benchmarks"
 	@$(RUN) pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
@@ -69,7 +100,7 @@ bench-full: $(BENCH_STAMP)  ## all models in interleaved rounds, and scaling: th
 gpu:  ## build, prove and measure on an NVIDIA GPU; one file in bench/results (WHEELS=folder: of missing packages)
 	@$(PYTHON) -m bench.gpu $(if $(WHEELS),--wheels '$(WHEELS)') $(ARGS)
 
-verify: $(STAMP)  ## check every backend available here against the float64 reference (minutes)
+verify: $(BUILT)  ## check the backends here against the float64 reference (a minute; ARGS=--full: every case)
 	@echo "==> Checking every backend against the reference"
 	@$(RUN) layca_fast verify $(ARGS)
 
@@ -88,31 +119,48 @@ format: $(STAMP)  ## format Python and C++, and mend what ruff can
 	@$(RUN) ruff format .
 	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
+fuzz: $(STAMP)  ## random models, options and events: cpu against torch against the reference (ARGS='--steps 1000000')
+	@echo "==> Fuzzing"
+	@$(TEST_ENVIRONMENT) $(RUN) tests.fuzz $(ARGS)
+
+sanitize: $(STAMP)  ## the native code under the address, undefined-behaviour and thread sanitizers (ARGS=--short: minutes)
+	@echo "==> Running the native code under sanitizers"
+	@$(TEST_ENVIRONMENT) $(RUN) tests.sanitize $(ARGS)
+
 $(TORCH_STAMP): requirements/torch.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "PYTHON=$(PYTHON): Python 3.10 or newer is needed; name one, as in: make PYTHON=python3.11" >&2; exit 1; }
-	@echo "==> Setting up $(VENV) with $$($(PYTHON) --version) (once, a minute or more)"
-	@$(PYTHON) -m venv $(VENV)
-	@echo "==> Installing $(or $(TORCH),$$(grep '^torch' requirements/torch.txt))"
-	@$(PIP_INSTALL) $(TORCH_REQUIREMENT)
+	@echo "==> Setting up $(VENV) with $$($(PYTHON) --version)"
+	$(QUIETLY) $(PYTHON) -m venv $(VENV)
+	@echo "==> Installing $(or $(TORCH),$$(grep '^torch' requirements/torch.txt)) (once; it is large)"
+	$(PIP_INSTALL) $(TORCH_REQUIREMENT)
 	@$(RUN) pip list --format=freeze | grep -E '^(torch|triton)==' > $@
 	@echo "# chosen: $(TORCH)" >> $@
 
-$(STAMP): $(TORCH_STAMP) requirements/dev.txt $(SOURCES)
-	@echo "==> Building layca_fast (minutes where there is nvcc; LAYCA_CUDA=OFF does without) and installing its tools"
-	@$(PIP_INSTALL) --constraint $(TORCH_STAMP) --constraint requirements/dev.txt --editable '.[dev]'
-	@echo "LAYCA_REQUIRE_NATIVE=$(LAYCA_REQUIRE_NATIVE)" > $@
+$(BUILT): export LAYCA_CUDA := $(LAYCA_CUDA)
+$(BUILT): export LAYCA_CUDA_ARCHITECTURES := $(LAYCA_CUDA_ARCHITECTURES)
+$(BUILT): $(TORCH_STAMP) $(SOURCES)
+	@echo "==> Building layca_fast and installing what the demo needs" \
+	    "($(if $(filter OFF,$(LAYCA_CUDA)),without CUDA kernels: LAYCA_CUDA=ON builds them,with CUDA kernels where there is nvcc: minutes))"
+	$(PIP_INSTALL) --verbose --constraint $(TORCH_STAMP) --editable '.[demo]'
+	@echo "LAYCA_REQUIRE_NATIVE=$(LAYCA_REQUIRE_NATIVE) CUDA=$(WANTED)" > $@
+
+# pip finds layca_fast installed, and adds what the extra names.
+$(STAMP): $(BUILT) requirements/dev.txt
+	@echo "==> Installing the development tools"
+	$(PIP_INSTALL) --constraint $(TORCH_STAMP) --constraint requirements/dev.txt 'layca_fast[dev]'
+	@touch $@
 
 $(BENCH_STAMP): $(STAMP) requirements/bench.txt
 	@echo "==> Installing the optimizers to compare with"
-	@$(PIP_INSTALL) --constraint $(TORCH_STAMP) --requirement requirements/bench.txt
+	$(PIP_INSTALL) --constraint $(TORCH_STAMP) --requirement requirements/bench.txt
 	@touch $@
 
 # An environment of its own: the site needs neither torch nor the package.
 $(DOCS_STAMP): requirements/docs.txt
 	@echo "==> Installing Sphinx (once, some seconds)"
 	@$(PYTHON) -m venv --clear $(DOCS)
-	@$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements/docs.txt
+	$(QUIETLY) $(DOCS)/bin/python -m pip install $(PIP_OPTIONS) --requirement requirements/docs.txt
 	@touch $@
 
 # Dozens of packages, which what reads the installed ones (pytest's plugins, mypy) must not find in the other targets. So
@@ -122,7 +170,7 @@ $(TRAINERS_STAMP): $(STAMP) requirements/trainers.txt
 	@echo "==> Installing the trainers (once, a minute)"
 	@$(RUN) venv --clear --without-pip $(TRAINERS)
 	@echo "$(call PACKAGES_OF,$(VENV))" > "$(call PACKAGES_OF,$(TRAINERS))/development.pth"
-	@$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	$(QUIETLY) $(TRAINERS)/bin/python -m pip install $(PIP_OPTIONS) \
 	    --constraint $(TORCH_STAMP) --requirement requirements/trainers.txt
 	@touch $@
 
@@ -131,7 +179,13 @@ ifneq ($(TORCH),$(CHOSEN_TORCH))
 $(TORCH_STAMP): FORCE
 endif
 ifdef LAYCA_REQUIRE_NATIVE
-ifneq ($(shell cat $(STAMP) 2>/dev/null),LAYCA_REQUIRE_NATIVE=$(LAYCA_REQUIRE_NATIVE))
-$(STAMP): FORCE
+ifneq ($(filter LAYCA_REQUIRE_NATIVE=%,$(BUILT_FOR)),LAYCA_REQUIRE_NATIVE=$(LAYCA_REQUIRE_NATIVE))
+$(BUILT): FORCE
+endif
+endif
+# Kernels for all GPUs serve every wish, and where none are wanted they do no harm.
+ifneq ($(LAYCA_CUDA),OFF)
+ifeq ($(filter CUDA=$(WANTED) CUDA=ON-all,$(BUILT_FOR)),)
+$(BUILT): FORCE
 endif
 endif

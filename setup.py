@@ -1,11 +1,13 @@
 """Hands csrc/ to CMake and Ninja. What cannot be built is left out, and ``layca_fast/_build.json`` says why.
 
 LAYCA_REQUIRE_NATIVE=1 makes a native module that cannot be built an error. The CUDA module is wanted where there is a
-CUDA compiler; LAYCA_CUDA=OFF does without it, and LAYCA_CUDA=ON wants it everywhere.
+CUDA compiler; LAYCA_CUDA=OFF does without it, and LAYCA_CUDA=ON wants it everywhere. It is compiled for the GPUs that
+this machine has; LAYCA_CUDA_ARCHITECTURES names others ("90", "80;90"), or "all" of them, as a wheel needs them.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,11 @@ REQUIRED = os.environ.get("LAYCA_REQUIRE_NATIVE", "0") not in ("", "0")
 CUDA = os.environ.get("LAYCA_CUDA", "AUTO").upper()
 if CUDA not in ("AUTO", "ON", "OFF"):
     raise SystemExit(f"LAYCA_CUDA={CUDA}: choose ON, OFF or AUTO")
+ARCHITECTURES = os.environ.get("LAYCA_CUDA_ARCHITECTURES", "").replace(",", ";").lower()
+if not re.fullmatch(r"(all|\d{2,3}(;\d{2,3})*)?", ARCHITECTURES):
+    raise SystemExit(f"LAYCA_CUDA_ARCHITECTURES={ARCHITECTURES}: choose all, or numbers such as 90 or 80;90")
+#: The oldest GPUs that the kernels run on.
+OLDEST = 80
 
 
 def tool(name: str, folder: str) -> str:
@@ -59,11 +66,37 @@ def first_error(log: str) -> str:
 
 
 def run(*command: str) -> None:
-    """Run a command; RuntimeError with the first error that it reported if it fails."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    print(done.stdout)
-    if done.returncode != 0:
-        raise RuntimeError(first_error(done.stdout))
+    """Run a command and pass its lines on; RuntimeError with the first error that it reported if it fails."""
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            print(line, end="", flush=True)
+    if process.returncode != 0:
+        raise RuntimeError(first_error("".join(lines)))
+
+
+def gpus_here() -> list[str]:
+    """The compute capabilities of this machine's GPUs that the kernels run on, as 90 for 9.0; empty if none is seen."""
+    command = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    try:
+        # A driver in trouble may never answer.
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", said, re.MULTILINE)}
+    return [str(number) for number in sorted(found) if number >= OLDEST]
+
+
+def architectures() -> list[str]:
+    """What CMake is told of the GPUs to compile for; nothing means all.
+
+    All where no GPU is seen: the module is then for another machine (an image is built, or a login node of a cluster
+    installs it), and one for the wrong GPUs would import there and fail at the first step.
+    """
+    chosen = ARCHITECTURES or ";".join(gpus_here())
+    return [] if chosen in ("", "all") else [f"-DLAYCA_CUDA_ARCHITECTURES={chosen}"]
 
 
 def unwanted(backend: str) -> str | None:
@@ -71,7 +104,7 @@ def unwanted(backend: str) -> str | None:
     if backend != "cuda" or CUDA == "ON":
         return None
     if CUDA == "OFF":
-        return "LAYCA_CUDA=OFF was set at installation"
+        return "LAYCA_CUDA=OFF was set at installation, as make does where it sees no GPU"
     if os.environ.get("CUDACXX") or shutil.which("nvcc"):
         return None
     return "there was no CUDA compiler at installation: put nvcc on the PATH, or name it in CUDACXX"
@@ -91,6 +124,7 @@ def build(backend: str, target: str, module: Path) -> None:
             "-DCMAKE_BUILD_TYPE=Release",
             # A CUDA compiler that does not work costs the CUDA module only.
             f"-DLAYCA_CUDA={'ON' if backend == 'cuda' else 'OFF'}",
+            *(architectures() if backend == "cuda" else ()),
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

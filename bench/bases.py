@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layca_fast import FusedLayca
 from layca_fast.commands.verify import BASE_OPTIONS, describe_base
 from layca_fast.formulas.options import RULES
 
-from .by_hand import RATE, Step
+from .by_hand import Step
 from .measure import measure
 from .predict import group_of, moved_bytes
-from .providers import LAYCA_ACCURACY, Provider, layca_skipped, providers, yardstick
+from .providers import LAYCA_ACCURACY, Provider, layca_skipped, providers, turning_all, yardstick
 from .ratios import positive, show
 from .shapes import MODELS
 
@@ -26,7 +25,7 @@ BACKENDS = ("cuda", "triton", "cpu")
 
 
 def _step_of(options: dict[str, Any]) -> Callable[[Sequence[Tensor]], Step]:
-    return lambda params: FusedLayca(params, RATE, **options).step
+    return lambda params: turning_all(params, **options).step
 
 
 def contestants(device: torch.device) -> Iterator[Provider]:

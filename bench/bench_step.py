@@ -1,4 +1,4 @@
-"""One optimizer step under pytest-benchmark: ``pytest bench`` (or ``make bench``), with ``--full`` on all models.
+"""One optimizer step under pytest-benchmark: ``pytest bench`` (or ``make bench``), ``--full`` on all models.
 
 Beside each step a copy is timed. To compare providers, use ``python -m bench.ratios``, which interleaves them.
 """
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "model" in metafunc.fixturenames:
-        metafunc.parametrize("model", MODELS if metafunc.config.getoption("--full") else QUICK)
+        metafunc.parametrize("model", MODELS if metafunc.config.getoption("--full") else QUICK[:1])
     if "provider" in metafunc.fixturenames:
         cases = [(base, provider) for base in BASES for provider in providers(base, DEVICE)]
         metafunc.parametrize(("base", "provider"), cases, ids=[f"{base}-{provider.name}" for base, provider in cases])

@@ -63,15 +63,15 @@ def _bars(axes: Axes, model: str, names: Sequence[str], rows: Mapping[str, Row],
     axes.axvline(1, color=YARDSTICK, linewidth=0.6)
     for place, name in enumerate(names):
         row = rows.get(name)
-        if row is None or row.ratio is None or row.ratio_q1 is None or row.ratio_q3 is None:
+        if row is None or row.ratio_median is None or row.ratio_q1 is None or row.ratio_q3 is None:
             why = "not measured" if row is None else f"not run: {_short(row.skipped)}"
             axes.text(1.05, place, why, va="center", fontsize=5.5, color="0.5", style="italic")
             continue
-        axes.barh(place, row.ratio - limits[0], left=limits[0], height=0.72, color=_colour(row))
+        axes.barh(place, row.ratio_median - limits[0], left=limits[0], height=0.72, color=_colour(row))
         axes.plot([row.ratio_q1, row.ratio_q3], [place, place], color="black", linewidth=0.8)
         weight = "bold" if _colour(row) == OURS else "normal"
-        end = max(row.ratio, row.ratio_q3) * 1.06
-        value = f"{row.ratio:.2f}" if row.ratio < 10 else f"{row.ratio:.1f}"
+        end = max(row.ratio_median, row.ratio_q3) * 1.06
+        value = f"{row.ratio_median:.2f}" if row.ratio_median < 10 else f"{row.ratio_median:.1f}"
         axes.text(end, place, value, va="center", fontsize=7, weight=weight)
     one = next(iter(rows.values()))
     axes.set_title(f"{model}\n{one.tensors:,} tensors, {one.parameters / 1e6:.4g} M weights")
@@ -93,14 +93,18 @@ def save_ratios(path: Path, rows: Sequence[Row], base: str, models: Sequence[str
     Raises ValueError if there is nothing to draw.
     """
     columns = {model: latest(rows, base, model) for model in models}
-    ran = {name for column in columns.values() for name, row in column.items() if row.ratio is not None} - {COPY}
+    ran = {name for column in columns.values() for name, row in column.items() if row.ratio_median is not None} - {COPY}
     if not ran:
         raise ValueError(f"no row of base {base!r} has times for the models {list(models)}")
     columns = {model: column for model, column in columns.items() if column}
     one = next(row for column in columns.values() for row in column.values() if row.provider in ran)
 
     def geometric(name: str) -> float:
-        ratios = [row.ratio for column in columns.values() if (row := column.get(name)) and row.ratio is not None]
+        ratios = [
+            row.ratio_median
+            for column in columns.values()
+            if (row := column.get(name)) and row.ratio_median is not None
+        ]
         product = 1.0
         for ratio in ratios:
             product *= ratio
@@ -111,8 +115,11 @@ def save_ratios(path: Path, rows: Sequence[Row], base: str, models: Sequence[str
         value
         for column in columns.values()
         for name in names
-        if (row := column.get(name)) and row.ratio_q1 is not None and row.ratio_q3 is not None and row.ratio is not None
-        for value in (row.ratio, row.ratio_q1, row.ratio_q3)
+        if (row := column.get(name))
+        and row.ratio_q1 is not None
+        and row.ratio_q3 is not None
+        and row.ratio_median is not None
+        for value in (row.ratio_median, row.ratio_q1, row.ratio_q3)
     ]
     limits = (0.7 * min(*edges, 1.0), 2.2 * max(edges))
     with matplotlib.rc_context(dict(STYLE)):

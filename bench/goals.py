@@ -16,7 +16,7 @@ from layca_fast.figures.console import print_table
 
 from .providers import FLOOR, OURS, Provider, providers, yardstick
 from .ratios import new_file, positive
-from .rows import environment, quartiles
+from .rows import environment, quartiles, round_ratios
 from .runner import COPY, Contestant, Copy, Model, interleave
 from .shapes import MODELS
 
@@ -50,7 +50,7 @@ THREADS_GOAL = 1.6
 
 @dataclass(frozen=True)
 class Result:
-    """``value``: the quotient of medians that ``what`` describes, quartiles those of the rounds' own quotients.
+    """``value``: the median of the rounds' own ratios that ``what`` describes, ``q1`` and ``q3`` their quartiles.
 
     ``gb_per_s`` and ``copy_gb_per_s``: bytes moved over the median time, of the step and of the copy.
     """
@@ -109,9 +109,8 @@ class Decayed(Contestant):
 def result(
     what: str, base: str, model: str, goal: str, entries: dict, seconds: dict, over: str, under: str, copy: str = COPY
 ) -> Result:
-    """The quotient of the steps ``over`` and ``under`` of one interleaved run."""
-    quotients = [ours / theirs for ours, theirs in zip(seconds[over], seconds[under], strict=True)]
-    q1, _, q3 = quartiles(quotients)
+    """The ratio of the steps ``over`` and ``under`` of one interleaved run."""
+    q1, value, q3 = round_ratios(seconds[over], seconds[under])
     middle = {name: quartiles(times)[1] for name, times in seconds.items()}
     about = environment(CPU)
     return Result(
@@ -119,10 +118,10 @@ def result(
         base=base,
         model=model,
         goal=goal,
-        value=middle[over] / middle[under],
+        value=value,
         q1=q1,
         q3=q3,
-        rounds=len(quotients),
+        rounds=len(seconds[over]),
         gb_per_s=entries[over].bytes_moved / middle[over] / 1e9,
         copy_gb_per_s=entries[copy].bytes_moved / middle[copy] / 1e9,
         **{name: about[name] for name in ("date", "cpu", "threads", "torch")},

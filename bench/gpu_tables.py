@@ -83,8 +83,16 @@ def _time(found: Found, timer: str, base: str, model: str, provider: str) -> flo
     return median
 
 
+def _ratio(found: Found, base: str, model: str, provider: str) -> float:
+    ratio = found["device", base, model, provider].ratio_median
+    if ratio is None:
+        raise KeyError(provider)
+    return ratio
+
+
 def _quotient(base: str, model: str, ours: str, theirs: str) -> Callable[[Found], float]:
-    return lambda found: _time(found, "device", base, model, ours) / _time(found, "device", base, model, theirs)
+    """The rows' ratio to the yardstick (1 of itself), over that of another where rounds compare it to no other."""
+    return lambda found: _ratio(found, base, model, ours) / _ratio(found, base, model, theirs)
 
 
 def _bandwidth(found: Found) -> float:

@@ -8,11 +8,13 @@ import torch
 
 from .plan import free_memory, in_batches, release_memory, sift
 from .providers import Provider, providers, yardstick
-from .rows import Row, environment, quartiles
+from .rows import Row, environment, quartiles, round_ratios
 from .runner import COPY, Contestant, Copy, Model, Timer, interleave, seconds_of
 from .shapes import Shape
 
-NO_TIMES = dict.fromkeys(("median_ms", "q1_ms", "q3_ms", "ratio", "ratio_q1", "ratio_q3", "gb_per_s", "copy_fraction"))
+NO_TIMES = dict.fromkeys(
+    ("median_ms", "q1_ms", "q3_ms", "ratio_median", "ratio_q1", "ratio_q3", "gb_per_s", "copy_fraction")
+)
 
 
 def _batch_rows(
@@ -29,7 +31,7 @@ def _batch_rows(
     rows = []
     for name, times in seconds.items():
         first, middle, third = quarters[name]
-        ratio_q1, _, ratio_q3 = quartiles([ours / theirs for ours, theirs in zip(times, seconds[unit], strict=True)])
+        ratio_q1, ratio_median, ratio_q3 = round_ratios(times, seconds[unit])
         rows.append(
             Row(
                 **common,
@@ -38,7 +40,7 @@ def _batch_rows(
                 q1_ms=1e3 * first,
                 q3_ms=1e3 * third,
                 rounds=len(times),
-                ratio=middle / quarters[unit][1],
+                ratio_median=ratio_median,
                 ratio_q1=ratio_q1,
                 ratio_q3=ratio_q3,
                 bytes_per_parameter=entries[name].bytes_per_parameter,

@@ -9,6 +9,7 @@ its step is made of, and writes w.
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -122,9 +123,17 @@ def _attached_step(base: str) -> Callable[[Sequence[Tensor]], Step]:
     return make
 
 
+def turning_all(params: Sequence[Tensor], **options: Any) -> FusedLayca:
+    """With embeddings and heads of a vocabulary, too, which nobody trains here: no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".* seems to be an embedding", category=UserWarning)
+        return FusedLayca(params, RATE, **options)
+
+
 def _layca_step(base: str, backend: str, rotate: bool | None = None) -> Callable[[Sequence[Tensor]], Step]:
     name = "adam" if base == "adam" else "sgd"
-    return lambda params: FusedLayca(params, RATE, base=name, backend=backend, rotate=rotate, **_options(base)).step
+    options = {"base": name, "backend": backend, "rotate": rotate, **_options(base)}
+    return lambda params: turning_all(params, **options).step
 
 
 def _imported_step(module: str, name: str, **options: Any) -> Callable[[Sequence[Tensor]], Step]:

@@ -48,7 +48,7 @@ def cells(row: Row) -> list[str]:
         row.provider,
         f"{row.median_ms:.3f}",
         f"{row.q1_ms:.3f}-{row.q3_ms:.3f}",
-        f"{row.ratio:.2f} ({row.ratio_q1:.2f}-{row.ratio_q3:.2f})",
+        f"{row.ratio_median:.2f} ({row.ratio_q1:.2f}-{row.ratio_q3:.2f})",
         f"{row.bytes_per_parameter:.0f}",
         f"{row.gb_per_s:.1f}",
         f"{row.copy_fraction:.2f}",

@@ -19,7 +19,7 @@ from .runner import COPY
 class Row:
     """A provider on a model. Times are milliseconds per step; where ``skipped`` says why there are none, they are None.
 
-    ``ratio`` is the median over the median of ``yardstick``, and its quartiles are those of the rounds' own ratios.
+    ``ratio_median`` and its quartiles are those of the rounds' own ratios to ``yardstick``: :func:`round_ratios`.
     ``gb_per_s`` is bytes moved (``bytes_per_parameter``: see bench/providers.py) over the median, and ``copy_fraction``
     its ratio to the same of a copy timed in the same rounds. ``tensors`` and ``parameters`` are the model's.
     """
@@ -36,7 +36,7 @@ class Row:
     q3_ms: float | None
     rounds: int
     yardstick: str
-    ratio: float | None
+    ratio_median: float | None
     ratio_q1: float | None
     ratio_q3: float | None
     bytes_per_parameter: float | None
@@ -90,6 +90,14 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return first, middle, third
 
 
+def round_ratios(over: Sequence[float], under: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile of the ratios that two steps had in each round: the one definition.
+
+    Not the quotient of two medians, which may come from different rounds, and lie outside of these quartiles.
+    """
+    return quartiles([ours / theirs for ours, theirs in zip(over, under, strict=True)])
+
+
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Write ``rows`` to a new CSV file, numbers to five digits."""
     with path.open("w", newline="") as file:
@@ -105,6 +113,11 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         known, found = {field.name for field in fields(Row)}, set(reader.fieldnames or ())
+        if found - known == {"ratio"}:
+            raise ValueError(
+                f"{path.name} is of a time when a ratio was the quotient of two medians. The median of the rounds' own "
+                "ratios cannot be had from it: measure again with the command that wrote it"
+            )
         if known != found:
             raise ValueError(f"{path.name}: missing columns {sorted(known - found)}, unknown {sorted(found - known)}")
         return [Row(**{field.name: _parsed(field.type, line[field.name]) for field in fields(Row)}) for line in reader]

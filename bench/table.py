@@ -17,9 +17,9 @@ def cell(row: Row | None) -> str:
     """Milliseconds and ratio, or that there are none."""
     if row is None:
         return ""
-    if row.median_ms is None or row.ratio is None:
+    if row.median_ms is None or row.ratio_median is None:
         return "not run"
-    median, ratio = row.median_ms * shortened(row), row.ratio * shortened(row)
+    median, ratio = row.median_ms * shortened(row), row.ratio_median * shortened(row)
     text = f"{median:.3g} ({ratio:.2f})" if median < 1000 else f"{median:.0f} ({ratio:.1f})"
     return f"**{text}**" if is_ours(row.provider) else text
 
@@ -50,7 +50,8 @@ def described(rows: Sequence[Row], base: str, models: Sequence[str]) -> str:
     rounds = " to ".join(map(str, sorted({each.rounds for each in ran})))
     where = row.cpu if row.device == "CPU" else row.device
     return (
-        f"Base {base}: milliseconds per step (ratio to {row.yardstick}), medians of {rounds} interleaved rounds, "
+        f"Base {base}: milliseconds per step (their ratio to {row.yardstick} in the same round), medians of {rounds} "
+        f"interleaved rounds, "
         f"{row.dtype}, {where}, {row.threads} threads, torch {row.torch}, {row.date[:10]}:"
     )
 

@@ -18,6 +18,9 @@ struct Uncounted {
   static constexpr bool counts_steps = false;
   static constexpr bool takes_roots = false;
 
+  // Whether state k is a mean or a sum of squares.
+  static constexpr LAYCA_HOST_DEVICE bool is_square(int) { return false; }
+
   // Where this is not finite, the gradient counts as 0.
   template <class T>
   static LAYCA_INLINE T witness(T grad) {
@@ -35,6 +38,8 @@ struct Uncounted {
 struct Counted {
   static constexpr bool counts_steps = true;
   static constexpr bool takes_roots = true;  // in `step`: it takes longer than to read it from a cache
+
+  static constexpr LAYCA_HOST_DEVICE bool is_square(int k) { return k == 0; }
 
   template <class T>
   static LAYCA_INLINE T witness(T grad) {
@@ -181,6 +186,8 @@ struct Adam : Counted {
   static constexpr int n_states = amsgrad ? 3 : 2;
   static constexpr bool reads_grad = false;
 
+  static constexpr LAYCA_HOST_DEVICE bool is_square(int k) { return k > 0; }
+
   static LAYCA_INLINE void prepare(double count, const double* group, double* options) {
     using std::exp;
     using std::sqrt;
@@ -230,11 +237,28 @@ struct Lion : Uncounted {
   }
 };
 
+// What Muon makes a matrix's direction of: the average, or Nesterov's look-ahead. The rest: layca_fast/step/directions.py.
+struct Muon : Uncounted {
+  static constexpr const char* name = "muon";
+  static constexpr int n_states = 1;
+  static constexpr bool reads_grad = true;
+
+  template <class T>
+  static LAYCA_INLINE void advance(T grad, T* state, const T* options) {
+    state[0] = running_mean(state[0], grad, options[0]);
+  }
+
+  template <class T>
+  static LAYCA_INLINE T step(T grad, const T* state, const T* options) {
+    return options[1] * grad + options[2] * state[0];
+  }
+};
+
 template <class... Formula>
 struct FormulaList {};
 
 // Every formula; a compiled backend instantiates its kernels for each of them.
 using Formulas = FormulaList<Sgd, SgdMomentum, SgdNesterov, RmsProp<false, false>, RmsProp<true, false>,
-                             RmsProp<false, true>, RmsProp<true, true>, Adagrad, Adam<false>, Adam<true>, Lion>;
+                             RmsProp<false, true>, RmsProp<true, true>, Adagrad, Adam<false>, Adam<true>, Lion, Muon>;
 
 }  // namespace layca

@@ -24,6 +24,21 @@ struct Clean {
   LAYCA_INLINE T gradient(T grad) {
     return keep_if(is_finite(Formula::witness(grad)), grad);
   }
+  // The states of an element go together: a mean without its mean square, or 0 in the place of one, would make any
+  // step. Where one is not finite they start anew, with the square of this gradient. `stored`: what memory keeps.
+  template <class Formula, class Stored>
+  LAYCA_INLINE void states(T grad, T* state, [[maybe_unused]] const Stored& stored) {
+    if constexpr (Formula::n_states == 0) return;
+    bool are_good = true;
+    LAYCA_UNROLL
+    for (int k = 0; k < Formula::n_states; ++k) are_good = are_good && is_finite(state[k]);
+    LAYCA_UNROLL
+    for (int k = 0; k < Formula::n_states; ++k) {
+      const T anew = Formula::is_square(k) ? stored(k, grad * grad) : T(0);
+      state[k] = are_good ? state[k] : (*this)(anew);
+    }
+    broken |= are_good ? 0 : 1;
+  }
   template <class Formula>
   LAYCA_INLINE Trouble trouble(T, const T*) const {
     return broken;

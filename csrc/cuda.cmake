@@ -1,7 +1,9 @@
-# The target _cuda, where there is a CUDA compiler, and _cuda_emulator, its kernels on the host. GPUs are never probed:
-# everything is compiled for all architectures below that the compiler knows, and as PTX of the newest for later ones.
+# The target _cuda, where there is a CUDA compiler, and _cuda_emulator, its kernels on the host. GPUs are never probed
+# here: everything is compiled for those architectures below that the compiler knows, and as PTX of the newest of them
+# for later ones. A compiler that knows none of those asked for, being older than they are, compiles for all of ours.
 set(LAYCA_CUDA "AUTO" CACHE STRING "The CUDA module: ON (it must be built), OFF, or AUTO (if there is a CUDA compiler)")
-set(LAYCA_CUDA_ARCHITECTURES 80 90 100 120)
+set(LAYCA_ALL_ARCHITECTURES 80 90 100 120)
+set(LAYCA_CUDA_ARCHITECTURES ${LAYCA_ALL_ARCHITECTURES} CACHE STRING "The GPUs to compile the CUDA module for")
 
 # One file per formula of the list in base_steps.h, so that they are compiled side by side.
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS base_steps.h)
@@ -45,10 +47,15 @@ enable_language(CUDA)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
-foreach(architecture IN LISTS LAYCA_CUDA_ARCHITECTURES)
-  if(known MATCHES "compute_${architecture}[ \r\n]")
-    list(APPEND architectures ${architecture}-real)
-    set(newest ${architecture})
+foreach(wanted LAYCA_CUDA_ARCHITECTURES LAYCA_ALL_ARCHITECTURES)
+  foreach(architecture IN LISTS ${wanted})
+    if(known MATCHES "compute_${architecture}[ \r\n]")
+      list(APPEND architectures ${architecture}-real)
+      set(newest ${architecture})
+    endif()
+  endforeach()
+  if(architectures)
+    break()
   endif()
 endforeach()
 

@@ -28,3 +28,9 @@
 #else
 #define LAYCA_INLINE LAYCA_HOST_DEVICE inline
 #endif
+
+#ifdef __CUDACC__
+#define LAYCA_UNROLL _Pragma("unroll")
+#else
+#define LAYCA_UNROLL
+#endif

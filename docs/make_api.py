@@ -61,8 +61,7 @@ def _public(module: ModuleType) -> list[str]:
 def _entry(name: str, thing: Any) -> Iterator[str]:
     yield f"### {name}\n"
     if inspect.isclass(thing):
-        definition = _definition(thing)
-        yield f"```text\n{_class_signature(name, definition)}\n```\n"
+        yield f"```text\n{_class_signature(name, _constructed(thing))}\n```\n"
         yield _markdown(inspect.getdoc(thing) or "")
         for method in _methods(thing):
             function = inspect.getattr_static(thing, method)
@@ -93,6 +92,12 @@ def _read(module: str) -> Iterator[str]:
 def _definition(thing: Any) -> Any:
     """The class or function as a syntax tree."""
     return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(thing)))).body[0]
+
+
+def _constructed(thing: type) -> Any:
+    """The class, or the one of this package that it inherits its constructor from, as a syntax tree."""
+    ours = [cls for cls in thing.__mro__ if cls.__module__.partition(".")[0] == "layca_fast"]
+    return _definition(next((cls for cls in ours if "__init__" in vars(cls)), thing))
 
 
 def _methods(thing: type) -> list[str]:

@@ -10,18 +10,31 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from .backends import choose
-from .formulas.bases import BASES, Base, recommended_rate, scaled_rate
-from .formulas.options import COMMON_OPTIONS, check_choice, check_group, check_options, find_base, misspelt
+from .formulas.bases import Base, recommended_rate, scaled_rate
+from .formulas.options import (
+    COMMON_OPTIONS,
+    check_choice,
+    check_group,
+    check_groups,
+    check_options,
+    find_base,
+    misspelt,
+)
 from .in_backward.handle import StepInBackward
 from .messages import labelled, named, warn_caller
-from .state.checks import check_new, check_parameter
+from .state.checks import check_matrices, check_memory, check_new, check_parameter, check_writable
 from .state.compensation import HALVES, join, lost_rotation
+from .state.doubts import nothing_rotates, vocabulary_rotates
+from .state.entries import drop_empty, with_all_entries
 from .state.loading import Loading
 from .state.members import ignored_decay, rotates
+from .state.others import Names, unread
 from .state.sharding import local_of, wrap
+from .state.structure import check_entries, check_saved
 from .step.capture import is_capturing
+from .step.interrupts import uninterrupted
 from .step.plan import Plan
-from .step.stats import RotationStats, rotation_stats
+from .step.stats import StepStats, rotation_stats
 from .step.unscaling import LossScale
 
 
@@ -33,12 +46,15 @@ class FusedLayca(Optimizer):
             float16, dense. Updated in place by :meth:`step`; their ``.grad``, of any floating type, is never modified.
         lr: rotation rate, float or tensor of one element: a rotating layer turns by atan(lr) radians per step; other
             tensors take the plain base step scaled by lr. None: 3**-3 where the direction is one step's gradient,
-            3**-5 where it is averaged over steps: momentum, sgd_amom, adam, lion (paper, section 4).
-        base: the optimizer that proposes the direction: "sgd", "sgd_amom", "rmsprop", "adagrad", "adam" or "lion".
+            3**-5 where it is averaged over steps: momentum, sgd_amom, adam, lion (paper, section 4); muon: 2**-4.
+        base: the optimizer that proposes the direction: "sgd", "sgd_amom", "rmsprop", "adagrad", "adam", "lion", or
+            "muon", for matrices only: each layer, viewed as (rows, all else), takes the orthogonalised momentum.
         rule: "layca", or "hyperball" (arXiv 2606.16899): the step is not projected, so the layer turns by
             atan2(lr sin(phi), 1 - lr cos(phi)), with phi the angle between weights and step.
-        rotate: which tensors rotate: True, False, or None for those of two or more dimensions. A tensor that rotates
-            again after a pause goes back to its old radius; :meth:`reset_radius` forgets it.
+        rotate: which tensors rotate: True, False, or None for all but vectors. A tensor with at most one dimension
+            longer than 1 is a vector: biases, the (out, 1) gains of weight_norm, the weights of a Linear with one
+            output. A tensor that rotates again after a pause goes back to its old radius; :meth:`reset_radius` forgets
+            it.
         chunks: layers per rotating tensor, as equal slices of its first dimension: 1, a divisor of that dimension, or
             "all" for one layer per slice.
         radius: the norm that a layer is put back to after each step: "initial", its norm before the first step that
@@ -58,7 +74,10 @@ class FusedLayca(Optimizer):
         backend: "auto", "cpu", "triton", "cuda" or "torch": see :func:`layca_fast.backends`.
         base_options: what the base has beside these, named as in torch.optim and with its defaults. sgd: momentum,
             dampening, nesterov; sgd_amom: momentum (0.9); rmsprop: alpha, eps, momentum, centered; adagrad: eps,
-            initial_accumulator_value; adam: betas, eps, amsgrad; lion (arXiv 2302.06675): betas (0.9, 0.99).
+            initial_accumulator_value; adam: betas, eps, amsgrad; lion (arXiv 2302.06675): betas (0.9, 0.99); muon:
+            momentum, nesterov, ns_steps, ns_coefficients, eps, adjust_lr (None, "original" or "match_rms_adamw": of the
+            plain step), and ns_dtype, the type of its Newton-Schulz iterations: None for bfloat16 on GPUs, float32 on
+            CPUs, and float64 for float64 parameters.
         unscale_in_step: for the whole optimizer: ``torch.amp.GradScaler`` leaves unscaling, and skipping steps whose
             gradients are not finite, to the kernels: the host need not wait. Lightning then refuses to clip gradients.
 
@@ -122,39 +141,45 @@ class FusedLayca(Optimizer):
         self._plan: Plan | None = None
         self._in_backward: StepInBackward | None = None
         self._stale = True
+        self._steps = 0
         self._warned = False
         self._warned_of_types = False
+        self._warned_of_keys = False
         super().__init__(params, defaults)
+        message = nothing_rotates(self.param_groups) or vocabulary_rotates(self.param_groups)
+        if message is not None:
+            warn_caller(message)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as any torch optimizer does; the group's own options are checked before it is added.
 
         A group without an lr of its own takes the optimizer's, times the group's ``lr_factor`` if it has one (a finite
-        number >= 0; :func:`layca_fast.layer_groups` sets it).
+        number >= 0; :func:`layca_fast.layer_groups` sets it). Keys that are no option of its base are kept as they are.
+        Where some groups name their parameters and others do not, those get the names "group.index".
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict with the key 'params', not a {type(param_group).__name__}")
         given = dict(param_group)
+        if "params" not in given:
+            raise ValueError(f"param_group has no 'params', only {sorted(map(str, given))}: name its parameters there")
         if "unscale_in_step" in given:
             raise ValueError("unscale_in_step is no option of a group: GradScaler asks the optimizer; set it there")
         if not isinstance(given["params"], (Tensor, set)):
             given["params"] = list(given["params"])
         base = find_base(given.get("base", self.defaults["base"]))
-        all_options = {name for each in BASES.values() for name in each.options}
-        check_options(base, {name: given[name] for name in given if name in all_options})
         group = {**self._options_of(base), **given}
         if group["lr"] is None or ("lr" not in given and self._lr_is_recommended):
             group["lr"] = recommended_rate(base, group)
         check_group(group)
         if given.get("lr") is None and "lr_factor" in given:
             group["lr"] = scaled_rate(group["lr"], given["lr_factor"])
-        message = misspelt(given)
-        if message is not None:
-            warn_caller(message)
+        self._warn_of_keys(base, given)
         keys = set(group)
         before = len(self.param_groups)
         check_new(group, self.param_groups)
+        names = Names(group, self.param_groups)
         super().add_param_group(group)
+        names.give_back()
         added = self.param_groups[before]
         for name in self.defaults.keys() - keys:
             del added[name]
@@ -162,12 +187,21 @@ class FusedLayca(Optimizer):
             for owner, label, param in labelled(self.param_groups):
                 if owner is added:
                     check_parameter(param, label)
+                    check_matrices(param, group, label)
+                    check_writable(param, label)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        names.number_others()
         self._stale = True
         if self._in_backward is not None and self._in_backward.is_on:
             self._in_backward.follow()
+
+    def _warn_of_keys(self, base: Base, given: Mapping[str, Any]) -> None:
+        for message in (misspelt(given), None if self._warned_of_keys else unread(base, given)):
+            if message is not None:
+                self._warned_of_keys = True
+                warn_caller(message)
 
     def _options_of(self, base: Base) -> dict[str, Any]:
         """What a group under ``base`` holds unless it says otherwise: base options of another base are not for it."""
@@ -177,14 +211,15 @@ class FusedLayca(Optimizer):
         return {**common, **inherited}
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {name: getattr(self, name) for name in ("_lr_is_recommended", "_unscales")}
+        ours = {name: getattr(self, name) for name in ("_lr_is_recommended", "_unscales", "_steps")}
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by torch's load_state_dict, on an optimizer that has made its plan.
         super().__setstate__(state)
-        flags = dict.fromkeys(("_lr_is_recommended", "_unscales", "_warned", "_warned_of_types"), False)
-        for name, value in {"_plan": None, "_in_backward": None, **flags}.items():
+        told = ("_warned", "_warned_of_types", "_warned_of_keys")
+        flags = dict.fromkeys(("_lr_is_recommended", "_unscales", *told), False)
+        for name, value in {"_plan": None, "_in_backward": None, "_steps": 0, **flags}.items():
             self.__dict__.setdefault(name, value)
         self._stale = True
         # A group from an older version may lack options; torch's own additions to the defaults are none of ours.
@@ -212,26 +247,28 @@ class FusedLayca(Optimizer):
         steps what backward has not, and closes the iteration.
         """
         loss = None
-        for group in self.param_groups:
-            check_group(group)
+        check_groups(self.param_groups, self._steps + 1)
         loss_scale = LossScale.of(self) if self._unscales else None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            for group in self.param_groups:
-                check_group(group)
+            check_groups(self.param_groups, self._steps + 1)
         if self._in_backward is not None and self._in_backward.is_on:
             self._in_backward.close()
+            self._steps += 1
             return loss
         if self._plan is None or self._stale or not self._plan.holds(self.param_groups, self.state):
-            self._plan = Plan(self.param_groups, self.state, choose, previous=self._plan)
-            self._stale = False
+            with uninterrupted():
+                check_entries(self.param_groups, self.state)
+                self._plan = Plan(self.param_groups, self.state, choose, previous=self._plan)
+                self._stale = False
             if self._in_backward is not None:
                 self._plan.carry_counts(self._in_backward.counts())
                 self._in_backward = None
             self._warn_of_ignored_decay()
         self._warn_of_lost_rotations()
         self._plan.step(loss_scale)
+        self._steps += 1
         return loss
 
     def step_in_backward(self) -> StepInBackward:
@@ -273,8 +310,7 @@ class FusedLayca(Optimizer):
         the same. Raises, before anything is modified: TypeError or ValueError for values out of range, RuntimeError
         for changes that a captured graph cannot follow, and during a capture.
         """
-        for group in self.param_groups:
-            check_group(group)
+        check_groups(self.param_groups, self._steps + 1)
         if is_capturing():
             raise RuntimeError("sync_hyperparameters() cannot be part of a CUDA graph: call it outside of the capture")
         if self._plan is not None:
@@ -296,13 +332,21 @@ class FusedLayca(Optimizer):
             self._warned_of_types = True
             warn_caller(message)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer. Trainable parameters without state have an empty entry where others have state."""
+        return with_all_entries(self, super().state_dict())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; every state tensor keeps its dtype and is copied.
 
         Of a checkpoint that another optimizer wrote, such as torch.optim.SGD, only the state is taken, with a warning;
         hyperparameters stay, and radii are taken from the weights at the next step. Raises ValueError, before anything
         is modified, if groups or shapes do not fit.
+
+        Parameters go by their names where both sides know them, and follow the checkpoint into its groups: a layer that
+        was all zero when ``layer_groups`` was called, and set aside, stays aside.
         """
+        check_saved(state_dict)
         with Loading(self, self._check_saved) as loading:
             super().load_state_dict(state_dict)
         if loading.is_foreign:
@@ -320,6 +364,7 @@ class FusedLayca(Optimizer):
         """Forget every layer's radius, after surgery on the weights: the next step that moves a layer sets it anew."""
         for state in self.state.values():
             state.pop("radius", None)
+        drop_empty(self.state)
         self._stale = True
 
     def effective_weight(self, param: Tensor) -> Tensor:
@@ -330,12 +375,17 @@ class FusedLayca(Optimizer):
         half an ulp of what was written. A remainder of another type than the parameter's now is does not count.
         """
         remainder = self.state.get(param, {}).get("remainder")
+        check_memory(param, "the parameter")
         if remainder is None or param.dtype not in HALVES or remainder.dtype != param.dtype:
             return param.detach().clone()
+        check_memory(remainder, "the state 'remainder' of the parameter")
         return wrap(join(local_of(param).detach(), local_of(remainder)), param)
 
-    def rotation_stats(self) -> dict[Tensor, RotationStats]:
-        """What the last step did to each tensor, by parameter; empty before the first. Does not wait for a device.
+    def rotation_stats(self) -> StepStats:
+        """What the last step did to each tensor, a dict by parameter; empty before the first. ``print`` shows a table.
+
+        Does not wait for a device, as reading or printing a number does. The table has the least and the largest of a
+        tensor's layers, angles in radians, and under "kept" the steps without a direction to turn in.
 
         Of a DTensor: to the layers that this process has something of. What it counts, of elements and of steps with a
         gradient here, is not summed over processes.

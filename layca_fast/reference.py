@@ -6,7 +6,7 @@ no batches, no cache of anything. Run it in float64 and compare.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,48 @@ def lion(grad: Tensor, state: dict[str, Any], betas: tuple[float, float] = (0.9,
     return torch.sign(betas[0] * memory + (1 - betas[0]) * grad)
 
 
+def muon(
+    grad: Tensor,
+    state: dict[str, Tensor],
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    ns_coefficients: Sequence[float] = (3.4445, -4.775, 2.0315),
+    eps: float = 1e-7,
+    ns_dtype: Any = None,
+    adjust_lr: str | None = None,
+    chunks: int | str = 1,
+) -> Tensor:
+    """The step of torch.optim.Muon, which is a matrix's, for each of the matrices that ``chunks`` cuts.
+
+    m <- mu m + (1 - mu) g from m = 0; the step is the Newton-Schulz image of m, or of Nesterov's mu m + (1 - mu) g.
+    ``ns_dtype`` says nothing here: all is computed in the type of ``grad``.
+    """
+    average = _average(state, "momentum_buffer", grad, momentum)
+    ahead = momentum * average + (1 - momentum) * grad if nesterov else average
+    pieces = []
+    for piece in slices(ahead, chunks):
+        # A slice of stacked matrices is one of them; of a convolution, all but its first dimension are columns.
+        matrix = piece[0] if chunks != 1 and len(piece) == 1 else piece
+        matrix = matrix.reshape(len(matrix), -1)
+        rows, columns = matrix.shape
+        adjusted = (
+            0.2 * max(rows, columns) ** 0.5 if adjust_lr == "match_rms_adamw" else max(1, rows / max(columns, 1)) ** 0.5
+        )
+        pieces.append(adjusted * newton_schulz(matrix, ns_steps, ns_coefficients, eps).reshape(piece.shape))
+    return torch.cat(pieces)
+
+
+def newton_schulz(matrix: Tensor, steps: int, coefficients: Sequence[float], eps: float) -> Tensor:
+    """Jordan's iteration, from the matrix over its norm: of each singular value s it makes a s + b s^3 + c s^5."""
+    a, b, c = coefficients
+    x: Tensor = matrix / torch.linalg.matrix_norm(matrix).clamp(min=eps)
+    for _ in range(steps):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x
+
+
 BASES: dict[str, Callable[..., Tensor]] = {
     "sgd": sgd,
     "sgd_amom": sgd_amom,
@@ -103,7 +145,13 @@ BASES: dict[str, Callable[..., Tensor]] = {
     "adagrad": adagrad,
     "adam": adam,
     "lion": lion,
+    "muon": muon,
 }
+
+
+def slices(tensor: Tensor, chunks: int | str) -> Sequence[Tensor]:
+    """The layers that a tensor holds, as equal slices of its first dimension."""
+    return [tensor] if chunks == 1 else tensor.chunk(len(tensor) if chunks == "all" else int(chunks))
 
 
 def finite(x: Tensor) -> Tensor:
@@ -192,22 +240,21 @@ def reference_step(
     base step with decoupled weight decay.
     """
     grad = finite(grad)
+    if base == "muon":
+        base_options["chunks"] = chunks
     step = finite(BASES[base](-grad if maximize else grad, state, **base_options))
-    if not (weight.dim() >= 2 if rotate is None else rotate):
+    if not (sum(size > 1 for size in weight.shape) >= 2 if rotate is None else rotate):
         weight.copy_(weight - lr * (step + weight_decay * weight))
         return step
     ascent = -grad if maximize else grad
-    slices = [(weight, step, ascent)]
-    if chunks != 1:
-        count = len(weight) if chunks == "all" else int(chunks)
-        slices = list(zip(weight.chunk(count), step.chunk(count), ascent.chunk(count), strict=True))
-    radii = state.setdefault("radius", [None] * len(slices))
-    for i, (layer, direction, gradient) in enumerate(slices):
+    layers = list(zip(slices(weight, chunks), slices(step, chunks), slices(ascent, chunks), strict=True))
+    radii = state.setdefault("radius", [None] * len(layers))
+    for i, (layer, direction, gradient) in enumerate(layers):
         if lr == 0 or not has_direction(layer, direction):
             continue
         if radius != "current" and radii[i] is None:
             radii[i] = layer.norm().item()
         if radius == "learned":
             radii[i] *= math.exp(-min(radius_lr * lr, 1.0) * cosine(layer, gradient))
-        layer.copy_(RULES[rule](layer, direction, lr, radii[i]))
+        layer.copy_(RULES[rule](layer, direction, lr, None if radius == "current" else radii[i]))
     return step

@@ -58,10 +58,16 @@ FIRST = (
 )
 
 
+# Before pytest deselects by marks.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     places = {here / f"{name}.py": place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(FIRST)))
+    # Imports the package, which is after TRITON_INTERPRET is set.
+    from .pairs import mark_beyond_pairs
+
+    mark_beyond_pairs(items)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -15,6 +15,9 @@ from layca_fast.backends import load
 from layca_fast.commands.verify import BASE_OPTIONS
 from layca_fast.formulas.bases import BASES, Base
 
+#: Seconds after which what a test waits for counts as hanging: an hour, however slow or busy the machine.
+HANGS = 3600
+
 #: Every backend of this version. None is skipped: the native module is always built for the tests, and Triton's
 #: kernels run under its interpreter where there is no GPU.
 BACKENDS = ("torch", "cpu", "triton")
@@ -35,6 +38,18 @@ def device_of(backend: str) -> torch.device:
 def parameter(*shape: int, backend: str = "torch", dtype: torch.dtype = torch.float32) -> Parameter:
     """A random parameter where ``backend`` takes it."""
     return Parameter(torch.randn(shape, dtype=dtype).to(device_of(backend)))
+
+
+def directs(base: Mapping[str, Any]) -> bool:
+    """Whether a base with these options makes directions of whole matrices."""
+    row = BASES[base.get("base", "sgd")]
+    return row.formula({**row.options, **base}).direct is not None
+
+
+def shapes_for(base: Mapping[str, Any], shapes: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The shapes, or where the base takes matrices only, with as many dimensions that every slice of them is one."""
+    more = 3 if directs(base) else 0
+    return [(*shape, *(2,) * (more - len(shape))) for shape in shapes]
 
 
 def clones(params: Iterable[Tensor]) -> list[Parameter]:
@@ -171,7 +186,7 @@ def rows_by_formula(**more: Any) -> dict[str, tuple[Base, dict[str, Any]]]:
     """For each formula a base with a complete param group, its options away from their defaults, that runs it."""
     rows = {}
     for options in BASE_OPTIONS:
-        optimizer = FusedLayca([torch.ones(1, requires_grad=True)], **options, **more)
+        optimizer = FusedLayca([torch.ones(1, 1, requires_grad=True)], **options, **more)
         (group,) = optimizer.param_groups
         base = BASES[group["base"]]
         rows[base.formula(group).name] = base, group

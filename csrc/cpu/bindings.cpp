@@ -114,6 +114,7 @@ PYBIND11_MODULE(_cpu, module) {
       .def("measure", &Runner::measure, py::arg("threads"), without_gil)
       .def("coefficients", &Runner::coefficients, without_gil)
       .def("rotate", &Runner::rotate, py::arg("threads"), without_gil)
+      .def("reserve", &Runner::reserve, py::arg("threads"))
       .def("step", &Runner::step, py::arg("threads"), without_gil);
 
   using layca::Layouts;

@@ -33,6 +33,8 @@ struct Watch {
   LAYCA_INLINE T gradient(T grad) {
     return grad;
   }
+  template <class Formula, class Stored>
+  LAYCA_INLINE void states(T, T*, const Stored&) {}
   template <class Formula>
   LAYCA_INLINE Trouble trouble(T grad, const T* state) const {
     return Formula::watched(grad, state);
@@ -96,7 +98,9 @@ LAYCA_INLINE auto advance_element(const AnyRun& run, std::int64_t start, std::in
   if (Use::moves) old.weights[i] = w;
   const T grad = check.template gradient<Formula>(run.grad_scale * run.grad[start + i]);
   Formula::advance(grad, state, run.options);
-  for (int k = 0; k < Formula::n_states; ++k) run.states[k][start + i] = state[k] = check(run.stored(state[k]));
+  for (int k = 0; k < Formula::n_states; ++k) state[k] = run.stored(state[k]);
+  check.template states<Formula>(grad, state, [&](int, T x) { return run.stored(x); });
+  for (int k = 0; k < Formula::n_states; ++k) run.states[k][start + i] = state[k];
   const T u = check(Formula::step(grad, state, run.options));
   sums.add_product(lane, w, u);
   use(run, start + i, w, u);

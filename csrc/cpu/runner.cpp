@@ -79,15 +79,14 @@ void Runner::rotate(int threads) {
 
 void Runner::step(int threads) {
   start();
-  make_room(useful_threads(threads));
+  reserve(threads);
   if (kernels_.prepare) prepare_options(batch_, kernels_);
   in_parallel(useful_threads(threads), denormals(batch_), [&](int thread) { step_on_one_thread(thread); });
 }
 
-// In the first step on so many threads.
-void Runner::make_room(int threads) {
+void Runner::reserve(int threads) {
   if (!kernels_.measure_and_store) return;
-  while (scratch_.size() < static_cast<std::size_t>(threads)) {
+  while (scratch_.size() < static_cast<std::size_t>(useful_threads(threads))) {
     const std::size_t places = std::min(most_places, schedule_.pieces.size() + 1);
     scratch_.emplace_back(places, static_cast<std::size_t>(schedule_.longest_item * kernels_.step_size));
   }

@@ -27,6 +27,8 @@ class Runner {
   void coefficients();
   // Applies the coefficients to the parameters (in place).
   void rotate(int threads);
+  // Takes the memory that a step on so many threads needs; throws std::bad_alloc where there is none.
+  void reserve(int threads);
   // All three.
   void step(int threads);
 
@@ -41,7 +43,6 @@ class Runner {
   void start();
   template <class DoPiece, class DoLayer>
   void draw(const DoPiece& do_piece, const DoLayer& do_layer);
-  void make_room(int threads);
   bool count_piece(const Piece& piece);
   bool measure_piece(const Piece& piece, char* steps);
   void rotate_piece(const Piece& piece, char* steps) const;

@@ -6,6 +6,10 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef LAYCA_STD_THREADS
+#include <thread>
+#include <vector>
+#endif
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #define LAYCA_X86 1
@@ -65,8 +69,24 @@ void in_parallel([[maybe_unused]] int threads, Denormals denormals, const Body& 
     return;
   }
 #endif
+#ifdef LAYCA_STD_THREADS
+  // ThreadSanitizer sees how these wait for each other, and not how OpenMP's do.
+  std::vector<std::thread> team;
+  for (int thread = 1; thread < threads; ++thread) {
+    team.emplace_back([&body, denormals, thread] {
+      const FlushDenormals guard(denormals);
+      body(thread);
+    });
+  }
+  {
+    const FlushDenormals guard(denormals);
+    body(0);
+  }
+  for (std::thread& thread : team) thread.join();
+#else
   const FlushDenormals guard(denormals);
   body(0);
+#endif
 }
 
 // A hint to the processor that this thread is waiting for another.

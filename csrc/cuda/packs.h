@@ -8,12 +8,6 @@
 
 #include "../portable.h"
 
-#ifdef __CUDACC__
-#define LAYCA_UNROLL _Pragma("unroll")
-#else
-#define LAYCA_UNROLL
-#endif
-
 namespace layca::cuda {
 
 constexpr int pack_bytes = 16;

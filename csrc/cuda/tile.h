@@ -91,9 +91,10 @@ struct Measure : Reader<Formula, T, false> {
     const Number grad = clean.template gradient<Formula>(run.grad_scale * elements.grad.of[i]);
     Formula::advance(grad, state, run.options);
     LAYCA_UNROLL
-    for (int k = 0; k < Formula::n_states; ++k) {
-      elements.states[k].of[i] = state[k] = clean(run.states[k].stored(state[k]));
-    }
+    for (int k = 0; k < Formula::n_states; ++k) state[k] = run.states[k].stored(state[k]);
+    clean.template states<Formula>(grad, state, [&](int k, Number x) { return run.states[k].stored(x); });
+    LAYCA_UNROLL
+    for (int k = 0; k < Formula::n_states; ++k) elements.states[k].of[i] = state[k];
     const double w = elements.param.of[i], u = clean(Formula::step(grad, state, run.options));
     n2 = fma(w, w, n2);
     d = fma(w, u, d);

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ..messages import labelled
 from ..optimizer import FusedLayca
-from ..state.loading import keep_options, shield_radii, unshield_radii
+from ..state.entries import drop_empty, with_all_entries
+from ..state.loading import check_radii, follow_attached, keep_options, shield_radii, unshield_radii
+from ..step.hooks import is_nested, lacks_hooks
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
 
 #: Our key among the hooks. torch numbers hooks per process, so a number that came with a pickle could be given again.
@@ -21,6 +24,7 @@ _KEY: Any = "layca_fast"
 _HOOKS = {
     "_optimizer_step_pre_hooks": "_before_step",
     "_optimizer_step_post_hooks": "_after_step",
+    "_optimizer_state_dict_post_hooks": "_after_save",
     "_optimizer_load_state_dict_pre_hooks": "_before_load",
     "_optimizer_load_state_dict_post_hooks": "_after_load",
 }
@@ -41,6 +45,7 @@ class Handle:
         self._optimizer: weakref.ref[Optimizer] = weakref.ref(optimizer)
         self._options = dict(options)
         self._shadow: Shadow | None = None
+        self._steps = 0
         for hooks, method in _HOOKS.items():
             getattr(optimizer, hooks)[_KEY] = getattr(self, method)
         # The user's own hooks after a step or a load then see what this one has made of it.
@@ -48,6 +53,13 @@ class Handle:
             getattr(optimizer, hooks).move_to_end(_KEY, last=False)
         # torch leaves hooks out of copies and pickles. An instance attribute is found before the class's method.
         optimizer.__getstate__ = self._state_of_optimizer  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        optimizer = self._optimizer()
+        if optimizer is None or _handle_of(optimizer) is not self:
+            return "<layca_fast.attach: removed>"
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return f"<layca_fast.attach to {type(optimizer).__name__}: {options}>"
 
     def remove(self) -> None:
         """Take the hooks off, and the radii out of the optimizer's state. Does nothing the second time."""
@@ -64,11 +76,11 @@ class Handle:
 
     # Weights and plan are made again at the next step: a copy of the optimizer has parameters of its own.
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer(), "options": self._options}
+        return {"optimizer": self._optimizer(), "options": self._options, "steps": self._steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._optimizer = weakref.ref(state["optimizer"])
-        self._options = state["options"]
+        self._options, self._steps = state["options"], state.get("steps", 0)
         self._shadow = None
 
     def _state_of_optimizer(self) -> dict[str, Any]:
@@ -81,27 +93,39 @@ class Handle:
         state: dict[str, Any] = type(optimizer).__getstate__(optimizer)
         return {**state, **ours, "__getstate__": self._state_of_optimizer}
 
+    # To compile what the hooks do on the host would gain nothing, and be done again for every new lr.
+    @_disable_dynamo
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._fitting_shadow(optimizer).keep(optimizer)
+        if not is_nested(self):
+            self._fitting_shadow(optimizer).keep(optimizer)
 
+    @_disable_dynamo
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Some optimizers put new memory under a parameter while they step, and hooks may have changed lr.
-        self._fitting_shadow(optimizer).turn(optimizer)
+        if not is_nested(self):
+            self._fitting_shadow(optimizer).turn(optimizer)
+            self._steps += 1
 
     def _fitting_shadow(self, optimizer: Optimizer) -> Shadow:
-        groups = plan_groups(optimizer, self._options)
+        groups = plan_groups(optimizer, self._options, self._steps + 1)
         if self._shadow is None or not self._shadow.fits(groups):
             self._shadow = Shadow(optimizer, groups, self._shadow)
         self._shadow.take_rates(groups)
         return self._shadow
 
     def _before_load(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        saved = follow_attached(optimizer, saved)
+        check_radii(optimizer, saved)
         return shield_radii(keep_options(optimizer, saved, OPTIONS))
 
     def _after_load(self, optimizer: Optimizer) -> None:
         unshield_radii(optimizer)
+        drop_empty(optimizer.state)
+
+    def _after_save(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        return with_all_entries(optimizer, saved)
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -111,8 +135,12 @@ def _check_optimizer(optimizer: Any) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, FusedLayca):
         raise TypeError(f"optimizer is a {name}, which rotates by itself: use it without attach")
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        raise TypeError(f"optimizer is a {name} without step hooks, a wrapper: attach to the optimizer inside it")
+    lack = lacks_hooks(optimizer, tuple(_HOOKS))
+    if lack is not None:
+        raise TypeError(
+            f"optimizer is a {name} {lack}, as wrappers are that skip Optimizer.__init__: attach to the optimizer "
+            "inside it"
+        )
     # Of the class: a learning rate scheduler replaces the method of the instance.
     arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
     needed = [each.name for each in arguments if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
@@ -148,7 +176,7 @@ def attach(
         optimizer: any torch.optim.Optimizer whose ``step`` needs no closure. Its rotating parameters are float32 or
             float64 and dense. Its lr becomes the rotation rate too: a rotating layer turns by atan(lr) radians.
         rule: as in FusedLayca, like the next four.
-        rotate: which tensors rotate: True, False, or None for those of two or more dimensions.
+        rotate: which tensors rotate: True, False, or None for those with two or more dimensions longer than 1.
         chunks: layers per rotating tensor: equal slices of its first dimension, or "all" for one per slice.
         radius: "initial" or "current", the norm that each step restores.
         backend: "auto", "cpu", "triton", "cuda" or "torch".

@@ -6,6 +6,7 @@ the step that the other optimizer has just made.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,20 @@ from torch.optim import Optimizer
 
 from ..backends import choose
 from ..formulas.bases import BASES
-from ..formulas.options import check_group
+from ..formulas.options import check_groups
 from ..messages import describe, labelled
-from ..state.checks import check_parameter, count_layers
+from ..state.checks import check_parameter, check_writable, count_layers, is_fake
 from ..state.compensation import HALVES
 from ..state.layout import is_dense, memory_order
 from ..state.members import rotates
-from ..state.sharding import is_sharded
+from ..state.memory import check_apart, is_trained
+from ..state.others import option
+from ..state.sharding import is_sharded, local_of
+from ..state.structure import check_entries
+from ..step.hypers import DIFFERENCE
+from ..step.interrupts import uninterrupted
 from ..step.plan import Plan
+from ..step.watch import Layouts
 
 #: What a param group may say for itself; where it does not, the arguments of ``attach`` hold.
 OPTIONS = ("rule", "rotate", "chunks", "radius", "backend")
@@ -36,7 +43,7 @@ _AS_IT_IS: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "maximize": False,
     "capturable": False,
-    "difference": True,
+    DIFFERENCE: True,
     "radius_lr": 0.0,
     "compensate": None,
     "state_dtype": None,
@@ -44,10 +51,11 @@ _AS_IT_IS: Mapping[str, Any] = {
 }
 
 
-def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any], step: int = 0) -> list[dict[str, Any]]:
     """The param groups of ``optimizer`` as a plan reads them, still with its own parameters.
 
-    Raises TypeError or ValueError for options that are unknown or out of range, or a group without lr.
+    Raises TypeError or ValueError for options that are unknown or out of range, or a group without lr; with the number
+    of the ``step`` before which they are asked for, if there is one.
     """
     groups = []
     for number, theirs in enumerate(optimizer.param_groups):
@@ -56,17 +64,17 @@ def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any]) -> list[dict[
                 f"group {number} of {type(optimizer).__name__} has no 'lr', the rate to turn by: set "
                 f"optimizer.param_groups[{number}]['lr'], or train these parameters with FusedLayca"
             )
-        options = {name: theirs.get(name, defaults[name]) for name in OPTIONS}
+        options = {name: option(optimizer, theirs, name, defaults[name]) for name in OPTIONS}
         ours = {**_AS_IT_IS, **options, "lr": theirs["lr"], "params": theirs["params"]}
         if "param_names" in theirs:
             ours["param_names"] = theirs["param_names"]
-        check_group(ours)
         if ours["radius"] == "learned":
             raise ValueError(
                 "radius='learned': radii follow the gradient, and attach() knows the other optimizer's step alone: "
                 "train with FusedLayca, or choose 'initial' or 'current'"
             )
         groups.append(ours)
+    check_groups(groups, step)
     return groups
 
 
@@ -88,6 +96,7 @@ def check_turning(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise TypeError or ValueError, naming it, for a parameter that is to rotate and cannot."""
     for group, label, param in turning(groups):
         check_parameter(param, label)
+        check_writable(param, label)
         if is_sharded(param):
             raise TypeError(
                 f"{describe(label, param)} is a DTensor: attach() turns plain tensors only; train sharded models with "
@@ -181,16 +190,23 @@ class Shadow:
         self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], previous: "Shadow | None" = None
     ) -> None:
         check_turning(groups)
+        check_entries(groups, optimizer.state)
+        # A layer that shares memory with what does not rotate would lose its norm as well.
+        written = [(label, param) for _, label, param in labelled(groups) if is_trained(param)]
+        check_apart([(partial(describe, label, param), local_of(param)) for label, param in written])
+        self._lie = Layouts([local_of(param) for _, param in written if not is_fake(param)])
         self._made_for = _structure(groups)
         old = {} if previous is None else {id(param): alias.grad for param, alias in previous._pairs}
         if previous is not None:
             previous._drop()
         self._pairs: list[tuple[Tensor, Tensor]] = [(param, param.detach()) for _, _, param in turning(groups)]
+        # They have no addresses, and torch warns of being asked.
+        self._are_fake = any(is_fake(param) for param, _ in self._pairs)
         for param, alias in self._pairs:
             alias.grad = _copy_of(param, old.pop(id(param), None))
         aliases = {id(param): alias for param, alias in self._pairs}
         # Stands for every tensor that does not rotate. It has no gradient, so the plan leaves it out.
-        absent = torch.empty(0, device="cpu")
+        absent = torch.empty(0, dtype=torch.float32, device="cpu")
         self._groups = groups
         for group in groups:
             group["params"] = [aliases.pop(id(param), absent) for param in group["params"]]
@@ -210,13 +226,17 @@ class Shadow:
 
     def fits(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether parameters, their memory and the options are still those that this was made for."""
-        return _structure(groups) == self._made_for and all(
-            param.data_ptr() == alias.data_ptr()
-            and param.stride() == alias.stride()
-            and param.shape == alias.shape
-            and param.dtype == alias.dtype
-            and param.device == alias.device
-            for param, alias in self._pairs
+        return (
+            _structure(groups) == self._made_for
+            and self._lie.hold()
+            and all(
+                (self._are_fake or param.data_ptr() == alias.data_ptr())
+                and param.stride() == alias.stride()
+                and param.shape == alias.shape
+                and param.dtype == alias.dtype
+                and param.device == alias.device
+                for param, alias in self._pairs
+            )
         )
 
     def keep(self, optimizer: Optimizer) -> None:
@@ -238,7 +258,7 @@ class Shadow:
         for param, alias in self._pairs:
             # Optimizers make their state at a parameter's first gradient, and only where it has none yet.
             if param.grad is not None or optimizer.state.get(param):
-                optimizer.state[param]["radius"] = self._state[alias]["radius"]
+                optimizer.state.setdefault(param, {})["radius"] = self._state[alias]["radius"]
                 self._published.add(alias)
 
     def _take_plan(self, optimizer: Optimizer) -> None:
@@ -251,4 +271,5 @@ class Shadow:
                 ours.pop("radius", None)
                 self._published.remove(alias)
         if self._plan is None or not self._plan.holds(self._groups, self._state):
-            self._plan = Plan(self._groups, self._state, choose, previous=self._plan)
+            with uninterrupted():
+                self._plan = Plan(self._groups, self._state, choose, previous=self._plan)

@@ -6,6 +6,7 @@ from importlib import import_module
 
 import torch
 
+from ..messages import warn_caller
 from ..step.backend import Backend
 
 #: The module of each backend, by its name.
@@ -39,6 +40,18 @@ def backends() -> dict[str, Status]:
     return {name: Status(reason is None, reason or "") for name, reason in reasons.items()}
 
 
+@cache
+def _tell_of_fallback(device: torch.device) -> None:
+    """Warn once in a process, where tensors take the torch backend for want of a faster one that they could have."""
+    wanted = [name for name in PREFERENCE.get(device.type, ()) if name != "torch"]
+    reasons = [f"{name}: {load(name).missing() or load(name).refuses(device)}" for name in wanted]
+    if reasons:
+        warn_caller(
+            f"the torch backend steps the tensors on {device}, many times slower than {' or '.join(wanted)} would: "
+            f"{'; '.join(reasons)}. backend='torch' takes it without this warning"
+        )
+
+
 def choose(name: str, device: torch.device) -> Backend:
     """The backend for tensors on ``device``: the named one, or for "auto" the first of the preferred that runs.
 
@@ -46,7 +59,10 @@ def choose(name: str, device: torch.device) -> Backend:
     """
     if name == "auto":
         candidates = (load(each) for each in PREFERENCE.get(device.type, ("torch",)))
-        return next(each for each in candidates if each.missing() is None and each.refuses(device) is None)
+        chosen = next(each for each in candidates if each.missing() is None and each.refuses(device) is None)
+        if chosen.name == "torch":
+            _tell_of_fallback(device)
+        return chosen
     backend = load(name)
     reason = backend.missing() or backend.refuses(device)
     if reason is not None:

@@ -1,5 +1,7 @@
 """The native CPU backend: C++ kernels that keep a layer in cache between measure and rotate."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +22,7 @@ class CpuBackend(Backend):
     """
 
     name = "cpu"
+    is_native = True
     tile = 4096
     #: Of those in ``_cpu.instruction_sets``; None: the best. Batches that were stepped before keep to theirs.
     instructions: str | None = None
@@ -47,6 +50,12 @@ class CpuBackend(Backend):
 
     def step(self, batch: Batch) -> None:
         self._view(batch).step(torch.get_num_threads())
+
+    def reserve(self, batch: Batch) -> None:
+        self._view(batch).reserve(torch.get_num_threads())
+
+    def call(self, batch: Batch) -> Callable[[], object]:
+        return partial(self._view(batch).step, torch.get_num_threads())
 
 
 BACKEND = CpuBackend()

@@ -70,6 +70,9 @@ class CudaBackend(Backend):
         with torch.cuda.device(batch.device):
             self._view(batch).rotate(torch.cuda.current_stream().cuda_stream)
 
+    def reserve(self, batch: Batch) -> None:
+        self._view(batch)
+
     def step(self, batch: Batch) -> None:
         with torch.cuda.device(batch.device):
             self._view(batch).step(torch.cuda.current_stream().cuda_stream)

@@ -39,6 +39,22 @@ def cleaned(x: Tensor, clean: Callable[[Tensor], Tensor] = finite_or_zero) -> Te
     return clean(x)
 
 
+def restarted(
+    states: tuple[Tensor, ...], grad: Tensor, are_squares: tuple[bool, ...], stored: torch.dtype
+) -> tuple[Tensor, ...]:
+    """The advanced states of elements; where one is not finite, all of the element as its first gradient makes them.
+
+    They go together: a mean without its mean square, or 0 in the place of one, would make any step. ``stored``: the
+    type that they are kept in.
+    """
+    if all(cleaned(state) is state for state in states):
+        return states
+    are_good = torch.stack([state * 0.0 == 0.0 for state in states]).all(0)
+    square = finite_or_zero((grad * grad).to(stored).to(grad.dtype))
+    pairs = zip(states, are_squares, strict=True)
+    return tuple(torch.where(are_good, state, square if is_square else 0.0) for state, is_square in pairs)
+
+
 def layer_matrix(tensor: Tensor, slot: Slot) -> Tensor:
     """A tensor of ``slot`` as (layers, elements of one layer) where the dots live: a view if memory allows it."""
     matrix = memory_order(tensor).view(slot.layers, -1) if slot.dense else tensor.reshape(slot.layers, -1)
@@ -120,7 +136,7 @@ class Blocks:
             advanced = self.formula.advance(grad, self._state(block), self.options)
             # The step is made of the states as they are stored: rotate will have nothing else.
             advanced = tuple(state.to(self._state_type).to(self._type) for state in advanced)
-            states = tuple(cleaned(state) for state in advanced)
+            states = restarted(advanced, grad, self.formula.are_squares, self._state_type)
             step = self.formula.step(grad, states, self.options)
             for state, value in zip(self.states, states, strict=True):
                 state[block] = value if self._taken is None else torch.where(self._taken, value, state[block])

@@ -1,7 +1,6 @@
 """RotationMonitor as a callback of Lightning."""
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 try:
@@ -10,8 +9,7 @@ except ImportError:
     from pytorch_lightning import Callback
 
 from ..monitor import RotationMonitor
-from ..monitor.writers import Writer
-from .recorder import Recorder
+from .recorder import Recorder, Writers
 
 
 class RotationCallback(Callback):  # type: ignore[misc]
@@ -26,11 +24,12 @@ class RotationCallback(Callback):  # type: ignore[misc]
     with a warning. Writers are called, on the first process, at the end of each epoch and of the training.
 
     Args:
-        writers: of :mod:`layca_fast.writers`.
+        writers: of :mod:`layca_fast.writers`; or a function that makes them for each training that this callback sees,
+            by its number from 0 on: several (trials of a search) would begin the same file anew, one after the other.
         options: of :class:`layca_fast.RotationMonitor`.
     """
 
-    def __init__(self, writers: Iterable[Writer] = (), **options: Any) -> None:
+    def __init__(self, writers: Writers = (), **options: Any) -> None:
         super().__init__()
         self._recorder = Recorder(writers, options)
         self._saved: dict[str, Any] = {}

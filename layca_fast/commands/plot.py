@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..monitor.curves import QUANTITIES, read_curves
+from ..monitor.curves import QUANTITIES
+from ..monitor.reading import read_curves
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         curves = read_curves(args.file)
         curves.plot(args.out, quantity=args.quantity, title=args.title, xlabel=args.xlabel)
     except (OSError, ValueError, ImportError) as error:
-        print(error, file=sys.stderr)
+        # Some of matplotlib's take several lines.
+        print(" ".join(str(error).split()), file=sys.stderr)
         return 1
     print(f"{len(curves.names)} layers over {len(curves.steps)} records: {args.out}")
     return 0

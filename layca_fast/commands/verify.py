@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from ..formulas.options import find_base
 from ..optimizer import FusedLayca
 from ..reference import reference_step
 from ..state.compensation import HALVES
+from ..state.layout import matrix_shape
 from ..state.members import rotates
+from .progress import progress
 
 Shape = tuple[int, ...]
 
@@ -93,7 +95,7 @@ def layers_of(tensor: Tensor, chunks: int | str) -> list[Tensor]:
 
 
 def _gradient(param: Tensor, case: Case, turns: bool, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(param.shape, dtype=torch.float64, generator=generator)
+    noise = torch.randn(param.shape, dtype=torch.float64, device="cpu", generator=generator)
     if case.sine is None or not turns:
         return noise.to(case.dtype)
     weight = param.cpu().double()
@@ -114,7 +116,7 @@ def _away_from_ties(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, 
 def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Errors:
     """Run ``case`` on one backend beside the reference in float64 on the same gradients."""
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(shape, dtype=case.dtype, generator=generator) for shape in case.shapes]
+    weights = [torch.randn(shape, dtype=case.dtype, device="cpu", generator=generator) for shape in case.shapes]
     params = [weight.to(device, copy=True).requires_grad_() for weight in weights]
     expected = [weight.to(torch.float64, copy=True) for weight in weights]
     states: list[dict[str, Any]] = [{} for _ in params]
@@ -189,7 +191,30 @@ BASE_OPTIONS: tuple[Mapping[str, Any], ...] = (
     {"base": "adam", "betas": (0.8, 0.95), "eps": 1e-3},
     {"base": "adam", "betas": (0.7, 0.9), "eps": 1e-2, "amsgrad": True},
     {"base": "lion", "betas": (0.8, 0.95)},
+    # Rounding errors of the other types grow in the iterations, and on GPUs the default is bfloat16.
+    {"base": "muon", "momentum": 0.9, "ns_dtype": torch.float64},
+    {
+        "base": "muon",
+        "momentum": 0.8,
+        "nesterov": False,
+        "ns_steps": 3,
+        "ns_coefficients": (3.0, -3.2, 1.2),
+        "adjust_lr": "match_rms_adamw",
+        "ns_dtype": torch.float64,
+    },
 )
+
+
+def shapes_of(options: Mapping[str, Any], shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+    """Those of ``shapes`` that a base with these options takes."""
+    base = find_base(options.get("base", "sgd"))
+    directs = base.formula({**base.options, **options}).direct is not None
+    if not directs:
+        return shapes
+    chunks = options.get("chunks", 1)
+    layers = [(shape[0] if chunks == "all" else chunks) if shape else 1 for shape in shapes]
+    each = zip(shapes, layers, strict=True)
+    return tuple(shape for shape, count in each if len(matrix_shape(shape, count, chunks)) >= 2)
 
 
 def describe_base(options: Mapping[str, Any]) -> tuple[str, Formula]:
@@ -199,19 +224,44 @@ def describe_base(options: Mapping[str, Any]) -> tuple[str, Formula]:
     return formula.name if formula.name.startswith(base.name) else f"{base.name} ({formula.name})", formula
 
 
-def cases(interpreted: bool, many: int = 1000) -> Iterator[Case]:
-    """The rows of the table, one of them with so ``many`` tensors.
+@dataclass(frozen=True)
+class Effort:
+    """How long a case runs: steps of the odd shapes, the number of small tensors, the shape of the large one."""
 
-    Interpreted kernels take milliseconds per tile, so they get fewer and shorter ones.
-    """
-    steps = 10 if interpreted else 50
+    steps: int
+    many: int
+    large: Shape
+
+
+QUICK, DEFAULT, FULL = "quick", "default", "full"
+
+#: Interpreted kernels take milliseconds per tile, and torch's on a GPU dozens of launches per tensor.
+EFFORTS: Mapping[str, Mapping[str, Effort]] = {
+    QUICK: {"here": Effort(3, 100, (300, 333)), "interpreted": Effort(2, 5, (100, 111))},
+    DEFAULT: {"here": Effort(15, 300, (1024, 1025)), "interpreted": Effort(5, 20, (300, 333))},
+    FULL: {"here": Effort(50, 1000, (1024, 4099)), "interpreted": Effort(10, 20, (300, 333))},
+}
+MOST_LAUNCHED = 300
+
+
+def effort_of(how: str, name: str, device: torch.device) -> Effort:
+    """What a backend is given to do on a device."""
+    effort = EFFORTS[how]["interpreted" if name == "triton" and interpreting() else "here"]
+    many = min(effort.many, MOST_LAUNCHED) if name == "torch" and device.type == "cuda" else effort.many
+    return replace(effort, many=many)
+
+
+def cases(effort: Effort) -> Iterator[Case]:
+    """The rows of the table."""
+    steps = effort.steps
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for options in BASE_OPTIONS:
             name, _ = describe_base(options)
-            yield Case(name, ODD_SHAPES, options, dtype, steps)
+            shapes = shapes_of(options, ODD_SHAPES)
+            yield Case(name, shapes, options, dtype, steps)
             # The rule is made of float64 numbers, which know nothing of 16 bits.
             if dtype not in HALVES:
-                yield Case(f"{name}, hyperball", ODD_SHAPES, {**options, "rule": "hyperball"}, dtype, steps)
+                yield Case(f"{name}, hyperball", shapes, {**options, "rule": "hyperball"}, dtype, steps)
         momentum = {"base": "sgd", "momentum": 0.9}
         slices = {**momentum, "chunks": "all", "radius": "current", "maximize": True}
         yield Case("chunks=all, radius=current", ((12, 30), (5, 4, 7)), slices, dtype, steps)
@@ -225,10 +275,9 @@ def cases(interpreted: bool, many: int = 1000) -> Iterator[Case]:
         if dtype not in (torch.float32, torch.bfloat16):
             # How many tensors and how large they are, kernels are told alike in every type.
             continue
-        small = ((10, 10),) * (20 if interpreted else many)
+        small = ((10, 10),) * effort.many
         yield Case(f"{len(small)} small tensors", small, momentum, dtype, min(steps, 10))
-        large: Shape = (300, 333) if interpreted else (1024, 4099)
-        yield Case(f"{math.prod(large) / 1e6:.1f} M weights", (large,), momentum, dtype, 5)
+        yield Case(f"{math.prod(effort.large) / 1e6:.2f} M weights", (effort.large,), momentum, dtype, min(steps, 5))
     for sine in (1e-1, 1e-3, 1e-5):
         yield Case(f"sin(w, u) = {sine:g}", ((100, 100),), {}, steps=5, sine=sine)
 
@@ -249,21 +298,21 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _verify(name: str, device: torch.device, seed: int) -> list[bool]:
+def _verify(name: str, device: torch.device, seed: int, how: str) -> list[bool]:
     """Print the table of one backend; returns whether each case passed."""
-    interpreted = name == "triton" and interpreting()
-    # There this backend launches dozens of kernels for every tensor.
-    few = name == "torch" and device.type == "cuda"
-    chosen = list(cases(interpreted, 300) if few else cases(interpreted))
-    place = "in the interpreter" if interpreted else f"on {device.type}"
-    print(f"==> Backend {name} {place}: {len(chosen)} cases, up to minutes", flush=True)
+    chosen = list(cases(effort_of(how, name, device)))
+    place = "in the interpreter" if name == "triton" and interpreting() else f"on {device.type}"
+    print(f"==> Backend {name} {place}: {len(chosen)} cases", flush=True)
     rows, passed = [], []
-    for case in chosen:
-        errors = compare(case, name, device, seed)
-        passed.append(errors.passed)
-        figures = [f"{value:.1e}" for value in (errors.angle, errors.norm, errors.weight)]
-        dtype = str(case.dtype).removeprefix("torch.")
-        rows.append([case.name, dtype, *figures, "pass" if errors.passed else "FAIL"])
+    with progress([name], len(chosen), "cases") as advance:
+        for case in chosen:
+            dtype = str(case.dtype).removeprefix("torch.")
+            advance(0, f"{case.name}, {dtype}", by=0)
+            errors = compare(case, name, device, seed)
+            advance(0, f"{case.name}, {dtype}")
+            passed.append(errors.passed)
+            figures = [f"{value:.1e}" for value in (errors.angle, errors.norm, errors.weight)]
+            rows.append([case.name, dtype, *figures, "pass" if errors.passed else "FAIL"])
     title = f"{name} {place}: largest relative errors against the float64 reference"
     print_table(title, ["case", "dtype", "angle", "norm", "weight", ""], rows)
     return passed
@@ -274,6 +323,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m layca_fast verify", description=__doc__)
     parser.add_argument("--backend", action="append", help="only this backend (may be repeated)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only on tensors there (default: everywhere)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_const", const=QUICK, dest="how", help="few steps: seconds")
+    length.add_argument(
+        "--full", action="store_const", const=FULL, dest="how", help="many steps, and Triton's interpreter: minutes"
+    )
+    parser.set_defaults(how=DEFAULT)
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and gradients (default 0)")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -282,12 +337,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = backends()[load(name).name]
         if not status.available:
             parser.error(f"--backend {name} cannot run here: {status.reason}")
+    asked = [
+        (name, device)
+        for name, device in places()
+        if name in (args.backend or [name]) and args.device in (None, device.type)
+    ]
+    # What Triton compiles are the formulas that the torch backend runs, and the interpreter takes minutes.
+    slow = [(name, device) for name, device in asked if name == "triton" and interpreting()]
+    if args.backend or args.how == FULL or not any(name == "torch" for name, _ in asked):
+        slow = []
     count = failed = 0
-    for name, device in places():
-        if (args.backend and name not in args.backend) or args.device not in (None, device.type):
+    for name, device in asked:
+        if (name, device) in slow:
             continue
-        passed = _verify(name, device, args.seed)
+        passed = _verify(name, device, args.seed, args.how)
         count, failed = count + len(passed), failed + passed.count(False)
+    if slow:
+        print("not run: triton (here only its interpreter, which takes minutes: --full or --backend triton)")
     for name, status in backends().items():
         if not status.available:
             print(f"not run: {name} ({status.reason})")

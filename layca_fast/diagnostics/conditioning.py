@@ -83,7 +83,7 @@ class LayerConditioning(PassWatcher[dict[str, _Moments], LayerCondition]):
             chosen = choose_layers(
                 model, layers, patches=patches, way_out="pass patches=False, or leave it out of layers"
             )
-        except ValueError:
+        except BaseException:
             self.remove()
             raise
         self._handles += [

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -111,8 +111,8 @@ def _gradient_norms(layer: nn.Module, seen: _Seen) -> Tensor:
     pairs = [(batched(layer, seen.inputs[call]), batched(layer, grad)) for call, grad in seen.gradients.items()]
     norms = []
     for sample in range(len(pairs[0][0])):
-        total = sum(_weight_gradient(layer, x[sample : sample + 1], g[sample : sample + 1]) for x, g in pairs)
-        norms.append(torch.linalg.vector_norm(torch.as_tensor(total)))
+        parts = (_weight_gradient(layer, x[sample : sample + 1], g[sample : sample + 1]) for x, g in pairs)
+        norms.append(torch.linalg.vector_norm(reduce(torch.add, parts)))
     return torch.stack(norms)
 
 

@@ -62,7 +62,7 @@ class IterativeRefinement(PassWatcher[dict[str, list[_Call]], Refinement]):
         self._returns = returns
         try:
             chosen = _choose_blocks(model, blocks, returns)
-        except (TypeError, ValueError):
+        except BaseException:
             self.remove()
             raise
         for name, block in chosen.items():

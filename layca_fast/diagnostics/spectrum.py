@@ -50,7 +50,7 @@ def precise(tensor: Tensor) -> Tensor:
 def spectrum_of(matrix: Tensor) -> Spectrum:
     """Of a symmetric positive semi-definite float64 matrix (d, d): O(d^3) operations; waits for the device."""
     if not bool(matrix.isfinite().all()):
-        return Spectrum(torch.full((len(matrix),), math.nan, dtype=torch.float64))
+        return Spectrum(torch.full((len(matrix),), math.nan, dtype=torch.float64, device="cpu"))
     # Rounding can leave the smallest below zero.
     return Spectrum(torch.linalg.eigvalsh(matrix).flip(0).clamp(min=0.0).cpu())
 

@@ -25,6 +25,11 @@ MOST_NAMED = 12
 #: Longer names lose their middle.
 LONGEST_NAME = 30
 
+#: Curves that stay below this get an axis of their own length.
+SHORT = 0.5
+#: Columns that a line is thinned to: more than the axes have pixels at the resolution of files.
+COLUMNS = 2000
+
 LABELS = {
     "rotation": r"layer rotation, $1-\cos(w_t, w_0)$",
     "angle": "rotation between records (rad)",
@@ -56,8 +61,10 @@ def draw(
 ) -> Figure:
     """Draw one quantity of all layers, and write it to ``path`` (PNG, PDF or SVG by its suffix) if that is given.
 
-    ``quantity``: "rotation", from 0 to 1 or as far as it goes; "angle", radians on a logarithmic scale; or "norm", the
-    same. Up to 12 layers are named beside the lines; more have a colour bar. pyplot knows nothing of the figure.
+    ``quantity``: "rotation", from 0 to 1, or as far as it goes where that is beyond 1 or below 1/2; "angle", radians on
+    a logarithmic scale; or "norm", the same.
+
+    Up to 12 layers are named beside the lines; more have a colour bar. pyplot knows nothing of the figure.
     """
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity={quantity!r} is unknown: choose one of {list(QUANTITIES)}")
@@ -70,9 +77,9 @@ def draw(
         axes = figure.subplots()
         few = len(curves.names) <= MOST_NAMED
         _draw_lines(axes, curves, quantity, colours, width=1.3 if few else max(0.45, 10 / len(curves.names)))
+        axes.set_ylabel(LABELS[quantity])
         _scale(axes, curves, quantity)
         axes.set_xlabel(xlabel)
-        axes.set_ylabel(LABELS[quantity])
         axes.set_title(title)
         if few:
             _name_lines(axes, curves, colours)
@@ -81,15 +88,33 @@ def draw(
     return figure
 
 
+def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What can be seen of a line: (points,) each. In every column its first, lowest, highest and last point.
+
+    Few points stay as they are, and so do gaps (NaN) that are wider than a column.
+    """
+    if len(steps) <= 4 * COLUMNS or not np.all(steps[1:] > steps[:-1]):
+        return steps, values
+    columns = (steps - steps[0]) * (COLUMNS / (steps[-1] - steps[0]))
+    starts = np.flatnonzero(np.diff(np.minimum(columns, COLUMNS - 1).astype(np.int64), prepend=-1))
+    ends = np.append(starts[1:], len(steps)) - 1
+    with np.errstate(invalid="ignore"):
+        lowest, highest = np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
+    middle = (steps[starts] + steps[ends]) / 2
+    x = np.stack([steps[starts], middle, middle, steps[ends]], axis=1)
+    y = np.stack([values[starts], lowest, highest, values[ends]], axis=1)
+    return x.ravel(), y.ravel()
+
+
 def _draw_lines(axes: Axes, curves: Curves, quantity: str, colours: ListedColormap, width: float) -> None:
-    values = getattr(curves, quantity).numpy().T
-    steps = np.broadcast_to(np.array(curves.steps, dtype=float), values.shape)
-    points = np.stack([steps, values], axis=2)
-    lines = LineCollection(list(points), colors=colours(np.arange(colours.N)), linewidths=width)
+    steps = np.array(curves.steps, dtype=float)
+    points = [np.stack(thinned(steps, values), axis=1) for values in getattr(curves, quantity).numpy().T]
+    lines = LineCollection(points, colors=colours(np.arange(colours.N)), linewidths=width)
     axes.add_collection(lines)
     if len(curves.steps) == 1:
         # A line through one point shows nothing.
-        axes.scatter(points[:, 0, 0], points[:, 0, 1], c=colours(np.arange(colours.N)), s=8)
+        x, y = np.concatenate(points).T
+        axes.scatter(x, y, c=colours(np.arange(colours.N)), s=8)
 
 
 def _scale(axes: Axes, curves: Curves, quantity: str) -> None:
@@ -98,7 +123,13 @@ def _scale(axes: Axes, curves: Curves, quantity: str) -> None:
     values = getattr(curves, quantity).numpy()
     values = values[np.isfinite(values)]
     if quantity == "rotation":
-        axes.set_ylim(0, max(1.0, 1.02 * values.max(initial=0.0)))
+        highest = values.max(initial=0.0)
+        # A short run would be a flat line on the axis to 1; and a run that went nowhere must not look like a long one.
+        if 0 < highest < SHORT:
+            axes.set_ylabel(f"{LABELS[quantity]}\n(the axis ends at {1.05 * highest:.2g}, not at 1)")
+            axes.set_ylim(0, 1.05 * highest)
+        else:
+            axes.set_ylim(0, max(1.0, 1.02 * highest))
         return
     axes.set_yscale("log")
     if quantity == "norm":
@@ -112,7 +143,7 @@ def _scale(axes: Axes, curves: Curves, quantity: str) -> None:
 
 def _name_lines(axes: Axes, curves: Curves, colours: ListedColormap) -> None:
     entries = [axes.plot([], [], color=colours(layer), linewidth=2.5)[0] for layer in range(colours.N)]
-    axes.legend(
+    legend = axes.legend(
         entries,
         short_names(curves.names),
         loc="upper left",
@@ -122,6 +153,9 @@ def _name_lines(axes: Axes, curves: Curves, colours: ListedColormap) -> None:
         labelspacing=0.35,
         fontsize=7,
     )
+    for text in legend.get_texts():
+        # A name is no formula, whatever dollars it has.
+        text.set_parse_math(False)
 
 
 def _draw_layer_scale(figure: Figure, axes: Axes, curves: Curves, colours: ListedColormap) -> None:
@@ -131,6 +165,8 @@ def _draw_layer_scale(figure: Figure, axes: Axes, curves: Curves, colours: Liste
     bar.minorticks_off()
     names = short_names(curves.names)
     bar.set_ticklabels([f"{tick}: {names[tick - 1]}" for tick in ticks])
+    for text in bar.ax.get_yticklabels():
+        text.set_parse_math(False)
     # Small layers at the top, as one reads; the first layer is where the data comes in.
     bar.ax.invert_yaxis()
     bar.outline.set_visible(False)

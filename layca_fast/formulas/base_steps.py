@@ -151,3 +151,12 @@ def lion_step(grad, state, options):
     # The sign of beta1*m + (1 - beta1)*g, where m, the average before this step, is taken from the one after it.
     mixed = options[1] * state[0] + options[2] * grad
     return where(mixed > 0.0, 1.0, where(mixed < 0.0, -1.0, mixed * 0.0))
+
+
+def muon_advance(grad, state, options):
+    return (running_mean(state[0], grad, options[0]),)
+
+
+def muon_step(grad, state, options):
+    # What the direction of a whole matrix is made of (orthogonal.py): the average, or Nesterov's look-ahead.
+    return options[1] * grad + options[2] * state[0]

@@ -7,16 +7,34 @@ its row here, in ``formulas/`` and in ``csrc/base_steps.h``; the rest of the pac
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
+import torch
+
 from . import base_steps
+from .direction import Direction
+from .orthogonal import NewtonSchulz
 
 Options = Mapping[str, Any]
+
+#: States that are means or sums of squares, of which steps are made by division.
+SQUARES = {"square_avg", "sum", "exp_avg_sq", "max_exp_avg_sq"}
 
 #: The paper's recommended rotation rates (arXiv 1806.01603, section 4): where the direction is the gradient of one
 #: step, and where it is averaged over steps.
 RATE_OF_ONE_STEP, RATE_OF_AVERAGE = 3.0**-3, 3.0**-5
+
+#: Muon's: see docs/learning_rate.md.
+RATE_OF_MUON = 2.0**-4
+
+#: What a schedule sets may lie below zero by this much, and counts as zero: one that ends there misses it by rounding.
+ROUNDING = 1e-9
+
+
+def not_negative(value: Any) -> float:
+    """A scheduled number, which :data:`ROUNDING` lets be a little below zero, as it is used."""
+    return max(float(value), 0.0)
 
 
 @dataclass(frozen=True)
@@ -27,7 +45,9 @@ class Formula:
     says whether the base step needs the gradient beside the advanced state, so whether rotate must load it again;
     ``counts_steps`` whether torch's optimizer keeps the number of steps in the state ``step``, so ours does;
     ``prepare`` makes this step's options from that number and the scalars of the group; ``admit`` puts 0 in the place
-    of gradient elements that cannot be used.
+    of gradient elements that cannot be used. ``direct``, of a group, its parameters' type and their device, says what
+    makes directions of whole matrices, where the base steps are only what these are made of; None: the base step is the
+    direction.
     """
 
     name: str
@@ -38,6 +58,12 @@ class Formula:
     counts_steps: bool = False
     prepare: Callable[..., Any] = base_steps.same_options
     admit: Callable[..., Any] = base_steps.finite_or_zero
+    direct: Callable[[Options, torch.dtype, torch.device], Direction] | None = None
+
+    @property
+    def are_squares(self) -> tuple[bool, ...]:
+        """Of each state, whether it is of squares: it starts anew with the gradient's where one is not finite."""
+        return tuple(name in SQUARES for name in self.states)
 
 
 @dataclass(frozen=True)
@@ -47,7 +73,7 @@ class Base:
     ``formula(group)`` chooses what runs, ``scalars(group, fresh)`` makes the numbers it takes (``fresh``: the
     tensor's state was created in this very step), ``check(group)`` raises on values out of range, ``averages(group)``
     says whether the direction is averaged over steps, ``starts`` names the option that a new state buffer is filled
-    with, where that is not zero.
+    with, where that is not zero, ``rate`` is what lr=None recommends, where it is not the paper's.
     """
 
     name: str
@@ -57,10 +83,13 @@ class Base:
     check: Callable[[Options], None]
     averages: Callable[[Options], bool]
     starts: Mapping[str, str] = field(default_factory=dict)
+    rate: float | None = None
 
 
 def recommended_rate(base: Base, group: Options) -> float:
-    """The paper's rotation rate for this base: 3**-3 without averaging over steps, 3**-5 with."""
+    """The base's own rotation rate, or the paper's: 3**-3 without averaging over steps, 3**-5 with."""
+    if base.rate is not None:
+        return base.rate
     return RATE_OF_AVERAGE if base.averages(group) else RATE_OF_ONE_STEP
 
 
@@ -82,6 +111,10 @@ def _check_range(group: Options, name: str, low: float, high: float, interval: s
         raise ValueError(f"{name}={value!r}: must be a number in {interval}")
 
 
+def _check_scheduled(group: Options, name: str, high: float, interval: str) -> None:
+    _check_range(group, name, -ROUNDING, high, interval)
+
+
 def _check_truth(group: Options, *names: str) -> None:
     for name in names:
         if group[name] not in (True, False):
@@ -93,7 +126,7 @@ def _check_betas(group: Options) -> None:
     if (
         not isinstance(betas, Sequence)
         or len(betas) != 2
-        or not all(isinstance(beta, Real) and 0.0 <= float(beta) < 1.0 for beta in betas)
+        or not all(isinstance(beta, Real) and -ROUNDING <= float(beta) < 1.0 for beta in betas)
     ):
         raise ValueError(f"betas={betas!r}: must be two numbers in [0, 1)")
 
@@ -103,7 +136,7 @@ def _check_eps(group: Options) -> None:
 
 
 def _check_sgd(group: Options) -> None:
-    _check_range(group, "momentum", 0.0, math.inf, "[0, inf)")
+    _check_scheduled(group, "momentum", math.inf, "[0, inf)")
     _check_truth(group, "nesterov")
     dampening, nesterov = group["dampening"], group["nesterov"]
     if not isinstance(dampening, Real) or not math.isfinite(dampening):
@@ -116,12 +149,12 @@ def _check_sgd(group: Options) -> None:
 
 
 def _check_momentum(group: Options) -> None:
-    _check_range(group, "momentum", 0.0, 1.0, "[0, 1)")
+    _check_scheduled(group, "momentum", 1.0, "[0, 1)")
 
 
 def _check_rmsprop(group: Options) -> None:
-    _check_range(group, "alpha", 0.0, 1.0, "[0, 1)")
-    _check_range(group, "momentum", 0.0, math.inf, "[0, inf)")
+    _check_scheduled(group, "alpha", 1.0, "[0, 1)")
+    _check_scheduled(group, "momentum", math.inf, "[0, inf)")
     _check_eps(group)
     _check_truth(group, "centered")
 
@@ -142,6 +175,35 @@ def _check_lion(group: Options) -> None:
     if group["betas"][1] < 0.01:
         # The last average is taken from the new one, of which it must be a good part.
         raise ValueError(f"betas={group['betas']!r}: the second beta of lion must be at least 0.01")
+
+
+#: Types that Newton-Schulz iterations may run in; None: see NewtonSchulz.of.
+NS_DTYPES = (None, torch.bfloat16, torch.float32, torch.float64)
+
+#: How plain Muon's step grows with the shape of the matrix: the names of torch.optim.Muon.
+ADJUSTMENTS = (None, "original", "match_rms_adamw")
+
+
+def _check_muon(group: Options) -> None:
+    _check_momentum(group)
+    _check_truth(group, "nesterov")
+    _check_eps(group)
+    steps, coefficients = group["ns_steps"], group["ns_coefficients"]
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= int(steps) < 100:
+        raise ValueError(f"ns_steps={steps!r}: must be a whole number from 1 to 99, of Newton-Schulz iterations")
+    if (
+        not isinstance(coefficients, Sequence)
+        or len(coefficients) != 3
+        or not all(isinstance(each, Real) and math.isfinite(each) for each in coefficients)
+    ):
+        raise ValueError(
+            f"ns_coefficients={coefficients!r}: must be three finite numbers (a, b, c), of which an iteration takes "
+            "singular values s to a*s + b*s**3 + c*s**5"
+        )
+    for name, choices in (("ns_dtype", NS_DTYPES), ("adjust_lr", ADJUSTMENTS)):
+        # By identity, too: a tensor is equal to nothing that could be told here.
+        if not any(group[name] is each or (isinstance(each, str) and group[name] == each) for each in choices):
+            raise ValueError(f"{name}={group[name]!r} is unknown: choose one of {list(choices)}")
 
 
 #: Every formula that some base runs, by name: what a compiled backend must offer.
@@ -173,36 +235,47 @@ _OF_ADAM: Mapping[str, Any] = {"reads_grad": False, "prepare": base_steps.adam_p
 _ADAM = _formula("adam", "exp_avg", "exp_avg_sq", **_OF_ADAM)
 _AMSGRAD = _formula("adam_amsgrad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", **_OF_ADAM)
 _LION = _formula("lion", "exp_avg", reads_grad=True)
+_MUON = _formula("muon", "momentum_buffer", reads_grad=True, direct=NewtonSchulz.of)
 
 
 def _sgd_formula(group: Options) -> Formula:
-    if group["momentum"] == 0:
+    if group["momentum"] <= 0:
         return _SGD
     return _NESTEROV if group["nesterov"] else _MOMENTUM
 
 
 def _sgd_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
-    if group["momentum"] == 0:
+    if group["momentum"] <= 0:
         return ()
     # torch.optim.SGD copies the first gradient into the buffer undampened. Our buffer starts as zeros, so
     # weighting that gradient by 1 is the same.
     return (float(group["momentum"]), 1.0 if fresh else 1.0 - group["dampening"])
 
 
+def _amom_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
+    momentum = not_negative(group["momentum"])
+    return (momentum, 1.0 - momentum)
+
+
 def _rmsprop_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
-    alpha = float(group["alpha"])
-    return (alpha, 1.0 - alpha, float(group["eps"]), float(group["momentum"]))
+    alpha = not_negative(group["alpha"])
+    return (alpha, 1.0 - alpha, float(group["eps"]), not_negative(group["momentum"]))
 
 
 def _adam_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
-    beta1, beta2 = map(float, group["betas"])
+    beta1, beta2 = map(not_negative, group["betas"])
     logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     return (1.0 - beta1, beta2, 1.0 - beta2, float(group["eps"]), *logs)
 
 
 def _lion_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
-    beta1, beta2 = map(float, group["betas"])
+    beta1, beta2 = map(not_negative, group["betas"])
     return (1.0 - beta2, beta1 / beta2, (1.0 - beta1) - beta1 / beta2 * (1.0 - beta2))
+
+
+def _muon_scalars(group: Options, fresh: bool) -> tuple[float, ...]:
+    momentum = float(group["momentum"])
+    return (1.0 - momentum, *((1.0 - momentum, momentum) if group["nesterov"] else (0.0, 1.0)))
 
 
 BASES: Mapping[str, Base] = {
@@ -220,14 +293,14 @@ BASES: Mapping[str, Base] = {
             "sgd_amom",
             options={"momentum": 0.9},
             formula=lambda group: _MOMENTUM,
-            scalars=lambda group, fresh: (float(group["momentum"]), 1.0 - group["momentum"]),
+            scalars=_amom_scalars,
             check=_check_momentum,
             averages=lambda group: True,
         ),
         Base(
             "rmsprop",
             options={"alpha": 0.99, "eps": 1e-8, "momentum": 0.0, "centered": False},
-            formula=lambda group: _RMSPROP[bool(group["centered"]), group["momentum"] != 0],
+            formula=lambda group: _RMSPROP[bool(group["centered"]), group["momentum"] > 0],
             scalars=_rmsprop_scalars,
             check=_check_rmsprop,
             averages=lambda group: bool(group["momentum"] != 0),
@@ -256,6 +329,23 @@ BASES: Mapping[str, Base] = {
             scalars=_lion_scalars,
             check=_check_lion,
             averages=lambda group: True,
+        ),
+        Base(
+            "muon",
+            options={
+                "momentum": 0.95,
+                "nesterov": True,
+                "ns_steps": 5,
+                "ns_coefficients": (3.4445, -4.775, 2.0315),
+                "eps": 1e-7,
+                "ns_dtype": None,
+                "adjust_lr": None,
+            },
+            formula=lambda group: _MUON,
+            scalars=_muon_scalars,
+            check=_check_muon,
+            averages=lambda group: True,
+            rate=RATE_OF_MUON,
         ),
     )
 }

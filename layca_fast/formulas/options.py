@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import BASES, Base
+from .bases import BASES, ROUNDING, Base, not_negative
 from .rotation import RULES
 
 #: The names of the backends; ``backends/`` has one module for each.
@@ -40,15 +40,20 @@ def misspelt(group: Mapping[str, Any], others: Sequence[str] = ()) -> str | None
 
 
 def check_lr(lr: Any, name: str = "lr") -> None:
-    """Raise for a learning rate that is no finite number >= 0. One that lives on a device is not read back."""
+    """Raise for a learning rate that is no finite number >= 0. One that lives on a device is not read back.
+
+    A rate that is below zero by no more than ROUNDING counts as 0.
+    """
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"{name} is a tensor of shape {tuple(lr.shape)}: it must hold one number")
         if lr.device.type != "cpu":
             return
+        if lr.untyped_storage().nbytes() == 0:
+            raise ValueError(f"{name} is a tensor whose memory was freed: set it anew")
     elif not isinstance(lr, Real):
         raise TypeError(f"{name}={lr!r}: must be a number, or a tensor that holds one")
-    if not (0.0 <= float(lr) < math.inf):
+    if not (-ROUNDING <= float(lr) < math.inf):
         raise ValueError(f"{name}={lr!r}: must be finite and >= 0 (each step turns a layer by atan(lr) radians)")
 
 
@@ -96,18 +101,49 @@ def check_group(group: Mapping[str, Any]) -> None:
         )
     check_choice(group, "capturable", (False, True))
     if group["rotate"] not in (None, True, False):
-        raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (tensors of 2 or more dimensions)")
+        raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (all but vectors)")
     check_chunks(group["chunks"])
     decay = group["weight_decay"]
-    if not isinstance(decay, Real) or not (0.0 <= float(decay) < math.inf):
+    if not isinstance(decay, Real) or not (-ROUNDING <= float(decay) < math.inf):
         raise ValueError(f"weight_decay={decay!r}: must be a finite number >= 0")
+
+
+def check_groups(groups: Sequence[Mapping[str, Any]], step: int) -> None:
+    """:func:`check_group` of all of them; the error tells the number of the step to come, to which schedules have led.
+
+    ``step`` is 0 where none is coming. ValueError for a group without what every group has: one appended by hand.
+    """
+    for number, group in enumerate(groups):
+        try:
+            check_group(group)
+        except KeyError as error:
+            raise ValueError(
+                f"group {number} of the optimizer lacks {error}, which every group has: add groups with "
+                "optimizer.add_param_group(group), which completes them, not by appending to optimizer.param_groups"
+            ) from None
+        except (TypeError, ValueError) as error:
+            if step == 0:
+                raise
+            raise type(error)(f"{error}; found at step {step}, in group {number}") from None
+
+
+def decays(group: Mapping[str, Any]) -> bool:
+    """Whether a group asks for weight decay."""
+    return not_negative(group["weight_decay"]) > 0.0
 
 
 def find_base(name: Any) -> Base:
     """The base optimizer called ``name``; ValueError with the valid names if there is none."""
     if not isinstance(name, str) or name not in BASES:
-        raise ValueError(f"base={name!r} is unknown: choose one of {sorted(BASES)}")
+        raise ValueError(f"base={name!r} is unknown: {_base_meant(name)}choose one of {sorted(BASES)}")
     return BASES[name]
+
+
+def _base_meant(name: Any) -> str:
+    if str(name).lower() == "adamw":
+        return "'adam' is it, for its weight decay is decoupled; "
+    close = get_close_matches(str(name).lower(), BASES, n=1, cutoff=0.75)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def check_options(base: Base, given: Mapping[str, Any]) -> None:
@@ -116,7 +152,11 @@ def check_options(base: Base, given: Mapping[str, Any]) -> None:
         if name not in base.options:
             others = sorted(each.name for each in BASES.values() if name in each.options)
             owner = f" (it belongs to {', '.join(others)})" if others else ""
+            known = [*base.options, *COMMON_OPTIONS, "unscale_in_step"]
+            close = [] if others else get_close_matches(str(name), known, n=1, cutoff=0.75)
+            meant = f" (did you mean {close[0]!r}?)" if close else ""
             raise TypeError(
-                f"{name}={given[name]!r} is no option of base={base.name!r}{owner}: it has {sorted(base.options)}, "
-                "beside those of every base (lr, rotate, chunks, rule, radius, weight_decay, ...)"
+                f"{name}={given[name]!r} is no option of base={base.name!r}{owner}{meant}: it has "
+                f"{sorted(base.options)}, beside those of every base (lr, rotate, chunks, "
+                "rule, radius, weight_decay, ...)"
             )

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from ..formulas.bases import scaled_rate
 from ..formulas.options import check_choice, check_lr, misspelt
-from ..messages import aligned
+from ..messages import aligned, warn_caller
 from ..state.checks import check_initialized, count_layers
+from ..state.layout import is_vector
 from ..state.zeros import have_zero_layers
+from .left_out import doubt
+from .others import check_others_base, head_of, split_options
 from .roles import EMBEDDINGS, Asked, asked_types, decide
 
 OTHERS = ("train", "freeze")
@@ -24,20 +27,33 @@ RESERVED = ("params", "param_names", "chunks", "lr_factor")
 
 @dataclass(frozen=True)
 class Row:
-    """One trainable tensor in the plan: ``lr_factor`` is None and ``reason`` says why where it does not rotate."""
+    """One trainable tensor in the plan: ``lr_factor`` is None and ``reason`` says why where it does not rotate.
+
+    ``reason`` of one that rotates: how, where that is not as one would think; mostly "".
+    ``base`` and ``lr`` are those of its group, None where they are left to the optimizer, ``rule`` is that of what
+    rotates, None for the others.
+    """
 
     name: str
     shape: tuple[int, ...]
     layers: int
     lr_factor: float | None
     reason: str
+    base: str | None = None
+    rule: str | None = None
+    lr: float | None = None
 
-    def cells(self) -> tuple[str, str, str, str]:
+    def cells(self) -> tuple[str, ...]:
         """What :meth:`LayerGroups.summary` shows of it."""
         if self.lr_factor is None:
             return self.name, str(self.shape), f"no: {self.reason}", "-"
         rotates = "yes" if self.layers == 1 else f"yes, as {self.layers} layers"
+        rotates += f": {self.reason}" * bool(self.reason)
         return self.name, str(self.shape), rotates, f"{self.lr_factor:.4g}"
+
+    def training(self) -> tuple[str, ...]:
+        """And what trains it, where that is known."""
+        return self.base or "-", self.rule or "-", "optimizer's" if self.lr is None else f"{self.lr:.4g}"
 
 
 class LayerGroups(list[dict[str, Any]]):
@@ -59,8 +75,12 @@ class LayerGroups(list[dict[str, Any]]):
         total += f", others: {len(self.rows) - len(turning)}"
         if self.left_out:
             total += f", left out with requires_grad=False: {self.left_out}"
-        columns = ("parameter", "shape", "rotates", "lr factor")
-        return f"{aligned(columns, [row.cells() for row in self.rows])}\n{total}"
+        columns: tuple[str, ...] = ("parameter", "shape", "rotates", "lr factor")
+        cells = [row.cells() for row in self.rows]
+        if any(row.base is not None for row in self.rows):
+            columns += ("base", "rule", "lr")
+            cells = [(*row, *of_row.training()) for row, of_row in zip(cells, self.rows, strict=True)]
+        return f"{aligned(columns, cells)}\n{total}"
 
     def __str__(self) -> str:
         return self.summary()
@@ -74,6 +94,7 @@ class _Entry:
     param: Tensor
     chunks: int | str | None
     reason: str
+    unknown: type[nn.Module] | None = None
 
     @property
     def layers(self) -> int:
@@ -127,6 +148,23 @@ def trainable_entries(model: nn.Module, asked: Asked) -> tuple[dict[Tensor, str]
     return trainable, [_Entry(name, param, *decide(owners[param], param, asked)) for param, name in placed.items()]
 
 
+def _set_aside(entries: Sequence[_Entry], head: Tensor | None) -> None:
+    """Move the head to the others."""
+    for entry in entries:
+        if entry.param is head and entry.chunks is not None:
+            entry.chunks, entry.reason = None, "logits"
+
+
+def _training(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row of the plan says of the group that its tensor is in."""
+    lr = group.get("lr")
+    if isinstance(lr, Tensor):
+        # To read it from a device would wait for that.
+        lr = float(lr) if lr.device.type == "cpu" else None
+    rule = group.get("rule", "layca") if group["rotate"] else None
+    return {"base": group.get("base"), "rule": rule, "lr": lr}
+
+
 def _set_aside_zeros(entries: Sequence[_Entry]) -> list[_Entry]:
     """Move tensors with a layer of zeros to the others, and return them. Waits once for each device."""
     rotating = [entry for entry in entries if entry.chunks is not None]
@@ -134,8 +172,15 @@ def _set_aside_zeros(entries: Sequence[_Entry]) -> list[_Entry]:
     moved = [entry for entry, is_zero in zip(rotating, zeros, strict=True) if is_zero]
     for entry in moved:
         entry.reason = "all zero" if entry.layers == 1 else f"one of its {entry.layers} layers is all zero"
-        entry.chunks = None
+        entry.chunks = entry.unknown = None
     return moved
+
+
+def _set_aside_vectors(entries: Iterable[_Entry]) -> None:
+    """Move tensors of one row or one column, as the gains of weight_norm are, to the others."""
+    for entry in entries:
+        if entry.chunks is not None and is_vector(entry.param):
+            entry.chunks, entry.reason = None, "vector"
 
 
 def _rotating_groups(
@@ -180,7 +225,15 @@ def _freeze(entries: Iterable[_Entry], zeros: Sequence[_Entry]) -> None:
 
 
 def _check_arguments(
-    model: Any, lr: Any, alpha: Any, others: Any, others_lr: Any, embeddings: Any, options: Mapping[str, Any]
+    model: Any,
+    lr: Any,
+    alpha: Any,
+    others: Any,
+    others_lr: Any,
+    others_base: Any,
+    embeddings: Any,
+    names: Any,
+    options: Mapping[str, Any],
 ) -> None:
     """Raise TypeError or ValueError for what ``layer_groups`` cannot take."""
     if not isinstance(model, nn.Module):
@@ -188,6 +241,7 @@ def _check_arguments(
     _check_alpha(alpha)
     check_choice({"others": others}, "others", OTHERS)
     check_choice({"embeddings": embeddings}, "embeddings", (False, True))
+    check_choice({"names": names}, "names", (False, True))
     for name, rate in (("lr", lr), ("others_lr", others_lr)):
         if rate is not None:
             check_lr(rate, name)
@@ -198,7 +252,8 @@ def _check_arguments(
     for name in RESERVED:
         if name in options:
             raise TypeError(f"{name}={options[name]!r}: layer_groups sets it itself; leave it out")
-    message = misspelt(options, ("alpha", "others", "others_lr", "embeddings"))
+    check_others_base(others_base, others)
+    message = misspelt(options, ("alpha", "others", "others_lr", "others_base", "embeddings", "names"))
     if message is not None:
         raise TypeError(message)
     if options.get("base") == "rmsprop" and alpha != 0:
@@ -214,18 +269,24 @@ def layer_groups(
     alpha: float = 0.0,
     others: str = "train",
     others_lr: float | Tensor | None = None,
+    others_base: str | None = None,
     embeddings: bool = False,
-    rotate: Iterable[type[nn.Module]] | Mapping[type[nn.Module], int | str] = (),
+    rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, int | str] = (),
+    names: bool = True,
     **options: Any,
 ) -> LayerGroups:
     """Param groups in which the weights of the model's layers rotate, and nothing else; ``print`` shows the plan.
 
     Rotating: the weights of Linear, Bilinear, Conv1d to 3d and ConvTranspose1d to 3d; MultiheadAttention's packed
-    ``in_proj_weight`` as 3 layers; the weights of RNN, LSTM, GRU and their cells as one layer per gate. The others:
-    biases, norm layers, embeddings, vectors, parametrized weights (weight_norm and the like), weights of which a layer
-    is all zero, and whatever modules of unknown types hold (see ``rotate``). Parameters with requires_grad=False are
-    left out. A tied tensor counts once, under its first name; it rotates if any module that shares it makes it rotate,
-    but one that is an embedding anywhere is an embedding.
+    ``in_proj_weight`` as 3 layers; the weights of RNN, LSTM, GRU and their cells as one layer per gate; those of
+    transformers' Conv1D, stored as (in, out), each as one layer. The others: biases, norm layers, embeddings, vectors
+    (at most one dimension longer than 1: a Linear with one output has one), parametrized weights (weight_norm and the
+    like, unless asked for), weights of which a layer is all zero, and whatever modules of unknown types hold (see
+    ``rotate``). Parameters with requires_grad=False are left out. A tied tensor counts once, under its first name; it
+    rotates if any module that shares it makes it rotate, but one that is an embedding anywhere is an embedding.
+
+    Zeros are looked for now: call it before trained weights are loaded, as for the run that is resumed. Warns where
+    nothing rotates, and where unknown types hold more than a tenth of the weights that could.
 
     Args:
         model: any module, wrapped (DDP, torch.compile) or not. Names are those of ``model.named_parameters()``.
@@ -237,44 +298,67 @@ def layer_groups(
         others: "train" them by the plain base step, or "freeze" them, as the official code does: **modifies the model**
             (requires_grad=False, grad=None), so call it before DDP wraps the model. They stay in a group with lr=0.
             Weights of zeros are frozen, too, with a warning, since they never train then.
-        others_lr: the lr of the others; None: ``lr``. Only for others="train".
+        others_lr: the lr of the others; None: ``lr``, or under ``others_base`` what the optimizer says for that base.
+            Only for others="train".
+        others_base: the base of the others, such as "adam" beside base="muon"; None: that of ``options``. The head that
+            makes the logits, tied to an embedding or not, is then one of the others: the model's
+            ``get_output_embeddings()``; else the last Linear with as many outputs as an embedding has entries; else
+            the last Linear. Options go to the base that has them; those that both have, to ``base``.
         embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
-        rotate: module types of which every tensor of two or more dimensions, biases apart, rotates besides, such as the
-            Conv1D of transformers; as a dict, with the ``chunks`` of each (1, n or "all"), also for the types above.
+        rotate: module types, or modules of the model with all inside of them, of which every tensor that is no vector,
+            biases apart, rotates besides; as a dict, with the ``chunks`` of each (1, n or "all"), or False for what is
+            not to rotate, such as a head without normalisation. Also for the types above.
+        names: whether the groups name their parameters, for messages. Then torch's own optimizers take no group without
+            names later, as callbacks add them that unfreeze layers (FusedLayca does): pass False for those.
         options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0
             into those that rotate.
 
     Returns:
-        A list of dicts that any torch optimizer takes (torch >= 2.6), with named parameters. Rotating tensors with the
+        A list of dicts that any torch optimizer takes (torch >= 2.6). Rotating tensors with the
         same factor and chunks share a group; the others come last.
 
     Raises:
         TypeError, ValueError: for arguments out of range, lazy parameters that are not initialized, no trainable
             parameter at all, and trainable parameters that would land in no group; before anything is modified.
     """
-    _check_arguments(model, lr, alpha, others, others_lr, embeddings, options)
+    _check_arguments(model, lr, alpha, others, others_lr, others_base, embeddings, names, options)
+    ours, theirs = split_options(options, others_base)
     asked = asked_types(rotate)
     if embeddings:
         asked = {**asked, **{kind: 1 for kind in EMBEDDINGS if kind not in asked}}
 
     trainable, entries = trainable_entries(model, asked)
+    if others_base is not None:
+        _set_aside(entries, head_of(model))
+    _set_aside_vectors(entries)
     zeros = _set_aside_zeros(entries)
     rotating = [entry for entry in entries if entry.chunks is not None]
     rest = [entry for entry in entries if entry.chunks is None]
     factors = lr_factors(len(rotating), alpha)
-    groups = _rotating_groups(rotating, factors, lr, options)
+    groups = _rotating_groups(rotating, factors, lr, ours)
     if rest:
-        rate = 0.0 if others == "freeze" else lr if others_lr is None else others_lr
+        rate = 0.0 if others == "freeze" else lr if others_lr is None and others_base is None else others_lr
         own = {} if rate is None else {"lr": rate}
-        groups.append({"params": [(entry.name, entry.param) for entry in rest], "rotate": False, **own, **options})
+        groups.append({"params": [(entry.name, entry.param) for entry in rest], "rotate": False, **own, **theirs})
     _check_complete(groups, trainable)
     left_out = sum(not param.requires_grad for param in model.parameters())
     if others == "freeze":
         _freeze(rest, zeros)
 
+    turning = sum(entry.param.numel() for entry in rotating)
+    message = doubt(model, turning, [(entry.unknown, entry.param) for entry in rest if entry.unknown is not None])
+    if message is not None:
+        warn_caller(message)
     factor_of = dict(zip((entry.param for entry in rotating), factors, strict=True))
+    group_of = {param: group for group in groups for _, param in group["params"]}
     rows = [
-        Row(entry.name, tuple(entry.param.shape), entry.layers, factor_of.get(entry.param), entry.reason)
+        Row(
+            *(entry.name, tuple(entry.param.shape), entry.layers, factor_of.get(entry.param), entry.reason),
+            **_training(group_of[entry.param]),
+        )
         for entry in entries
     ]
+    if not names:
+        for group in groups:
+            group["params"] = [param for _, param in group["params"]]
     return LayerGroups(groups, rows, left_out)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -44,60 +44,112 @@ NORMS = (
     nn.RMSNorm,
 )
 
+#: Module types that keep their weights as (in, out), by module and name: the packages need not be there.
+TRANSPOSED = {("transformers.pytorch_utils", "Conv1D"), ("transformers.modeling_utils", "Conv1D")}
+
 _RNN_SUFFIX = re.compile(r"_l\d+(_reverse)?$")
 _BIAS = re.compile(r"(^|_)bias$|^bias_")
 
-#: Module types that the caller wants to rotate; None: packed as in WEIGHTS, else one layer per tensor.
-Asked = Mapping[type[nn.Module], int | str | None]
+#: Modules and module types that the caller decides on; False: they do not rotate; None: packed as in WEIGHTS, else one
+#: layer per tensor.
+Asked = Mapping[Any, int | str | None]
 
-#: (chunks, "") of a tensor that rotates, else (None, reason).
-Role = tuple[int | str | None, str]
+
+class Role(NamedTuple):
+    """``chunks`` of a tensor that rotates, with a word on it or ""; else None, with the reason.
+
+    ``unknown``: the module type that is to blame where nobody has said whether the tensor is a layer.
+    """
+
+    chunks: int | str | None
+    reason: str = ""
+    unknown: type[nn.Module] | None = None
+
+
+def is_transposed(kind: type) -> bool:
+    """Whether modules of this type keep their weights as (in, out)."""
+    return any((each.__module__, each.__qualname__) in TRANSPOSED for each in kind.__mro__)
+
+
+def _check_not_cut(kind: type, chunks: Any) -> None:
+    if is_transposed(kind) and chunks not in (1, False):
+        raise ValueError(
+            f"rotate: chunks={chunks!r} would cut the weights of {kind.__name__} along their inputs, as they are "
+            "stored as (in, out): leave the number out, and each weight rotates as one layer"
+        )
 
 
 def asked_types(rotate: Any) -> Asked:
     """The argument ``rotate`` as a mapping; raises TypeError or ValueError for what it cannot be."""
     if isinstance(rotate, (bool, str, type)) or not isinstance(rotate, Iterable):
         raise TypeError(
-            f"rotate={rotate!r}: must be a list of module types, or a dict from module type to chunks; layer_groups "
-            "itself decides which tensors of other types rotate"
+            f"rotate={rotate!r}: must be a list of module types or modules, or a dict from those to chunks or False; "
+            "layer_groups itself decides which tensors of other modules rotate"
         )
-    asked = dict(rotate) if isinstance(rotate, Mapping) else dict.fromkeys(rotate)
-    for kind, chunks in asked.items():
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise TypeError(f"rotate: {kind!r} is no module type: pass classes such as torch.nn.Linear")
-        if issubclass(kind, NORMS):
-            raise ValueError(f"rotate: {kind.__name__} is a norm layer, which never rotates: leave it out of rotate")
-        if isinstance(rotate, Mapping):
+    given = dict(rotate) if isinstance(rotate, Mapping) else dict.fromkeys(rotate)
+    asked: dict[type[nn.Module] | nn.Module, int | str | None] = {}
+    for key, chunks in given.items():
+        kind = key if isinstance(key, type) else type(key)
+        if not issubclass(kind, nn.Module):
+            raise TypeError(f"rotate: {key!r} is no module type and no module: pass classes such as torch.nn.Linear")
+        if isinstance(rotate, Mapping) and chunks is not False:
             check_chunks(chunks)
+        if issubclass(kind, NORMS) and chunks is not False:
+            raise ValueError(f"rotate: {kind.__name__} is a norm layer, which never rotates: leave it out of rotate")
+        if chunks is not None:
+            _check_not_cut(kind, chunks)
+        # A module stands for all inside of it, but for those that are named themselves.
+        inside = key.modules() if isinstance(key, nn.Module) else ()
+        asked.update({each: chunks for each in inside if each is not key and each not in given})
+        asked[key] = chunks
     return asked
+
+
+def _asked_of(module: nn.Module, asked: Asked) -> tuple[bool, int | str | None]:
+    """Whether the caller has decided on this module, by itself or by its type, and how."""
+    if module in asked:
+        return True, asked[module]
+    kinds = (kind for kind in asked if isinstance(kind, type) and isinstance(module, kind))
+    found = next(kinds, None)
+    return found is not None, None if found is None else asked[found]
 
 
 def _role(module: nn.Module, leaf: str, param: Tensor, asked: Asked) -> Role:
     """The role of a parameter in one module, which registers it as ``leaf``."""
     if isinstance(module, NORMS):
-        return None, "norm layer"
+        return Role(None, "norm layer")
     if _BIAS.search(leaf):
-        return None, "bias"
-    if isinstance(module, ParametrizationList):
-        return None, "parametrized"
+        return Role(None, "bias")
     if param.numel() == 0:
-        return None, "empty"
+        return Role(None, "empty")
     if param.dim() < 2:
-        return None, "vector" if param.dim() == 1 else "scalar"
+        return Role(None, "vector" if param.dim() == 1 else "scalar")
+    if isinstance(module, ParametrizationList):
+        is_asked, chunks = _asked_of(module, asked)
+        return Role(chunks or 1) if is_asked and chunks is not False else Role(None, "parametrized")
     stem = _RNN_SUFFIX.sub("", leaf) if isinstance(module, nn.RNNBase) else leaf
     packed = next((weights for kind, weights in WEIGHTS.items() if isinstance(module, kind)), {})
-    for kind, chunks in asked.items():
-        if isinstance(module, kind):
-            return packed.get(stem, 1) if chunks is None else chunks, ""
+    is_asked, chunks = _asked_of(module, asked)
+    if chunks is False:
+        return Role(None, "as rotate says")
+    if is_transposed(type(module)):
+        return Role(1, "stored as (in, out), so as one layer")
+    if is_asked:
+        return Role(packed.get(stem, 1) if chunks is None else chunks)
     if isinstance(module, EMBEDDINGS):
-        return None, "embedding"
+        return Role(None, "embedding")
     if stem in packed:
-        return packed[stem], ""
-    return None, f"unknown {'parameter of' if packed else 'module type'} {type(module).__name__}"
+        return Role(packed[stem])
+    kind = type(module)
+    return Role(None, f"unknown {'parameter of' if packed else 'module type'} {kind.__name__}", kind)
 
 
 def decide(owners: Sequence[tuple[nn.Module, str]], param: Tensor, asked: Asked) -> Role:
-    """The role of a tensor in all the modules that hold it: an embedding anywhere is one, else a layer anywhere is."""
+    """The role of a tensor in all the modules that hold it: an embedding anywhere is one, else a layer anywhere is.
+
+    But where the caller has said of any of them that it does not rotate, it does not.
+    """
     roles = [_role(module, leaf, param, asked) for module, leaf in owners]
-    decisive = [role for role in roles if role[1] == "embedding"] or [role for role in roles if role[0] is not None]
-    return (decisive or roles)[0]
+    kept_out = [role for role in roles if role.reason == "as rotate says"]
+    embeddings = [role for role in roles if role.reason == "embedding"]
+    return (kept_out or embeddings or [role for role in roles if role.chunks is not None] or roles)[0]

@@ -19,15 +19,19 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import choose
-from ..formulas.options import check_group
+from ..formulas.options import check_groups
 from ..messages import describe, labelled
 from ..state.checks import count_layers
 from ..state.members import Layers, check_norms, rotates
+from ..state.memory import check_apart, is_trained
 from ..state.sharding import is_sharded, local_of
+from ..state.structure import check_entries
 from ..step.capture import is_capturing
 from ..step.plan import Plan
+from ..step.scratch import Scratch
 from ..step.watch import gradients, same_objects
 from .places import places
 
@@ -39,6 +43,7 @@ class Stepped(Protocol):
     state: Any
     _unscales: bool
     _stale: bool
+    _steps: int
     _plan: Plan | None
     _in_backward: "StepInBackward | None"
 
@@ -89,13 +94,19 @@ class StepInBackward:
         self._optimizer: weakref.ref[Stepped] = weakref.ref(optimizer)
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._plans: dict[Tensor, Plan] = {}
+        self._scratch = Scratch()
         self.is_on = True
-        self._counts: dict[Tensor, dict[tuple[Tensor, int], Tensor]] = {}
-        for key, count in ({} if past is None else past.counts()).items():
-            self._counts.setdefault(key[0], {})[key] = count
+        # Weakly, as parameters may be replaced.
+        self._counts = WeakTensorKeyDictionary()
+        for (param, first), count in ({} if past is None else past.counts()).items():
+            self._counts.setdefault(param, {})[first] = count.clone()
         # Each device has a thread of its own in a backward pass.
         self._lock = threading.RLock()
-        self._follow(optimizer)
+        try:
+            self._follow(optimizer)
+        except BaseException:
+            self.remove()
+            raise
         self._stepped: set[Tensor] = set()
         self._begin()
 
@@ -107,6 +118,10 @@ class StepInBackward:
         self._seen: set[int] = set()
         self._running: set[int] = set()
         self._is_open = False
+        self._memory_is_checked = False
+
+    def __repr__(self) -> str:
+        return f"<step_in_backward: {f'on, with {len(self._hooks)} parameters' if self.is_on else 'removed'}>"
 
     def remove(self) -> None:
         """Take the hooks off: the next :meth:`FusedLayca.step` is an ordinary one. Does nothing the second time."""
@@ -143,7 +158,7 @@ class StepInBackward:
 
     def counts(self) -> dict[tuple[Tensor, int], Tensor]:
         """The counts of every tensor that has been stepped, as :meth:`Plan.counts` has them, here or before."""
-        found = {key: count for counts in self._counts.values() for key, count in counts.items()}
+        found = {(param, first): count for param, each in self._counts.items() for first, count in each.items()}
         for plan in self._plans.values():
             found.update(plan.counts())
         return found
@@ -227,8 +242,7 @@ class StepInBackward:
 
     def _open(self, optimizer: Stepped) -> None:
         """At the first gradient of an iteration: what the ordinary step checks before it modifies anything."""
-        for group in optimizer.param_groups:
-            check_group(group)
+        check_groups(optimizer.param_groups, optimizer._steps + 1)
         if not self._follows(optimizer):
             self._follow(optimizer)
             plan = optimizer._plan
@@ -237,6 +251,8 @@ class StepInBackward:
                 optimizer._plan = None
         if not self._is_checked:
             _check_not_replicated(self._places)
+            check_entries(optimizer.param_groups, optimizer.state)
+            self._check_memory()
             self._check_norms()
             optimizer._warn_of_ignored_decay()
             self._is_checked = True
@@ -253,15 +269,23 @@ class StepInBackward:
                 new.append(Layers(group, label, param, count_layers(param, group["chunks"], label)))
         check_norms(new)
 
+    def _check_memory(self) -> None:
+        """Raise ValueError for parameters that are trained and share memory: each plan sees one of them only."""
+        self._memory_is_checked = True
+        trained = [each for place in self._places.values() for each in labelled(place.groups) if is_trained(each[2])]
+        check_apart([(partial(describe, label, param), local_of(param)) for _, label, param in trained])
+
     def _step(self, optimizer: Stepped, param: Tensor) -> None:
         groups, state = self._places[param]
         plan = self._plans.get(param)
         if plan is None or not plan.holds(groups, state):
+            if plan is not None and not self._memory_is_checked:
+                self._check_memory()
             if param not in optimizer.state:
                 self._created.add(param)
-            previous, plan = plan, Plan(groups, state, choose, previous=plan)
+            previous, plan = plan, Plan(groups, state, choose, plan, self._scratch)
             if previous is None and param in self._counts:
-                plan.carry_counts(self._counts[param])
+                plan.carry_counts({(param, first): count for first, count in self._counts[param].items()})
             self._plans[param] = plan
         plan.step()
         self._stepped.add(param)

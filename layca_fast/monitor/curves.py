@@ -1,11 +1,7 @@
-"""What a RotationMonitor has seen, as plain numbers: a container, and the files that hold it."""
+"""What a RotationMonitor has seen, as plain numbers."""
 
-import csv
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,73 +82,14 @@ class Curves:
         """Whether any angle between records is known."""
         return not bool(self.angle.isnan().all())
 
-    def plot(self, path: "str | Path | None" = None, **options: Any) -> "Figure":
-        """Draw the layer rotation curves as :func:`layca_fast.figures.rotation.draw` does; needs matplotlib."""
-        return drawing()(self, path, **options)
+    def plot(
+        self, path: "str | Path | None" = None, *, quantity: str = "rotation", title: str = "", xlabel: str = "step"
+    ) -> "Figure":
+        """Draw one quantity of all layers, a line each, and write it to ``path`` if that is given; needs matplotlib.
 
-
-def curves_of(names: Sequence[str], records: Iterable[Mapping[str, Any]]) -> Curves:
-    """The curves of these layers from what :meth:`Curves.records` gave; what is missing there is NaN."""
-    rows = list(records)
-    tensors = {
-        quantity: torch.tensor(
-            [[row.get(quantity, {}).get(name, math.nan) for name in names] for row in rows], dtype=torch.float64
-        ).reshape(len(rows), len(names))
-        for quantity in QUANTITIES
-    }
-    return Curves(list(names), [int(row["step"]) for row in rows], **tensors)
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None or value == "" else float(value)
-
-
-def _complete_lines(path: Path) -> str:
-    """The lines that have an end: a run that was killed, or is still writing, may leave a part of one."""
-    with path.open(encoding="utf-8", newline="") as file:
-        text = file.read()
-    return text[: text.rfind("\n") + 1]
-
-
-def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in _complete_lines(path).splitlines():
-        if not line.strip():
-            continue
-        row = json.loads(line)
-        values = {name: {layer: _number(x) for layer, x in row[name].items()} for name in QUANTITIES if name in row}
-        yield {"step": row["step"], **values}
-
-
-def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {}
-    lines = csv.DictReader(StringIO(_complete_lines(path), newline=""))
-    lacking = {"step", "layer", *QUANTITIES}.difference(lines.fieldnames or ())
-    if lacking and lines.fieldnames is not None:
-        raise KeyError(f"no columns {sorted(lacking)}")
-    for line in lines:
-        row = rows.setdefault(line["step"], {"step": int(line["step"]), **{name: {} for name in QUANTITIES}})
-        for name in QUANTITIES:
-            row[name][line["layer"]] = _number(line[name])
-    yield from rows.values()
-
-
-def read_curves(path: str | Path) -> Curves:
-    """The curves in a file that CsvWriter (``.csv``) or JsonLinesWriter (anything else) wrote.
-
-    A last line without an end, as a run leaves it that is killed while it writes, is left out.
-
-    Raises ValueError, naming the file, where it holds something else, and OSError where it cannot be read.
-    """
-    path = Path(path)
-    try:
-        rows = list(_read_csv(path) if path.suffix.lower() == ".csv" else _read_json_lines(path))
-        names = list(dict.fromkeys(name for row in rows for name in row["rotation"]))
-        curves = curves_of(names, rows)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: holds no rotation curves: CSV (.csv) or JSON lines of layca_fast.writers are expected "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    if not rows:
-        raise ValueError(f"{path}: holds no records")
-    return curves
+        ``path``: PNG, PDF or SVG by its suffix. ``quantity``: "rotation", from 0 to 1, to what is reached where that is
+        beyond 1 or below 1/2; or "angle", in radians, or "norm", both on a logarithmic scale. ``title`` stands above,
+        ``xlabel`` below. Returns the figure, which pyplot knows nothing of. Raises ImportError without matplotlib, and
+        ValueError for an unknown quantity, and where there is nothing to draw.
+        """
+        return drawing()(self, path, quantity=quantity, title=title, xlabel=xlabel)

@@ -113,7 +113,7 @@ class Reference:
         self._made_for: list[tuple[object, ...]] = []
         self._pairs: Pairs | None = None
         #: Squared norms of the layers when they were copied, summed over shards, (layers,) float64.
-        self.squares = torch.zeros(0)
+        self.squares = torch.zeros(0, dtype=torch.float64, device="cpu")
 
     def set(self, weights: Sequence[Tensor]) -> None:
         """Copy the weights, into the memory of the last copies where there are any."""

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from ..formulas.options import BACKENDS, check_choice
 from ..formulas.rotation import orthogonal_square
 from ..messages import warn_caller
 from ..state.reduction import Reduction
 from ..step.capture import is_capturing
+from .after_steps import AfterSteps
 from .curves import QUANTITIES, Curves
 from .keeping import KEEPS, Reference, Sketched, View, Whole
+from .saved import check_saved
 from .watched import replaced, watched_layers
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def angle_between(dots: Tensor, squares: Tensor) -> Tensor:
     return torch.where(sound, angle, math.nan)
 
 
-class RotationMonitor:
+class RotationMonitor(AfterSteps):
     """Layer rotation curves, angles between records and norms, of any model under any optimizer.
 
     The curve of a layer is 1 - cos(w_t, w_0), with w_0 the weights when the monitor is made (arXiv 1806.01603,
@@ -137,7 +138,7 @@ class RotationMonitor:
         counts = [each.layers for each in self._watched]
         self._start = Reference(self._view, counts, backend)
         self._before = Reference(self._view, counts, backend) if self.per_step else None
-        self._hook: RemovableHandle | None = None
+        super().__init__()
         self.reset()
 
     # To compile a record would gain nothing, and be done again for every new step number.
@@ -150,7 +151,7 @@ class RotationMonitor:
         self.step = step
         self._steps: list[int] = []
         self._pending: list[Tensor] = []
-        self._read = torch.zeros(0, len(QUANTITIES), len(self.names), dtype=torch.float64)
+        self._read = torch.zeros(0, len(QUANTITIES), len(self.names), dtype=torch.float64, device="cpu")
         weights, squares = self._view.take()
         self._start.set(weights)
         if self._before is not None:
@@ -241,9 +242,11 @@ class RotationMonitor:
         rotation, angle, norm = (each.clone() for each in self._read.unbind(1))
         return Curves(list(self.names), list(self._steps), rotation=rotation, angle=angle, norm=norm)
 
-    def plot(self, path: str | Path | None = None, **options: Any) -> "Figure":
-        """Draw the curves, one line per layer: see :func:`layca_fast.figures.rotation.draw`. Needs matplotlib."""
-        return self.curves.plot(path, **options)
+    def plot(
+        self, path: str | Path | None = None, *, quantity: str = "rotation", title: str = "", xlabel: str = "step"
+    ) -> "Figure":
+        """Draw the curves, one line per layer: :meth:`layca_fast.Curves.plot` says what the options are."""
+        return self.curves.plot(path, quantity=quantity, title=title, xlabel=xlabel)
 
     @property
     def nbytes(self) -> int:
@@ -255,43 +258,8 @@ class RotationMonitor:
         """Whether other processes have parts of the layers, so that all of them must record and save."""
         return any(each.groups for each in self._watched)
 
-    def attach(self, optimizer: Optimizer | None = None) -> "RotationMonitor":
-        """Record after every step of ``optimizer`` (None: the one that the monitor was made for); returns the monitor.
-
-        Until :meth:`detach`, or the end of ``with monitor.attach(optimizer):``. Copies and pickles of the optimizer do
-        not record. A step that GradScaler skips is no step, unless ``unscale_in_step`` leaves skipping to the kernels.
-        """
-        if optimizer is None and isinstance(self._source, Optimizer):
-            optimizer = self._source
-        if not isinstance(optimizer, Optimizer):
-            kind = type(optimizer).__name__
-            raise TypeError(f"optimizer is a {kind}: it must be the torch.optim.Optimizer whose steps are recorded")
-        # accelerate's wrapper is an Optimizer by its type alone: the hooks are those of the one inside.
-        inner: Any = optimizer
-        while not hasattr(inner, "_optimizer_step_post_hooks"):
-            inner = inner.optimizer
-        if self._hook is not None:
-            raise ValueError("this monitor records the steps of an optimizer already: call detach() first")
-        self._hook = inner.register_step_post_hook(self._after_step)
-        return self
-
-    def detach(self) -> None:
-        """No longer record the steps of the optimizer. Does nothing where it does not."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.record()
-
-    def __enter__(self) -> "RotationMonitor":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.detach()
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hook": None, "_reduction": None}
+        return {**self.__dict__, "_hooks": [], "_reduction": None}
 
     def state_dict(self) -> dict[str, Any]:
         """All that :meth:`load_state_dict` needs to go on: plain data and tensors, for torch.load(weights_only=True).
@@ -323,6 +291,7 @@ class RotationMonitor:
         """
         if state_dict.get("version") != VERSION:
             raise ValueError(f"state_dict: has version {state_dict.get('version')!r}, and only {VERSION} can be read")
+        check_saved(state_dict, SETTINGS, self._before is not None and bool(state_dict.get("per_step")))
         for name in SETTINGS:
             if state_dict[name] != getattr(self, name):
                 raise ValueError(

@@ -4,20 +4,26 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from ..groups.layer_groups import trainable_entries
 from ..groups.roles import EMBEDDINGS
-from ..messages import named
-from ..state.checks import check_memory, check_parameter, count_layers
+from ..messages import named, warn_caller
+from ..state.checks import check_memory, check_parameter, count_layers, is_fake
 from ..state.members import rotates
+from ..state.others import option
 from ..state.sharding import Piece, is_sharded, local_of, sharding_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+#: Of types whose tensors are layers only where they are asked for.
+NO_LAYERS = (*EMBEDDINGS, ParametrizationList)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class Watched:
 def _watched(name: str, param: Tensor, chunks: int | str) -> list[Watched]:
     label = f"parameter {name!r}"
     check_parameter(param, label)
+    if is_fake(param):
+        raise TypeError(f"{label} is a FakeTensor, without numbers to measure: make the monitor outside of that mode")
     check_memory(param, label)
     layers = count_layers(param, chunks, label)
     names = (name,) if layers == 1 else tuple(f"{name}[{index}]" for index in range(layers))
@@ -71,9 +79,14 @@ def _watched(name: str, param: Tensor, chunks: int | str) -> list[Watched]:
 def _of_model(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
     """Every trainable parameter with its chunks: None where it is no layer."""
     # Also types that layer_groups does not know: nothing depends here on what such a tensor is.
-    asked = {type(module): None for module in model.modules() if not isinstance(module, EMBEDDINGS)}
+    asked = {type(module): None for module in model.modules() if not isinstance(module, NO_LAYERS)}
     _, entries = trainable_entries(model, asked)
     return [(entry.name, entry.param, entry.chunks) for entry in entries]
+
+
+def _is_layer(param: Tensor, rotate: Any) -> bool:
+    # A matrix of one row is watched, too, though by default it does not rotate.
+    return param.dim() >= 2 if rotate is None else rotates(param, {"rotate": rotate})
 
 
 def _of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor, int | str | None]]:
@@ -88,7 +101,9 @@ def _of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor, int | str | N
         (
             name if times[name] == 1 else f"{numbers[id(group)]}.{name}",
             param,
-            group.get("chunks", 1) if rotates(param, {"rotate": group.get("rotate")}) else None,
+            option(optimizer, group, "chunks", 1)
+            if _is_layer(param, option(optimizer, group, "rotate", None))
+            else None,
         )
         for group, name, param in found
     ]
@@ -112,7 +127,9 @@ def _named(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
     chunks = {}
     if any(param.requires_grad for param in model.parameters()):
         chunks = {name: chunks for name, _, chunks in _of_model(model)}
-    return [(name, p, chunks.get(name)) for name, p in model.named_parameters() if p.is_floating_point()]
+    return [
+        (name, p, chunks.get(name)) for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()
+    ]
 
 
 def replaced(source: nn.Module | Optimizer, watched: Sequence[Watched]) -> list[str]:
@@ -141,8 +158,39 @@ def watched_layers(source: nn.Module | Optimizer, layers: Iterable[str] | None) 
     else:
         chosen = _chosen(found, list(layers))
     if not chosen:
-        raise ValueError(
-            f"model_or_optimizer: no parameter of this {type(source).__name__} has two or more dimensions; name those "
-            "to watch: layers=['...']"
-        )
+        raise ValueError(f"model_or_optimizer: {_why_none(source, found)}")
+    if layers is None:
+        chosen = _readable(chosen)
     return [each for name, param, chunks in chosen for each in _watched(name, param, chunks)]
+
+
+def _why_none(source: nn.Module | Optimizer, found: Sequence[tuple[str, Tensor, int | str | None]]) -> str:
+    """What to say, and to do, where nothing is a layer by itself."""
+    kind = type(source).__name__
+    matrices = [name for name, param, _ in found if param.dim() >= 2]
+    names = matrices or [name for name, _, _ in found]
+    start = f"no parameter of this {kind} has two or more dimensions"
+    if matrices:
+        start = f"no parameter of this {kind} is watched unless it is named: those of two or more dimensions are not "
+        start += "layers by themselves, but parametrized, embeddings or of norm layers, or have rotate=False"
+    return f"{start}; name those to watch: layers={names}" if names else f"{start}: give it a parameter that is trained"
+
+
+def _readable(chosen: Sequence[tuple[str, Tensor, int | str]]) -> list[tuple[str, Tensor, int | str]]:
+    """Those of a type that can be measured; warns of the rest. TypeError where there are none."""
+    kept, errors = [], []
+    for name, param, chunks in chosen:
+        try:
+            check_parameter(param, f"parameter {name!r}")
+        except TypeError as error:
+            errors.append(error)
+        else:
+            kept.append((name, param, chunks))
+    if errors and not kept:
+        raise errors[0]
+    if errors:
+        warn_caller(
+            f"RotationMonitor leaves {len(errors)} of {len(chosen)} layers out, which it cannot measure; name those to "
+            f"watch to silence this: layers={[name for name, _, _ in kept]}. The first is: {errors[0]}"
+        )
+    return kept

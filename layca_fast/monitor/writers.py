@@ -2,7 +2,8 @@
 
 Each writer has ``write(monitor)``, which adds the records since its last call, and so waits for the device. The first
 call writes all records that the monitor has, those from before a resume included, over what the file held. Of several
-processes that train together, one should write.
+processes that train together, one should write. What a call could not write, as on a full disk, the next one does;
+OSError then names the file.
 """
 
 import csv
@@ -10,12 +11,15 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from io import StringIO
+from os import SEEK_END
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from ..formulas.options import check_choice
 from . import RotationMonitor
 from .curves import QUANTITIES, Curves, drawing
+from .files import replace
 
 
 class Writer(Protocol):
@@ -38,8 +42,12 @@ class _Incremental:
         # come to the same step by now.
         goes_on = self._last is not None and curves.include(self._last)
         news = curves.after(self._last.steps[-1]) if goes_on and self._last is not None else curves
-        self._last = curves.after(curves.steps[-2]) if len(curves.steps) > 1 else curves
         return news, goes_on
+
+    def _wrote(self, source: RotationMonitor | Curves) -> None:
+        """All records have been written: what is not seen here is written once more."""
+        curves = source if isinstance(source, Curves) else source.curves
+        self._last = curves.after(curves.steps[-2]) if len(curves.steps) > 1 else curves
 
 
 class _FileWriter(_Incremental, ABC):
@@ -49,10 +57,35 @@ class _FileWriter(_Incremental, ABC):
         if self.path.is_dir() or not self.path.absolute().parent.is_dir():
             raise ValueError(f"path={str(path)!r}: must be a file in a folder that exists")
 
+        #: Of the file as it was left, in bytes; and whether more than that may be a part of what could not be written.
+        self._size, self._is_torn = 0, False
+
     def write(self, source: RotationMonitor | Curves) -> None:
-        news, goes_on = self._news(source)
-        with self.path.open("a" if goes_on else "w", encoding="utf-8", newline="") as file:
-            self._append(file, news, new=not goes_on)
+        curves = source if isinstance(source, Curves) else source.curves
+        news, goes_on = self._news(curves)
+        try:
+            # Somebody may have moved the file away.
+            if goes_on and self.path.is_file() and self.path.stat().st_size >= self._size:
+                self._add(self._text(news, new=False))
+            else:
+                replace(self.path, self._text(curves, new=True))
+            self._size, self._is_torn = self.path.stat().st_size, False
+        except OSError as error:
+            since = f" (rotation records from step {news.steps[0]} on were not written)" if news.steps else ""
+            raise OSError(error.errno, f"{error.strerror or error}{since}", str(self.path)) from error
+        self._wrote(curves)
+
+    def _text(self, curves: Curves, new: bool) -> bytes:
+        text = StringIO(newline="")
+        self._append(text, curves, new)
+        return text.getvalue().encode("utf-8")
+
+    def _add(self, data: bytes) -> None:
+        with self.path.open("r+b") as file:
+            if self._is_torn:
+                file.truncate(self._size)
+            self._size, self._is_torn = file.seek(0, SEEK_END), True
+            file.write(data)
 
     @abstractmethod
     def _append(self, file: TextIO, curves: Curves, new: bool) -> None:
@@ -127,6 +160,7 @@ class TensorBoardWriter(_Incremental):
             for quantity in self._quantities:
                 for name, value in record.get(quantity, {}).items():
                     self._target.add_scalar(f"{quantity}/{name}", value, record["step"])
+        self._wrote(curves)
         if self._figure and news.steps:
             self._target.add_figure("layer rotation", curves.plot(), news.steps[-1], close=False)
 

@@ -1,21 +1,34 @@
 """What tensors FusedLayca accepts. Each check raises an error that names the tensor and the way out."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..formulas.options import find_base
 from ..messages import describe, labelled
-from .layout import overlaps
+from .layout import bytes_needed, matrix_shape, overlaps
 from .sharding import check_placements, check_same_mesh, is_sharded, local_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+class SparseGradientError(TypeError, RuntimeError):
+    """A gradient of a layout that no kernel walks; torch's optimizers raise RuntimeError for it."""
+
+
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether the numbers are in another tensor inside this one, as in DTensor."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has a shape and a type and no numbers, as FakeTensorMode makes them to try a program out."""
+    # Imported by torch itself, in the versions that do; a fake tensor cannot be there before it.
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
 
 
 def check_initialized(tensor: Tensor, label: str) -> None:
@@ -35,17 +48,26 @@ def check_parameter(tensor: Tensor, label: str) -> None:
         )
     check_placements(tensor, name)
     tensor = local_of(tensor)
-    if is_wrapper(tensor):
+    if is_wrapper(tensor) and not is_fake(tensor):
         raise TypeError(
             f"{name} is a {type(tensor).__name__}: layca_fast reads plain tensors and DTensors only; pass the plain "
             "tensor inside it"
         )
     if tensor.layout != torch.strided:
-        raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor, parameter.to_dense()")
+        raise TypeError(
+            f"{name} has layout {tensor.layout}: make a dense parameter of it, "
+            "torch.nn.Parameter(parameter.detach().to_dense())"
+        )
     if tensor.is_quantized or not (tensor.is_floating_point() or tensor.is_complex()):
-        raise TypeError(f"{name} is not a floating-point tensor: leave it out, or convert it to float32")
+        raise TypeError(
+            f"{name} is not a floating-point tensor: leave it out, or convert it, "
+            "torch.nn.Parameter(parameter.float()), or parameter.dequantize() of a quantized one"
+        )
     if tensor.is_complex():
-        raise TypeError(f"{name} is complex: pass torch.view_as_real(parameter) as the parameter instead")
+        raise TypeError(
+            f"{name} is complex: make its real form the parameter, torch.nn.Parameter(torch.view_as_real(parameter."
+            "detach().resolve_conj())), and use torch.view_as_complex(parameter) in the forward pass"
+        )
     if tensor.dtype not in DTYPES:
         raise TypeError(
             f"{name}: only float64, float32, bfloat16 and float16 parameters can be trained; keep the parameters in "
@@ -54,18 +76,31 @@ def check_parameter(tensor: Tensor, label: str) -> None:
     if tensor.is_meta:
         raise ValueError(f"{name} is on the meta device: materialize it first, with module.to_empty(device=...)")
     if tensor.is_neg():
-        raise ValueError(f"{name} is a lazily negated view: pass parameter.resolve_neg() as the parameter")
+        raise ValueError(
+            f"{name} is a lazily negated view: make a parameter with memory of its own, "
+            "torch.nn.Parameter(parameter.detach().resolve_neg())"
+        )
     if overlaps(tensor):
         raise ValueError(
             f"{name} has elements that share memory (strides {tensor.stride()}), as expanded tensors do: "
-            "pass parameter.clone() as the parameter"
+            "make a parameter with memory of its own, torch.nn.Parameter(parameter.detach().clone()), or make the "
+            "tensor before the expansion the parameter and expand it in the forward pass"
+        )
+
+
+def check_writable(tensor: Tensor, label: str) -> None:
+    """Raise ValueError for a tensor that was made in inference mode, and is not to be written to outside of it."""
+    if local_of(tensor).is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{describe(label, tensor)} was made under torch.inference_mode(), and such a tensor cannot be trained: "
+            "pass a copy that is made outside of it, torch.nn.Parameter(parameter.clone())"
         )
 
 
 def check_memory(tensor: Tensor, label: str) -> None:
-    """Raise ValueError for a tensor that has elements and no memory, as sharded training leaves it between uses."""
+    """Raise ValueError for a tensor whose memory was freed, in part or whole, as sharded training does between uses."""
     local = local_of(tensor)
-    if local.numel() > 0 and local.untyped_storage().nbytes() == 0:
+    if local.numel() > 0 and local.untyped_storage().nbytes() < bytes_needed(local):
         raise ValueError(f"the memory of {describe(label, tensor)} was freed: step while it is there")
 
 
@@ -76,8 +111,8 @@ def check_gradient(grad: Tensor, param: Tensor, label: str) -> None:
     moves = is_sharded(grad) and is_sharded(param) and grad.placements != param.placements
     grad, param = local_of(grad), local_of(param)
     if grad.layout != torch.strided:
-        raise TypeError(f"{name} has layout {grad.layout}: FusedLayca needs dense gradients (sparse=False)")
-    if is_wrapper(grad):
+        raise SparseGradientError(f"{name} has layout {grad.layout}: FusedLayca needs dense gradients (sparse=False)")
+    if is_wrapper(grad) and not (is_fake(grad) and is_fake(param)):
         raise TypeError(f"{name} is a {type(grad).__name__}: FusedLayca reads plain tensors only")
     check_memory(grad, f"the gradient of {label}")
     if not grad.is_floating_point():
@@ -117,3 +152,24 @@ def count_layers(param: Tensor, chunks: int | str, label: str) -> int:
             f"{rows}, or put the tensor in a group with chunks=1"
         )
     return int(chunks)
+
+
+def check_matrices(param: Tensor, group: Mapping[str, Any], label: str) -> None:
+    """Raise ValueError where a layer of ``param`` is no matrix and the base of its group directs matrices only.
+
+    Or where ``chunks`` does not divide it. Lazy parameters, which have no shape yet, pass.
+    """
+    base = find_base(group["base"])
+    if base.formula(group).direct is None or torch.nn.parameter.is_lazy(param):
+        return
+    chunks = group["chunks"]
+    if param.dim() < 2:
+        raise ValueError(
+            f"{describe(label, param)} is no matrix, and base={base.name!r} directs whole matrices: put it in a group "
+            f"with another base, as layer_groups(model, base={base.name!r}, others_base='adam') does"
+        )
+    if len(matrix_shape(param.shape, count_layers(param, chunks, label), chunks)) < 2:
+        raise ValueError(
+            f"chunks={chunks!r} cuts {describe(label, param)} into vectors, and base={base.name!r} directs whole "
+            "matrices: choose fewer chunks, or another base for its group"
+        )

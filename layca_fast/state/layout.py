@@ -1,5 +1,8 @@
 """How a tensor lies in memory: what the kernels may walk as one run of addresses, and where its scalars live."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,6 +11,11 @@ def _dims(tensor: Tensor) -> list[tuple[int, int]]:
     """(stride, size) of the dimensions longer than 1, innermost first."""
     dims = zip(tensor.stride(), tensor.shape, strict=True)
     return sorted((stride, size) for stride, size in dims if size != 1)
+
+
+def is_vector(tensor: Tensor) -> bool:
+    """Whether at most one dimension is longer than 1: rows, columns and numbers, however many dimensions they have."""
+    return sum(size != 1 for size in tensor.shape) < 2
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -20,6 +28,12 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def bytes_needed(tensor: Tensor) -> int:
+    """How many bytes its storage must have for all elements of a tensor, of which there is one at least."""
+    reach = sum(stride * (size - 1) for stride, size in _dims(tensor))
+    return int((tensor.storage_offset() + reach + 1) * tensor.element_size())
 
 
 def overlaps(tensor: Tensor) -> bool:
@@ -35,6 +49,15 @@ def overlaps(tensor: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def usable(state: Any) -> Any:
+    """A state in which single elements can be written, at any time: itself, or a copy of one that is expanded."""
+    if not isinstance(state, Tensor) or state.layout != torch.strided:
+        return state
+    if overlaps(state) or (state.is_inference() and not torch.is_inference_mode_enabled()):
+        return state.clone(memory_format=torch.contiguous_format)
+    return state
 
 
 def layers_are_dense(tensor: Tensor, layers: int) -> bool:
@@ -55,3 +78,15 @@ def memory_order(tensor: Tensor) -> Tensor:
 def scalar_device(device: torch.device) -> torch.device:
     """Where the float64 dots and coefficients of tensors on ``device`` live: MPS has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def matrix_shape(shape: Sequence[int], layers: int, chunks: int | str = 1) -> tuple[int, ...]:
+    """The shape of one of ``layers`` equal slices of the first dimension, whose rows are its first dimension.
+
+    A slice of one row of three or more dimensions, as ``chunks`` makes them of stacked matrices, is the matrix in it.
+    Of fewer than two dimensions it is no matrix.
+    """
+    if not shape:
+        return ()
+    height = shape[0] // layers
+    return tuple(shape[1:]) if height == 1 and chunks != 1 else (height, *shape[1:])

@@ -4,7 +4,6 @@ torch's own ``load_state_dict`` casts every state tensor to its parameter's dtyp
 parameter is, so the tensors are put back as they were saved once torch is done.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,14 +12,16 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..formulas.options import find_base
 from ..messages import describe, labelled
-from .checks import count_layers
-from .compensation import HALVES
-from .layout import scalar_device
+from .checks import check_memory, count_layers
+from .contents import check_complete, check_contents
+from .entries import drop_empty
+from .layout import is_vector, scalar_device
 from .members import OUR_STATES
-
-#: Every group of FusedLayca has all of these. Groups made by layer_groups for another optimizer have some.
-OUR_OPTIONS = {"base", "rule", "rotate"}
+from .others import OUR_OPTIONS
+from .regroup import follow_groups
+from .structure import check_saved
 
 
 def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, Tensor, Any]]:
@@ -36,42 +37,96 @@ def is_foreign(saved: Mapping[str, Any]) -> bool:
     return not any(group.keys() >= OUR_OPTIONS for group in saved["param_groups"])
 
 
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """What the groups call their parameters, in order; None where one has no name."""
+    if any(len(group.get("param_names") or ()) != len(group["params"]) for group in groups):
+        return None
+    return [name for group in groups for name in group["param_names"]]
+
+
+def _matched(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A foreign checkpoint with its parameters in our groups, by name where both have names.
+
+    Raises ValueError where names are missing, there or altogether, and groups differ in number or size.
+    """
+    groups, theirs = optimizer.param_groups, saved["param_groups"]
+    sizes, saved_sizes = ([len(group["params"]) for group in each] for each in (groups, theirs))
+    ours, known = _names(groups), _names(theirs)
+    if ours is None or known is None:
+        if sizes == saved_sizes:
+            return saved
+        raise ValueError(
+            f"state_dict: another optimizer wrote this checkpoint, with groups of {saved_sizes} parameters where this "
+            f"one has {sizes}. Names would tell which is which: make this optimizer of layer_groups(model) or "
+            "model.named_parameters(), and name those of the checkpoint, in their order: "
+            "saved['param_groups'][0]['param_names'] = [name for name, _ in model.named_parameters()]"
+        )
+    keys = dict(zip(known, chain.from_iterable(group["params"] for group in theirs), strict=True))
+    missing = [name for name in ours if name not in keys]
+    if missing:
+        raise ValueError(
+            f"state_dict: another optimizer wrote this checkpoint, and it has no parameters {missing}: load it into an "
+            "optimizer of the model that it was saved from"
+        )
+    matched = [{"params": [keys[name] for name in group["param_names"]]} for group in groups]
+    used = {keys[name] for name in ours}
+    # That of parameters which are not trained here would be kept under their numbers.
+    state = {key: value for key, value in saved["state"].items() if key in used}
+    return {**saved, "state": state, "param_groups": matched}
+
+
 def adopt(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     """The state of a foreign checkpoint under the hyperparameters of ``optimizer``."""
-    # Groups that do not match are torch's to refuse.
+    saved = _matched(optimizer, saved)
     groups = zip(optimizer.param_groups, saved["param_groups"], strict=False)
     adopted = [{**ours, "params": theirs["params"]} for ours, theirs in groups]
     return {**saved, "param_groups": adopted + saved["param_groups"][len(adopted) :]}
 
 
-def _check_count(step: Tensor, where: str) -> None:
-    """Raise ValueError for a number of steps that is none. Those of our own runs are on the CPU once saved."""
-    if step.device.type == "cpu" and step.numel() == 1 and not 0 <= float(step) < math.inf:
-        raise ValueError(f"state_dict: 'step' is {float(step)} for {where}: it must be a finite number >= 0")
-
-
-def check_shapes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError if a saved state tensor does not fit its parameter."""
+def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError if a saved state does not fit its parameter, or if no run can have left it."""
     for group, label, param, state in _pairs(optimizer, saved):
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"state_dict: the state of {describe(label, param)} is a {type(state).__name__}: it must be a dict of "
+                "tensors"
+            )
+        base = find_base(group.get("base", optimizer.defaults.get("base")))
+        check_complete(base.formula({**base.options, **group}), state, describe(label, param))
         for name, value in state.items():
-            if name not in OUR_STATES or not isinstance(value, Tensor):
+            is_ours = name in OUR_STATES and isinstance(value, Tensor)
+            if is_ours:
+                check_memory(value, f"state_dict: the state {name!r} of {label}")
+            layers = count_layers(param, group.get("chunks", 1), label) if name == "radius" else 1
+            check_contents(name, value, param, label, layers)
+            if not is_ours:
                 continue
-            expected = tuple(param.shape)
-            if name == "radius":
-                expected = (count_layers(param, group.get("chunks", 1), label),)
-            elif name == "step":
-                expected = ()
-                _check_count(value, describe(label, param))
-            elif name == "remainder" and value.dtype not in HALVES:
+            if name == "radius" and "rotate" in group and group["rotate"] is None and is_vector(param):
                 raise ValueError(
-                    f"state_dict: {name!r} has dtype {value.dtype} for {describe(label, param)}: it holds raw bits in "
-                    "a tensor of a 16-bit type, which no conversion keeps. Load it as it was saved, or leave it out"
+                    f"state_dict: {describe(label, param)} has a radius, so it turned when it was saved, and "
+                    "rotate=None does not turn vectors (at most one dimension longer than 1): set rotate=True in "
+                    "its saved group to turn all of that, or delete 'radius' from its saved state to stop"
                 )
+            expected = {"radius": (layers,), "step": ()}.get(name, tuple(param.shape))
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"state_dict: {name!r} has shape {tuple(value.shape)}, but {describe(label, param)} needs "
                     f"{expected}: load it into an optimizer of the model that it was saved from"
                 )
+
+
+def _without_placeholders(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A saved state without the empty dicts that torch.distributed.checkpoint puts where a flat one has nothing."""
+
+    def is_there(name: str, value: Any) -> bool:
+        return name not in OUR_STATES or not isinstance(value, dict) or bool(value)
+
+    return {
+        key: {name: value for name, value in each.items() if is_there(name, value)}
+        if isinstance(each, Mapping)
+        else each
+        for key, each in state.items()
+    }
 
 
 def _copied(name: str, value: Tensor, param: Tensor) -> Tensor:
@@ -97,20 +152,30 @@ class Loading:
     def __init__(self, optimizer: Optimizer, check: Callable[[Mapping[str, Any]], None]) -> None:
         self._optimizer, self._check = optimizer, check
         self._saved: dict[str, Any] = {}
+        self._before = self._groups = optimizer.param_groups
         #: Whether another optimizer wrote the checkpoint.
         self.is_foreign = False
 
     # Hooks registered by users may replace the dict, so ours looks at it after all of them.
     def _keep(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        check_saved(saved)
         self.is_foreign = is_foreign(saved)
-        self._saved = adopt(optimizer, saved) if self.is_foreign else dict(saved)
+        saved = {**saved, "state": _without_placeholders(saved["state"])}
+        self._before = optimizer.param_groups
+        if self.is_foreign:
+            self._groups, self._saved = self._before, adopt(optimizer, saved)
+        else:
+            self._groups, self._saved = follow_groups(optimizer, saved)
         for group in self._saved["param_groups"]:
             self._check(group)
-        check_shapes(optimizer, self._saved)
+        # torch takes the parameters of each group from here.
+        optimizer.param_groups = self._groups
+        check_state(optimizer, self._saved)
         return self._saved
 
     def _restore(self, optimizer: Optimizer) -> None:
         restore_types(optimizer, self._saved)
+        drop_empty(optimizer.state)
 
     def __enter__(self) -> "Loading":
         optimizer = self._optimizer
@@ -121,6 +186,8 @@ class Loading:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None and self._optimizer.param_groups is self._groups:
+            self._optimizer.param_groups = self._before
         for hook in self._hooks:
             hook.remove()
 
@@ -130,6 +197,28 @@ class _Shielded:
     """A tensor inside something that torch does not know, and so passes through ``load_state_dict`` as it is."""
 
     tensor: Tensor
+
+
+def check_radii(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError, for another optimizer than ours to load, for a saved radius that no run can have left."""
+    for _, label, param, state in _pairs(optimizer, saved):
+        if isinstance(state, Mapping):
+            radius = state.get("radius")
+            if isinstance(radius, Tensor):
+                check_memory(radius, f"state_dict: the state 'radius' of {label}")
+            check_contents("radius", radius, param, label, 1)
+
+
+def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """:func:`follow_groups` for another optimizer than ours, whose groups may be replaced; what it should load.
+
+    A checkpoint without radii is that of the plain optimizer, whose groups say nothing of what rotates.
+    """
+    check_saved(saved)
+    saved = {**saved, "state": _without_placeholders(saved["state"])}
+    if any(isinstance(each, Mapping) and "radius" in each for each in saved["state"].values()):
+        optimizer.param_groups, saved = follow_groups(optimizer, saved)
+    return saved
 
 
 def shield_radii(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,17 +2,29 @@
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..formulas.bases import FORMULAS, Formula
-from ..formulas.options import find_base
+from ..formulas.options import decays, find_base
 from ..messages import describe, labelled
-from .checks import check_gradient, check_memory, check_parameter, count_layers
+from .checks import (
+    check_gradient,
+    check_matrices,
+    check_memory,
+    check_parameter,
+    check_writable,
+    count_layers,
+    is_fake,
+)
 from .compensation import HALVES, fits, is_compensated, state_dtype
-from .layout import layers_are_dense, scalar_device
+from .contents import check_complete
+from .layout import is_vector, layers_are_dense, scalar_device, usable
+from .memory import Written
+from .modes import check_modes
 from .runner import Choose, Runs
 from .sharding import (
     Piece,
@@ -36,18 +48,18 @@ OUR_STATES = {"radius", "remainder", "step", *(name for formula in FORMULAS.valu
 
 
 def rotates(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether a tensor of this group rotates; by default those of two or more dimensions do."""
+    """Whether a tensor of this group rotates; by default those that are no vectors do: (n, 1) is one."""
     rotate = group["rotate"]
-    return param.dim() >= 2 if rotate is None else bool(rotate)
+    return not is_vector(param) if rotate is None else bool(rotate)
 
 
 def ignored_decay(groups: Sequence[Mapping[str, Any]]) -> str | None:
     """What to warn of, if a group asks for weight decay of tensors that rotate."""
     for group, label, param in labelled(groups):
-        if group["weight_decay"] != 0 and rotates(param, group):
+        if decays(group) and rotates(param, group):
             return (
-                f"weight_decay={group['weight_decay']} is ignored for {label} and every other tensor that rotates: "
-                "Layca keeps their norms fixed. Set weight_decay=0 there to silence this"
+                f"weight_decay={group['weight_decay']} is ignored for {describe(label, param)} and every other "
+                "tensor that rotates: Layca keeps their norms fixed. Set weight_decay=0 there to silence this"
             )
     return None
 
@@ -79,12 +91,16 @@ class Member(Generic[Runs]):
         where one has another shape than the parameter.
         """
         dtype = state_dtype(self.param.dtype, self.group)
-        old = {name: self._placed(name, state[name]) for name in state if state[name] is not None}
+        for name, value in state.items():
+            if name in OUR_STATES and isinstance(value, Tensor):
+                check_memory(value, f"the state {name!r} of {self.label}")
+        old = {name: usable(self._placed(name, state[name])) for name in state if state[name] is not None}
         local = {}
         for name in self.formula.states:
             local[name] = self._buffer(name, old.get(name), dtype)
         if is_compensated(self.param.dtype, self.group):
             local["remainder"] = self._remainder(old.get("remainder"))
+        check_complete(self.formula, state, describe(self.label, self.param))
         if self.formula.counts_steps:
             # Another base may have counted steps before these buffers were made.
             has = [name for name in self.formula.states if state.get(name) is not None]
@@ -92,6 +108,12 @@ class Member(Generic[Runs]):
         if self.rotates:
             local["radius"] = self._radius(old.get("radius"))
         return {name: self._kept(name, local[name], state.get(name)) for name in local}, local
+
+    def written(self, states: Mapping[str, Tensor]) -> Iterator[Written]:
+        """What a step writes to, with what to call it; ``states`` as kernels see them."""
+        yield partial(describe, self.label, self.param), self.local
+        for name, state in states.items():
+            yield partial("the state {!r} of {}".format, name, self.label), state
 
     def _placed(self, name: str, value: Any) -> Any:
         """The local part of a state, which may come from other shards."""
@@ -153,13 +175,8 @@ class Member(Generic[Runs]):
     def _step_count(self, old: Any, buffers: Sequence[str]) -> Tensor:
         if not buffers:
             old = 0.0
-        if old is None:
-            raise ValueError(
-                f"the state of {describe(self.label, self.param)} has {buffers[0]!r} but no 'step', the number of "
-                "steps that made it: set it, or clear the optimizer's state for it, del optimizer.state[parameter]"
-            )
         # Older versions of torch saved a plain number.
-        count = old if isinstance(old, Tensor) else torch.tensor(float(old), device="cpu")
+        count = old if isinstance(old, Tensor) else torch.tensor(float(old), dtype=torch.float32, device="cpu")
         if count.shape != ():
             raise ValueError(
                 f"the state 'step' of {describe(self.label, self.param)} has shape {tuple(count.shape)}: it must be a "
@@ -230,14 +247,33 @@ def members(
             continue
         check_parameter(param, label)
         check_memory(param, label)
+        check_writable(param, label)
         if param.grad is not None:
             check_gradient(param.grad, param, label)
-        layers = count_layers(param, group["chunks"], label) if turning else 1
+        check_matrices(param, group, label)
+        # Matrices have directions of their own, whether they rotate or not.
+        layered = turning or formula.direct is not None
+        layers = count_layers(param, group["chunks"], label) if layered else 1
         local, sharding = local_of(param), Sharding(1, (Piece(0, 1),))
-        if turning:
+        if layered:
             sharding = sharding_of(param, layers, describe(label, param))
+        if formula.direct is not None and sharding.groups:
+            raise ValueError(
+                f"{describe(label, param)} has matrices of which this process holds parts only, and "
+                f"base={group['base']!r} directs whole matrices: shard it by whole layers (chunks along the sharded "
+                "dimension), keep it whole, or take another base"
+            )
         dense = all(layers_are_dense(piece.of(local), piece.layers) for piece in sharding.pieces)
         backend = choose(group["backend"], local.device)
+        if is_fake(local) and backend.writes_unseen:
+            if group["backend"] != "auto":
+                raise ValueError(
+                    f"{describe(label, param)} is a FakeTensor, without memory that backend={backend.name!r} could "
+                    "write to: use backend='auto' or 'torch', which try a step out without numbers"
+                )
+            backend = choose("torch", local.device)
+        if not is_fake(local):
+            check_modes()
         if not dense and backend.needs_dense:
             if group["backend"] != "auto":
                 raise ValueError(
@@ -255,6 +291,8 @@ def drop_remainders(groups: Sequence[Mapping[str, Any]], state: State) -> None:
         has = state.get(param, {})
         if not fits(has.get("remainder"), param, group):
             has.pop("remainder", None)
+            if not has and param in state:
+                del state[param]
 
 
 class Layers(NamedTuple):
@@ -269,7 +307,7 @@ class Layers(NamedTuple):
     def is_at_rest(self) -> bool:
         """Whether the host can see that a step at the group's rate moves nothing."""
         lr = self.group["lr"]
-        return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0.0
+        return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) <= 0.0
 
 
 def check_norms(tensors: Sequence[Layers]) -> list[Layers]:

@@ -45,7 +45,7 @@ class Reduction:
             if len(summed) == firsts[-1]:
                 self._sums.append((group, None, self.table))
             else:
-                index = torch.tensor(summed, device=self.table.device)
+                index = torch.tensor(summed, dtype=torch.int64, device=self.table.device)
                 self._sums.append((group, index, self.table.new_zeros(len(summed), width)))
 
     def run(self, op: str = "sum") -> None:

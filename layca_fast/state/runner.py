@@ -17,6 +17,10 @@ class Runner(Protocol):
     def needs_dense(self) -> bool:
         """Whether a tensor's layers must lie in memory as one run, one after the other."""
 
+    @property
+    def writes_unseen(self) -> bool:
+        """Whether it writes to tensors by their addresses, which torch does not notice."""
+
 
 Runs = TypeVar("Runs", bound=Runner)
 

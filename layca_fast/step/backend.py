@@ -1,6 +1,8 @@
 """What every backend is: three verbs over a batch, and a word on where it runs."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -24,6 +26,8 @@ class Backend(ABC):
     needs_dense: bool = True
     #: Whether it writes to tensors by their addresses, which torch does not notice.
     writes_unseen: bool = True
+    #: Whether what :meth:`call` returns is compiled code from end to end, which no signal interrupts.
+    is_native: bool = False
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -44,6 +48,14 @@ class Backend(ABC):
     @abstractmethod
     def rotate(self, batch: Batch) -> None:
         """Apply ``batch.coefficients`` to the parameters (in place)."""
+
+    def reserve(self, batch: Batch) -> None:
+        """Take the memory that :meth:`step` needs beside what it gives back at once. Modifies nothing."""
+        batch.reserve()
+
+    def call(self, batch: Batch) -> Callable[[], object]:
+        """What takes the step of ``batch`` when it is called."""
+        return partial(self.step, batch)
 
     def step(self, batch: Batch) -> None:
         """All three. A backend may override it with a schedule that keeps layers in cache between the verbs."""

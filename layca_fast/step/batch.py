@@ -3,11 +3,11 @@
 A backend walks these tables (``tables.py``) with a fixed number of launches however many tensors there are.
 """
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from itertools import accumulate
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ from .hypers import Hyperparameters
 from .unscaling import LossScale, ScaledTables
 from .upload import SPARES, Mirror
 from .watch import Entries, Layouts, addresses, all_there, column, gradients, same_objects
+
+if TYPE_CHECKING:
+    from .backend import Backend
+    from .learned_radius import LearnedRadii
 
 _SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
 
@@ -39,6 +43,9 @@ class Batch:
     (tiles, Tile.WIDTH), and writes ``dots`` (layers, 3: n2, d, q), ``coefficients`` (layers, Coefficient.WIDTH),
     ``counts`` (layers, Count.WIDTH), the parameters and their states. All lie on the parameters' device.
     """
+
+    #: What of its radii is learned, which ``learned_radius.py`` sets; None where nothing is.
+    learned: "LearnedRadii | None" = None
 
     def __init__(self, formula: Formula, slots: Sequence[Slot], tile: int) -> None:
         self.formula = formula
@@ -160,6 +167,20 @@ class Batch:
         self._keep_spares()
         self.hyperparameters.push_ahead()
 
+    def are_recorded(self) -> bool:
+        """Whether a CUDA graph that recorded the last step follows the hyperparameters as they are now."""
+        return self.hyperparameters.are_recorded()
+
+    def make_room(self, backend: "Backend") -> None:
+        """Before anything is modified: take the memory that the step by ``backend`` needs."""
+        backend.reserve(self)
+        if self.learned is not None:
+            backend.reserve(self.learned.batch)
+
+    def call(self, backend: "Backend") -> Callable[[], object]:
+        """What takes the step when it is called, after :meth:`refresh`."""
+        return backend.call(self) if self.learned is None else partial(self.learned.step, backend)
+
     def _keep_spares(self) -> None:
         if self.hyperparameters.capturable:
             self._tensor_mirror.keep_spares()
@@ -192,9 +213,10 @@ class Batch:
         self.hyperparameters.fetch()
         if self._scaled is not None:
             self.taken = self._scaled.apply(loss_scale or LossScale())
-        for index, step in self._empty:
-            if step is not None and self.grads[index] is not None:
-                step += 1 if self.taken is None else self.taken
+
+    def reserve(self) -> None:
+        """Make the tables that are made when they are first used."""
+        _ = self.layers, self.tiles, self.partials, self.partial_counts, self.step_options
 
     def _await_first_gradients(self) -> Tensor:
         """Which tensors have yet to take their first gradient, (tensors,) int64 on the device.
@@ -217,12 +239,22 @@ class Batch:
 
     def release(self) -> None:
         """After a step: drop the gradients, so that zero_grad frees them, and settle the slots that had one."""
+        for index, step in self._empty:
+            if step is not None and self.grads[index] is not None:
+                step += 1 if self.taken is None else self.taken
+        if self._scaled is not None:
+            self._scaled.settle()
         if not self._settled:
             for slot, grad in zip(self.slots, self.grads, strict=True):
                 slot.fresh &= grad is None
             self._settled = not any(slot.fresh for slot in self.slots)
             self._set_hyper_rows()
         self.grads, self._grad_addresses = [None] * len(self.slots), None
+
+    @property
+    def is_delicate(self) -> bool:
+        """Whether the step, or :meth:`release`, does what must not be done twice, or by halves."""
+        return self.learned is not None or not self._settled or bool(self._empty)
 
     @property
     def given(self) -> list[Slot]:

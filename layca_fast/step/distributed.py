@@ -39,7 +39,8 @@ class _Still:
 
     def __init__(self, batch: Batch, indices: Sequence[int], backend: Backend) -> None:
         self._backend = backend
-        self.rows = torch.tensor([row for i in indices for row in _rows(batch, i)], device=batch.dots.device)
+        rows = [row for i in indices for row in _rows(batch, i)]
+        self.rows = torch.tensor(rows, dtype=torch.int64, device=batch.dots.device)
         slots = [_without_step(batch.slots[i]) for i in indices]
         self.batch = Batch(BASES["sgd"].formula(slots[0].group), slots, backend.tile)
         self._zeros = [torch.zeros_like(slot.param, dtype=batch.compute_dtype) for slot in slots]

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..formulas.bases import Base
+from ..formulas.bases import Base, not_negative
 from ..formulas.tables import MAX_OPTIONS, Hyper
 from .upload import Mirror
 
 if TYPE_CHECKING:
     from ..state.slot import Slot
+
+#: Of a group whose gradients are differences of weights. No name that a group of somebody else's could have by chance.
+DIFFERENCE = "layca_fast.difference"
 
 
 class Hyperparameters:
@@ -63,10 +66,10 @@ class Hyperparameters:
                 rates.append((2 * i, lr))
                 lr = 0.0
             head = (
-                float(lr),
-                float(group["weight_decay"]),
+                not_negative(lr),
+                not_negative(group["weight_decay"]),
                 -1.0 if group["maximize"] else 1.0,
-                self._noise if group.get("difference") else 0.0,
+                self._noise if group.get(DIFFERENCE) else 0.0,
             )
             radius_lr = float(group["radius_lr"]) if group["radius"] == "learned" else 0.0
             for fresh in (False, True):

@@ -128,5 +128,8 @@ def scale_moving(batch: Batch, factors: Tensor) -> None:
 
 
 def learned_radii(batches: Iterable[Batch]) -> dict[Batch, LearnedRadii]:
-    """Those of the batches that have some."""
-    return {batch: LearnedRadii(batch) for batch in batches if any(map(learns, batch.slots))}
+    """Those of the batches that have some, which know them from now on."""
+    found = {batch: LearnedRadii(batch) for batch in batches if any(map(learns, batch.slots))}
+    for batch, learned in found.items():
+        batch.learned = learned
+    return found

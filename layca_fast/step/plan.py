@@ -3,16 +3,21 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..formulas.bases import Formula
-from ..formulas.options import find_base
+from ..formulas.options import decays, find_base
 from ..formulas.rotation import KEEP
 from ..formulas.tables import Coefficient
 from ..messages import labelled
+from ..state.checks import is_fake
 from ..state.compensation import state_dtype
-from ..state.members import Layers, State, check_norms, drop_remainders, members
+from ..state.members import Layers, Member, State, check_norms, drop_remainders, members
+from ..state.memory import check_apart
+from ..state.modes import announce, are_watching, check_modes
 from ..state.reduction import Groups
 from ..state.runner import Choose
 from ..state.sharding import is_elsewhere, is_sharded
@@ -20,8 +25,11 @@ from ..state.slot import Slot
 from .backend import Backend
 from .batch import Batch
 from .capture import check_capture, is_capturing
+from .directions import batches_of
 from .distributed import SharedDots
 from .learned_radius import learned_radii
+from .scratch import Scratch
+from .taking import reserve, take
 from .unscaling import LossScale
 from .watch import gradients, same_objects
 
@@ -38,7 +46,7 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
             group["chunks"],
             group["radius"],
             group["backend"],
-            bool(group["weight_decay"]),
+            decays(group),
             group["compensate"],
             group["state_dtype"],
         )
@@ -46,19 +54,29 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     ]
 
 
+def _written(batch: Batch) -> list[Tensor]:
+    """All that a step on the present gradients writes to, beside the batch's own tables."""
+    taken = [slot for slot, grad in zip(batch.slots, batch.grads, strict=True) if grad is not None]
+    own = [each for slot in taken for each in (slot.step, slot.radius, slot.remainder) if each is not None]
+    return [*(slot.param for slot in taken), *(state for slot in taken for state in slot.states), *own]
+
+
 class Plan:
     """The batches for the parameters that have a gradient or had one before, and the state that they need.
 
     ``choose`` finds the backend of a tensor. Building it checks everything, then creates the missing state in
-    ``state``; nothing is modified if a check fails.
+    ``state``; nothing is modified if a check fails. ``scratch``: memory that plans which never step at one time share.
     """
 
+    # What is made here is written to by steps of every mode.
+    @torch.inference_mode(False)
     def __init__(
         self,
         groups: Sequence[Mapping[str, Any]],
         state: State,
         choose: Choose[Backend],
         previous: "Plan | None" = None,
+        scratch: Scratch | None = None,
     ) -> None:
         if is_capturing():
             check_capture(groups)
@@ -69,6 +87,7 @@ class Plan:
         stepped = set() if previous is None else {id(slot.owner) for _, slot, _ in previous.rows()}
         found = list(members(groups, state, stepped, choose))
         states = [member.new_states(state.get(member.param, {})) for member in found]
+        check_apart([each for member, (_, local) in zip(found, states, strict=True) for each in member.written(local)])
         known = set() if previous is None else {id(each.param) for each in previous._zero}
         turning = [Layers(m.group, m.label, m.param, m.layers) for m in found if m.rotates]
         # A process may make its plan anew alone: what is agreed upon is not asked before they all have to.
@@ -77,6 +96,35 @@ class Plan:
         asked += [e for e in turning if id(e.param) not in known and "radius" not in state.get(e.param, {})]
         self._zero: list[Layers] = [*(each for each in zero if each.is_at_rest), *check_norms(asked)]
 
+        self._scratch: Scratch = scratch or (Scratch() if previous is None else previous._scratch)
+        kept = {param: dict(entry) for param, entry in state.items()}
+        try:
+            self._build(found, states, groups, state, choose)
+        except BaseException:
+            # The next try would take states made here for such as have taken a gradient.
+            for param in list(state):
+                if param in kept:
+                    state[param].clear()
+                    state[param].update(kept[param])
+                else:
+                    del state[param]
+            raise
+        self.recorded = False
+        #: CUDA graphs read the tables of the plan that they recorded, so it outlives its use here.
+        self._kept: list[Plan] = []
+        if previous is not None:
+            self.carry_counts(previous.counts())
+            self._kept = [*previous._kept, *([previous] if previous.recorded else [])]
+
+    def _build(
+        self,
+        found: Sequence[Member[Backend]],
+        states: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]],
+        groups: Sequence[Mapping[str, Any]],
+        state: State,
+        choose: Choose[Backend],
+    ) -> None:
+        """Publish the states, and make the batches that run on them."""
         drop_remainders(groups, state)
         self._groups, self._state = groups, state
         self._signature = _signature(groups)
@@ -88,11 +136,17 @@ class Plan:
         slots: dict[tuple[Any, ...], list[Slot]] = {}
         kinds: dict[tuple[Any, ...], tuple[Backend, Formula, bool]] = {}
         layout: list[tuple[int, Groups]] = []
+        #: Tensors of FakeTensorMode, with their states: there is nothing to compute.
+        self._fake: list[tuple[Tensor, list[Tensor]]] = []
         for member, (kept, local) in zip(found, states, strict=True):
             old = state.get(member.param, {})
             fresh = any(old.get(name) is None for name in member.formula.states)
-            entry = state[member.param]
+            # As torch has it, what needs no state has no entry.
+            entry = state.setdefault(member.param, {}) if kept else old
             entry.update(kept)
+            if is_fake(member.local):
+                self._fake.append((member.param, list(local.values())))
+                continue
             types = (member.param.dtype, state_dtype(member.param.dtype, member.group), "remainder" in kept)
             lies = (member.local.device, is_sharded(member.param), member.is_shared)
             key = (member.backend.name, member.formula.name, *types, *lies)
@@ -106,19 +160,13 @@ class Plan:
         self._shared: list[tuple[Backend, Batch]] = []
         self._whole: list[tuple[Backend, Batch]] = []
         for key, (backend, formula, is_shared) in kinds.items():
-            pair = backend, Batch(formula, slots[key], backend.tile)
-            self.batches.append(pair)
-            (self._shared if is_shared else self._whole).append(pair)
+            for batch in batches_of(formula, slots[key], backend.tile, self._scratch):
+                self.batches.append((backend, batch))
+                (self._shared if is_shared else self._whole).append((backend, batch))
         self._learned = learned_radii(batch for _, batch in self.batches)
         self._shared_dots = self._share_dots(layout, choose) if self._shared else None
         self._entries = list(state.values())
-        self._retired: dict[tuple[Tensor, int], Tensor] = {}
-        self.recorded = False
-        #: CUDA graphs read the tables of the plan that they recorded, so it outlives its use here.
-        self._kept: list[Plan] = []
-        if previous is not None:
-            self.carry_counts(previous.counts())
-            self._kept = [*previous._kept, *([previous] if previous.recorded else [])]
+        self._retired = WeakTensorKeyDictionary()
 
     def _share_dots(self, layout: Sequence[tuple[int, Groups]], choose: Choose[Backend]) -> SharedDots:
         batches = [batch for _, batch in self._shared]
@@ -128,15 +176,20 @@ class Plan:
     def counts(self) -> dict[tuple[Tensor, int], Tensor]:
         """The counts of every slot that has been stepped, (layers, Count.WIDTH), in this plan or before it."""
         ours = {(slot.owner, slot.piece.first): batch.counts[rows] for batch, slot, rows in self.rows()}
-        return {**self._retired, **ours}
+        retired = {(owner, first): count for owner, counts in self._retired.items() for first, count in counts.items()}
+        return {**retired, **ours}
 
     def carry_counts(self, counts: Mapping[tuple[Tensor, int], Tensor]) -> None:
         """Go on counting from these, which :meth:`counts` of another plan returned."""
-        self._retired = dict(counts)
+        retired = dict(counts)
         for batch, slot, rows in self.rows():
-            known = self._retired.get((slot.owner, slot.piece.first))
+            known = retired.pop((slot.owner, slot.piece.first), None)
             if known is not None and len(known) == slot.layers:
                 batch.counts[rows] = known.to(batch.counts.device)
+        # Weakly: parameters that were replaced would stay in memory as long as the optimizer.
+        self._retired = WeakTensorKeyDictionary()
+        for (owner, first), count in retired.items():
+            self._retired.setdefault(owner, {})[first] = count.clone()
 
     def rest(self) -> None:
         """Let the statistics say what they do after a step for which no tensor had a gradient."""
@@ -174,48 +227,60 @@ class Plan:
         capturing = is_capturing()
         for _, batch in self.batches:
             batch.take_gradients()
+        if self._fake or are_watching():
+            self._announce()
         if capturing:
             check_capture(self._groups)
             for batch in self._all_batches():
                 batch.check_capture()
             self.recorded = True
-        for backend, batch in self._whole:
+        reserve(self.batches)
+        for _, batch in self.batches:
             batch.refresh(loss_scale, capturing)
-            if batch in self._learned:
-                self._learned[batch].refresh(loss_scale, capturing)
-            self.run(backend, batch)
-            self._finish(backend, batch)
+        for learned in self._learned.values():
+            learned.refresh(loss_scale, capturing)
+        take(self._whole, self._finish)
         if self._shared_dots is not None:
+            self._take_shared(self._shared_dots, loss_scale, capturing)
+
+    def _take_shared(self, shared_dots: SharedDots, loss_scale: LossScale | None, capturing: bool) -> None:
+        measured = 0
+        try:
             for backend, batch in self._shared:
-                batch.refresh(loss_scale, capturing)
+                measured += 1
                 backend.measure(batch)
-                if batch in self._learned:
-                    self._learned[batch].refresh(loss_scale, capturing)
-                    self._learned[batch].measure(backend)
-            self._shared_dots.add_up(loss_scale, capturing)
+                if batch.learned is not None:
+                    batch.learned.measure(backend)
+            shared_dots.add_up(loss_scale, capturing)
             for backend, batch in self._shared:
                 backend.coefficients(batch)
-                if batch in self._learned:
-                    self._learned[batch].turn()
+                if batch.learned is not None:
+                    batch.learned.turn()
                 backend.rotate(batch)
-            self._shared_dots.turn_still()
-            for backend, batch in self._shared:
+            shared_dots.turn_still()
+        finally:
+            # Who has waited for others may be interrupted, and stop.
+            for backend, batch in self._shared[:measured]:
                 self._finish(backend, batch)
 
-    def run(self, backend: Backend, batch: Batch) -> None:
-        """The three verbs on a batch of whole layers, which has been refreshed."""
-        if batch in self._learned:
-            self._learned[batch].step(backend)
-        else:
-            backend.step(batch)
+    def _announce(self) -> None:
+        """Before anything is written: tell torch's modes what will be."""
+        if self.batches:
+            check_modes()
+        for backend, batch in self.batches:
+            if backend.writes_unseen:
+                announce(_written(batch))
+        for param, states in self._fake:
+            if param.grad is not None:
+                announce([param, *states])
 
     def _finish(self, backend: Backend, batch: Batch) -> None:
         if backend.writes_unseen:
             # Autograd then knows that graphs which saved these weights are out of date.
             increment_version(batch.stepped)
         batch.release()
-        if batch in self._learned:
-            self._learned[batch].batch.release()
+        if batch.learned is not None:
+            batch.learned.batch.release()
 
     def _all_batches(self) -> Iterator[Batch]:
         """With those that only measure."""
@@ -245,4 +310,4 @@ class Plan:
                 batch.sync_hyperparameters()
 
     def _rates_are_recorded(self) -> bool:
-        return all(batch.hyperparameters.are_recorded() for _, batch in self.batches)
+        return all(batch.are_recorded() for _, batch in self.batches)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..formulas.rotation import KEEP, orthogonal_square, rotation
 from ..formulas.tables import Coefficient, Count
+from ..messages import aligned
+from ..state.checks import check_memory
 from ..state.slot import Slot
 from .batch import Batch
 
@@ -40,6 +42,35 @@ class RotationStats:
     broken: Tensor
 
 
+def _span(values: Tensor, form: str) -> str:
+    """The number of a tensor's layers, or the least and the largest of them."""
+    if values.numel() == 0:
+        return "-"
+    least, most = (format(float(each), form) for each in (values.min(), values.max()))
+    return least if least == most else f"{least} to {most}"
+
+
+class StepStats(dict[Tensor, RotationStats]):
+    """The stats of every tensor, by parameter; ``print`` shows a table, which waits for the device."""
+
+    def __str__(self) -> str:
+        columns = ("parameter", "layers", "angle", "cos(w, u)", "|u|", "norm", "drift", "non-finite", "kept", "broken")
+        rows = [
+            (
+                each.name,
+                str(each.angle.numel()),
+                _span(each.angle, ".3g"),
+                _span(each.cosine, "+.3f"),
+                _span(each.step_norm, ".3g"),
+                _span(each.norm, ".4g"),
+                _span(each.drift, "+.0e"),
+                *(str(int(count.sum())) for count in (each.non_finite, each.no_direction, each.broken)),
+            )
+            for each in self.values()
+        ]
+        return aligned(columns, rows)
+
+
 def _stats_of(batch: Batch, slot: Slot, rows: slice, name: str) -> RotationStats:
     """The stats of ``slot``, which has these ``rows`` in the batch's per-layer tables."""
     if slot.piece.layers == 0:
@@ -50,6 +81,7 @@ def _stats_of(batch: Batch, slot: Slot, rows: slice, name: str) -> RotationStats
     zeros = torch.zeros_like(norm)
     turned, radius, drift = zeros, norm, zeros
     if slot.radius is not None:
+        check_memory(slot.radius, f"the state 'radius' of {slot.label}")
         sigma = orthogonal_square(n2, d, q).clamp(min=0.0).sqrt()
         along, across = rotation(torch.full_like(norm, slot.rule), norm, d, q, sigma, batch.hyperparameters.lr_of(slot))
         turned = torch.where(kept, 0.0, torch.atan2(across, along))
@@ -79,11 +111,9 @@ def _joined(parts: Sequence[RotationStats]) -> RotationStats:
     return RotationStats(parts[0].name, *(torch.cat([getattr(each, name) for each in parts]) for name in tensors))
 
 
-def rotation_stats(
-    plans: Iterable[Iterable[tuple[Batch, Slot, slice]]], names: Mapping[Tensor, str]
-) -> dict[Tensor, RotationStats]:
+def rotation_stats(plans: Iterable[Iterable[tuple[Batch, Slot, slice]]], names: Mapping[Tensor, str]) -> StepStats:
     """The stats of every parameter that ``plans`` step, each given as its slots with their batch and rows in it."""
-    stats: dict[Tensor, RotationStats] = {}
+    stats = StepStats()
     for slots in plans:
         found: dict[Tensor, list[RotationStats]] = {}
         for batch, slot, rows in slots:

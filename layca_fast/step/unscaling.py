@@ -72,5 +72,8 @@ class ScaledTables:
         addresses = self._tensors[:, Column.GRAD]
         addresses.mul_(taken)
         self._tensors[:, Column.HYPER].add_(self._fresh)
-        self._fresh.mul_(addresses == 0)
         return taken
+
+    def settle(self) -> None:
+        """After the step: whoever had a gradient in it is not fresh any more."""
+        self._fresh.mul_(self._tensors[:, Column.GRAD] == 0)

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layca_fast.commands.verify import BASE_OPTIONS, ODD_SHAPES, Case, compare
+from layca_fast.commands.verify import BASE_OPTIONS, ODD_SHAPES, Case, compare, shapes_of
 from layca_fast.formulas.options import RULES
 
+from ..pairs import ChosenCase
 from ..support import BACKENDS
 
 DTYPES = (torch.float32, torch.float64)
@@ -25,17 +26,17 @@ FEW_CHUNKS = (
 STEPS = {"torch": 10, "cpu": 10, "triton": 3}
 
 
-def cases(interpreted: bool = False) -> list[Case]:
+def cases(interpreted: bool = False) -> list[ChosenCase]:
     """Every base option and rule with every dtype, chunking and radius, none at neutral hyperparameters.
 
     ``interpreted``: every second of them, under every base option all that any three of the choices can be together.
     """
     chosen = itertools.product(*map(enumerate, (RULES, FEW_CHUNKS if interpreted else CHUNKS, RADII, DTYPES)))
-    rows = [(sum(numbers) % 2, row) for numbers, row in (zip(*each, strict=True) for each in chosen)]
+    rows = [tuple(zip(*each, strict=True)) for each in chosen]
     return [
-        Case(
+        ChosenCase(
             name=f"{options}, {rule}, chunks={chunks}, radius={radius}, {dtype}",
-            shapes=shapes,
+            shapes=shapes_of({**options, "chunks": chunks}, shapes),
             options={
                 **options,
                 "rule": rule,
@@ -45,24 +46,24 @@ def cases(interpreted: bool = False) -> list[Case]:
             },
             dtype=dtype,
             lr=0.03,
+            choices=(base, *numbers),
         )
-        for options, (odd, (rule, (chunks, shapes), radius, dtype)) in itertools.product(BASE_OPTIONS, rows)
-        if not (interpreted and odd)
+        for (base, options), (numbers, (rule, (chunks, shapes), radius, dtype)) in itertools.product(
+            enumerate(BASE_OPTIONS), rows
+        )
+        if not (interpreted and sum(numbers) % 2)
     ]
 
 
 @pytest.mark.filterwarnings("ignore:weight_decay=.* is ignored")
 @pytest.mark.parametrize(
-    ("backend", "case"),
-    [
-        pytest.param(backend, case, id=f"{backend}-{case.name}")
-        for backend in BACKENDS
-        for case in cases(interpreted=backend == "triton")
-    ],
+    "case",
+    [replace(case, backend=backend) for backend in BACKENDS for case in cases(interpreted=backend == "triton")],
+    ids=lambda case: f"{case.backend}-{case.name}",
 )
-def test_follows_the_reference(backend: str, case: Case, seed: int) -> None:
+def test_follows_the_reference(case: ChosenCase, seed: int) -> None:
     """Angle and norm of every step, and the weights after the last."""
-    errors = compare(replace(case, steps=STEPS[backend]), backend, torch.device("cpu"), seed)
+    errors = compare(replace(case, steps=STEPS[case.backend]), case.backend, torch.device("cpu"), seed)
     assert errors.passed, errors
 
 
@@ -71,7 +72,7 @@ def test_follows_the_reference(backend: str, case: Case, seed: int) -> None:
 def test_follows_the_reference_for_many_steps(backend: str, options: dict[str, object], seed: int) -> None:
     """Errors must not add up."""
     steps = 15 if backend == "triton" else 50
-    case = Case("many steps", ((9, 21), (7,)), options, steps=steps, lr=0.03)
+    case = Case("many steps", shapes_of(options, ((9, 21), (7,))), options, steps=steps, lr=0.03)
     errors = compare(case, backend, torch.device("cpu"), seed)
     assert errors.passed, errors
 
@@ -86,6 +87,9 @@ LARGE = (
     Case("ascent", ODD_SHAPES, {"momentum": 0.9, "maximize": True}),
     Case("large steps", ODD_SHAPES, {"momentum": 0.9}, lr=2.0),
     Case("small steps", ODD_SHAPES, {"momentum": 0.9}, lr=1e-4),
+    Case("wide, tall and square matrices", ((65, 300), (300, 65), (130, 130), (64, 8, 3, 3)), {"base": "muon"}),
+    Case("many experts", ((60, 12, 20), (7, 20, 12)), {"base": "muon", "chunks": "all", "maximize": True}),
+    Case("plain muon", ((65, 300), (64, 8, 3, 3)), {"base": "muon", "rotate": False, "weight_decay": 0.1}),
 )
 
 

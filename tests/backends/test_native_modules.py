@@ -14,6 +14,7 @@ from layca_fast import _cpu
 from layca_fast.formulas import tables
 from layca_fast.formulas.bases import FORMULAS
 
+from ..support import HANGS
 from .cpu.support import ROOT, keep_formulas
 
 TABLES = (tables.Column, tables.Flag, tables.Hyper, tables.Layer, tables.Tile, tables.Count, tables.Coefficient)
@@ -63,7 +64,7 @@ def install(source: Path, **environment: str) -> tuple[subprocess.CompletedProce
         env={**os.environ, "LAYCA_REQUIRE_NATIVE": "0", "LAYCA_CUDA": "OFF", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
     )
     return done, target
 
@@ -84,7 +85,7 @@ def reasons(installed: Path) -> dict[str, str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=HANGS,
     )
     file, found = json.loads(done.stdout)
     assert Path(file).is_relative_to(installed)
@@ -130,6 +131,7 @@ def test_a_native_module_that_is_required_fails_the_installation(source: Path) -
     assert not installed.exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("c++", path=path_without_nvcc()) is None, reason="nvcc lies beside the C++ compiler")
 def test_without_a_cuda_compiler_the_cpu_module_is_all_that_can_be_required(source: Path) -> None:
     environment = {"PATH": path_without_nvcc(), "CUDACXX": "", "LAYCA_CUDA": "AUTO", "LAYCA_REQUIRE_NATIVE": "1"}
@@ -139,6 +141,7 @@ def test_without_a_cuda_compiler_the_cpu_module_is_all_that_can_be_required(sour
     assert "put nvcc on the PATH" in reasons(installed)["cuda"]
 
 
+@pytest.mark.exhaustive
 def test_a_cuda_compiler_that_does_not_work_costs_the_cuda_module_only(source: Path) -> None:
     done, installed = install(source, LAYCA_CUDA="AUTO", CUDACXX="/no/such/nvcc")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -148,6 +151,7 @@ def test_a_cuda_compiler_that_does_not_work_costs_the_cuda_module_only(source: P
     assert "/no/such/nvcc" in found["cuda"]
 
 
+@pytest.mark.exhaustive
 def test_a_cuda_module_that_is_asked_for_and_required_fails_the_installation(source: Path) -> None:
     done, installed = install(source, LAYCA_CUDA="ON", CUDACXX="/no/such/nvcc", LAYCA_REQUIRE_NATIVE="1")
     assert done.returncode != 0

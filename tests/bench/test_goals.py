@@ -27,7 +27,7 @@ def test_every_goal_is_measured_and_written(
     assert sum(row["goal"] != "" for row in rows) == len(FUSED_GOALS) + len(FLOOR_GOALS) + 2
     for row in rows:
         assert float(row["value"]) > 0
-        assert 0 < float(row["q1"]) <= float(row["q3"])
+        assert 0 < float(row["q1"]) <= float(row["value"]) <= float(row["q3"])
         assert int(row["rounds"]) == 3
         assert float(row["gb_per_s"]) > 0
         assert float(row["copy_gb_per_s"]) > 0

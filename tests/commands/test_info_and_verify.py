@@ -1,6 +1,5 @@
 """``python -m layca_fast info | verify``: what they print, and that verify fails where a backend is wrong."""
 
-import dataclasses
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import torch
 from layca_fast import __main__, backends
 from layca_fast.backends.cuda import CudaBackend
 from layca_fast.backends.torch_ import TorchBackend
-from layca_fast.commands import info, verify
+from layca_fast.commands import info, progress, verify
 from layca_fast.figures import console
 from layca_fast.formulas.tables import Coefficient
 from layca_fast.step.batch import Batch
@@ -21,9 +20,9 @@ from ..support import BACKENDS
 ALL_CASES = verify.cases
 
 
-def few_cases(interpreted: bool) -> list[verify.Case]:
+def few_cases(effort: verify.Effort) -> list[verify.Case]:
     """The shortest case of each kind, so that the table is made as for all of them."""
-    cases = [dataclasses.replace(case, steps=3) for case in ALL_CASES(interpreted=True)]
+    cases = list(ALL_CASES(verify.EFFORTS[verify.QUICK]["interpreted"]))
     return [cases[1], cases[5], cases[-1]]
 
 
@@ -32,13 +31,63 @@ def test_verify_covers_every_backend_and_passes(
 ) -> None:
     monkeypatch.setattr(verify, "cases", few_cases)
     monkeypatch.setenv("COLUMNS", "200")
-    assert verify.main([]) == 0
+    assert verify.main(["--full"]) == 0
     printed = capsys.readouterr().out
     for name in BACKENDS:
         assert f"==> Backend {name} " in printed
         assert f"{name} {'in the interpreter' if name == 'triton' else 'on cpu'}: largest" in printed
     assert f"{3 * len(BACKENDS)} of {3 * len(BACKENDS)} cases passed" in printed
     assert "not run: cuda (" in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "interprets"),
+    [
+        ([], False),
+        (["--quick"], False),
+        (["--full"], True),
+        (["--backend", "triton"], True),
+        (["--device", "cpu"], False),
+    ],
+)
+def test_the_interpreter_runs_only_where_it_is_asked_for(
+    argv: list[str], interprets: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: set[str] = set()
+    monkeypatch.setattr(verify, "compare", lambda case, name, *more: ran.add(name) or verify.Errors())
+    monkeypatch.setattr(verify, "interpreting", lambda: True)
+    assert verify.main(argv) == 0
+    assert ("triton" in ran) == interprets
+    assert ("not run: triton (" in capsys.readouterr().out) != interprets
+
+
+def test_longer_checks_run_the_same_cases_for_more_steps() -> None:
+    for place in ("here", "interpreted"):
+        quick, default, full = (list(ALL_CASES(verify.EFFORTS[how][place])) for how in verify.EFFORTS)
+        assert len(quick) == len(default) == len(full)
+        assert (
+            sum(case.steps for case in quick) < sum(case.steps for case in default) < sum(case.steps for case in full)
+        )
+
+
+def test_progress_prints_a_line_every_few_seconds_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = iter([0.0, 1.0, 5.5, 6.0, 7.0, 8.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(moments))
+    with progress.progress(["one", "two"], 3, "epochs") as advance:
+        advance(0, by=0)
+        for note in ("a", "b", "c"):
+            advance(0, note)
+        advance(1, by=0)
+        advance(1, "d")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in printed] == [
+        "one: 0 of 3 epochs",
+        "one: 2 of 3 epochs, b",
+        "one: 3 of 3 epochs, c",
+        "two: 0 of 3 epochs",
+    ]
 
 
 @pytest.mark.parametrize("column", [Coefficient.A, Coefficient.B])
@@ -72,12 +121,12 @@ def test_verify_keeps_to_the_device_that_it_is_given(
     pairs = [("torch", "cpu"), ("torch", "cuda"), ("cpu", "cpu"), ("cuda", "cuda")]
     monkeypatch.setattr(verify, "places", lambda: [(name, torch.device(device)) for name, device in pairs])
     monkeypatch.setattr(verify, "compare", compare)
-    assert verify.main(["--device", "cuda"]) == 0
+    assert verify.main(["--full", "--device", "cuda"]) == 0
     assert {device for _, device, _ in ran} == {"cuda"}
     most = {backend: max(tensors for name, _, tensors in ran if name == backend) for backend in ("torch", "cuda")}
     assert most == {"torch": 300, "cuda": 1000}
     ran.clear()
-    assert verify.main(["--device", "cpu", "--backend", "torch"]) == 0
+    assert verify.main(["--full", "--device", "cpu", "--backend", "torch"]) == 0
     assert {(backend, device) for backend, device, _ in ran} == {("torch", "cpu")}
     assert max(tensors for _, _, tensors in ran) == 1000
     ran.clear()
@@ -141,6 +190,13 @@ def test_tables_without_rich_are_plain_text(
 def test_unknown_commands_show_the_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(argv) == 2
     assert "info,verify,demo" in capsys.readouterr().err
+
+
+def test_help_says_what_every_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("info", "verify", "demo", "plot"):
+        assert any(line.startswith(f"{name} ") and len(line.split()) > 4 for line in lines), name
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["info", "--help"], ["verify", "-h"], ["demo", "--help"], ["plot", "-h"]])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from ..support import same_bits
+from ..support import HANGS, same_bits
 
 ROOT = Path(__file__).parents[2]
 OPTIMIZERS = ("layca", "hyperball", "adamw")
@@ -36,7 +36,7 @@ def train_on_two_processes(*arguments: str) -> str:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=HANGS,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
@@ -56,6 +56,7 @@ def contents_of(folder: Path) -> dict[str, Any]:
     return loaded
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_run_ends_in_the_bits_of_one_that_was_not(
     example: ModuleType,
     seed: int,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from layca_fast.monitor.curves import read_curves
+from layca_fast.monitor.reading import read_curves
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

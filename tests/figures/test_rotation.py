@@ -56,6 +56,15 @@ def test_many_layers_have_a_colour_bar() -> None:
     assert high - low > 0.6 * figure.bbox.width, "names leave the curves their room"
 
 
+def test_a_short_run_fills_its_axis_which_says_where_it_ends() -> None:
+    (axes,) = curves_of(3, highest=0.02).plot().axes
+    assert axes.get_ylim() == pytest.approx((0, 1.05 * 0.02))
+    assert "ends at 0.021, not at 1" in axes.get_ylabel()
+    (axes,) = curves_of(3, highest=0.5).plot().axes
+    assert axes.get_ylim() == (0, 1)
+    assert "ends" not in axes.get_ylabel()
+
+
 def test_axes_hold_what_goes_beyond_them_and_what_is_missing() -> None:
     further = curves_of(3, highest=1.7)
     further.rotation[4:, 1] = math.nan

@@ -271,7 +271,9 @@ def test_moments_without_a_count_of_steps_are_refused(seed: int) -> None:
     train(optimizer, random_gradients([param], 2))
     before = param.detach().clone()
     del optimizer.state[param]["step"]
-    with pytest.raises(ValueError, match=r"parameter 0 of group 0.*'exp_avg' but no 'step'.*set it"):
+    with pytest.raises(
+        ValueError, match=r"parameter 0 of group 0.*'exp_avg' but no 'step'.*clear the optimizer's state"
+    ):
         train(optimizer, random_gradients([param], 1))
     assert same_bits(param.detach(), before)
 

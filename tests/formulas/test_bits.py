@@ -1,4 +1,4 @@
-"""The promises of DESIGN section 2 that no comparison within tolerances can defend: bits."""
+"""What no comparison within tolerances can defend: bits that stay, come again, or do not depend on scale."""
 
 import math
 

@@ -39,7 +39,8 @@ def test_of_a_model_the_weights_of_its_layers(seed: int) -> None:
 
 
 def test_of_an_optimizer_what_rotates_by_its_groups(seed: int) -> None:
-    groups = layer_groups(Model())
+    with pytest.warns(UserWarning, match=r"unknown: Unknown"):
+        groups = layer_groups(Model())
     expected = [name for name in LAYERS if not name.startswith(("custom", "zero"))]
     assert sorted(RotationMonitor(FusedLayca(groups)).names) == sorted(expected)
     plain = [{"params": [torch.ones(3, 3), torch.ones(5)]}, {"params": [torch.ones(4, 2)], "chunks": 2}]

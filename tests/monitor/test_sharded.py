@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ..support import HANGS
 from .sharded_worker import WORLD
 
 
@@ -25,7 +26,7 @@ def test_shards_add_up_to_the_whole(tmp_path: Path, seed: int) -> None:
         for rank in range(WORLD)
     ]
     try:
-        printed = [worker.communicate(timeout=120)[0] for worker in workers]
+        printed = [worker.communicate(timeout=HANGS)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

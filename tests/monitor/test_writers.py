@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from layca_fast import Curves, RotationMonitor, __main__
-from layca_fast.monitor.curves import QUANTITIES, read_curves
+from layca_fast.monitor.curves import QUANTITIES
+from layca_fast.monitor.reading import read_curves
 from layca_fast.monitor.writers import CsvWriter, JsonLinesWriter, TensorBoardWriter
 
 from ..support import same_bits

@@ -152,10 +152,8 @@ BAD_STATES = (
     ),
     BadState("a radius of other layers", lambda: with_radius((2,)), rf"'radius' has shape \(2,\), but {MATRIX}"),
     BadState("a radius of no layers", lambda: with_radius(()), rf"'radius' has shape \(\), but {MATRIX}"),
-    BadState("fewer parameters", lambda: trained({"matrix": (4, 3)}), r"doesn't match the size"),
-    BadState(
-        "more parameters", lambda: trained({"matrix": (4, 3), "bias": (5,), "third": (2,)}), r"doesn't match the size"
-    ),
+    BadState("fewer parameters", lambda: trained({"matrix": (4, 3)}), r"groups hold \[1\] parameters.*\[2\]"),
+    BadState("more parameters", lambda: trained({"matrix": (4, 3), "bias": (5,), "third": (2,)}), r"hold \[3\].*\[2\]"),
 )
 
 

@@ -1,7 +1,7 @@
 """Parameters and gradients that FusedLayca refuses, by name and with the way out, before anything is modified."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
+from layca_fast.formulas.bases import BASES
 
 from ..support import (
     contents,
@@ -277,3 +278,41 @@ def test_memory_that_was_freed_is_an_error(what: str, backend: str, seed: int) -
     storage.resize_(size)
     freed.detach().copy_(kept)
     assert same_bits(contents(optimizer), before)
+
+
+@dataclass(frozen=True)
+class NoMatrix:
+    """A tensor that base="muon" cannot direct, with the options of its group."""
+
+    shape: tuple[int, ...]
+    options: Mapping[str, Any]
+    message: str
+
+
+NO_MATRICES = (
+    NoMatrix((), {}, r"shape \(\).*is no matrix.*layer_groups\(model, base='muon', others_base='adam'\)"),
+    NoMatrix((5,), {"rotate": None}, r"shape \(5,\).*is no matrix.*layer_groups"),
+    NoMatrix((5,), {"rotate": False}, r"shape \(5,\).*is no matrix.*layer_groups"),
+    NoMatrix((6, 4), {"chunks": "all"}, r"chunks='all' cuts .*\(6, 4\).* into vectors.*fewer chunks"),
+    NoMatrix((6, 4), {"chunks": 6}, r"chunks=6 cuts .*into vectors.*fewer chunks"),
+    NoMatrix((6, 4), {"chunks": 4}, r"chunks=4 does not divide"),
+)
+
+
+@pytest.mark.parametrize("case", NO_MATRICES, ids=str)
+def test_what_is_no_matrix_has_no_direction(case: NoMatrix, seed: int) -> None:
+    """Found at construction, in a new group, and where a group changes its base mid-run; nothing is modified."""
+    param = parameter(*case.shape)
+    with pytest.raises(ValueError, match=case.message):
+        FusedLayca([param], 0.1, base="muon", **case.options)
+    optimizer = running()
+    with pytest.raises(ValueError, match=case.message):
+        optimizer.add_param_group({"params": [("new", param)], "base": "muon", **case.options})
+    assert len(optimizer.param_groups) == 1
+    changed = FusedLayca([param], 0.1, backend="torch")
+    train(changed, random_gradients([param], 1))
+    before = contents(changed)
+    changed.param_groups[0].update({**BASES["muon"].options, "base": "muon", **case.options})
+    with pytest.raises(ValueError, match=case.message):
+        changed.step()
+    assert same_bits(contents(changed), before)

@@ -52,7 +52,8 @@ def test_parameters_without_a_gradient_stay_as_they_are_and_may_come_and_go(back
     params = [parameter(*shape, backend=backend) for shape in ((5, 4), (3, 2, 2), (6,), (4, 4))]
     twins = clones(params)
     together = FusedLayca(params, 0.1, momentum=0.9, dampening=0.3, backend=backend)
-    alone = [FusedLayca([twin], 0.1, momentum=0.9, dampening=0.3, backend=backend) for twin in twins]
+    options = {"momentum": 0.9, "dampening": 0.3, "backend": backend}
+    alone = [FusedLayca([twin], 0.1, rotate=twin.dim() >= 2, **options) for twin in twins]
     present = ((1, 0, 1, 0), (0, 1, 1, 0), (1, 1, 0, 0), (0, 0, 0, 0), (1, 0, 1, 0), (1, 1, 1, 0))
     for row, grads in zip(present, random_gradients(params, len(present)), strict=True):
         given = [grad if here else None for grad, here in zip(grads, row, strict=True)]

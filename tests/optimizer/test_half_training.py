@@ -25,6 +25,7 @@ from ..support import (
     random_gradients,
     relative_distance,
     same_bits,
+    shapes_for,
     train,
 )
 
@@ -44,7 +45,7 @@ def groups_of(params: Sequence[Tensor], base: Mapping[str, Any]) -> list[dict[st
         {"params": params[:1], **base},
         {"params": params[1:2], **base, "rule": "hyperball", "chunks": "all", "maximize": True},
         {"params": params[2:3], **base, "chunks": 3, "radius": "current"},
-        {"params": params[3:], **base, "weight_decay": 0.05, "lr": 0.003},
+        {"params": params[3:], **base, "rotate": False, "weight_decay": 0.05, "lr": 0.003},
     ]
 
 
@@ -64,7 +65,7 @@ def states_of(optimizer: FusedLayca) -> list[dict[str, Tensor]]:
 
 def twins(dtype: torch.dtype, backend: str, base: Mapping[str, Any], **more: Any) -> tuple[FusedLayca, FusedLayca]:
     """An optimizer of 16-bit parameters, and one of float32 parameters that start from the same numbers."""
-    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in SHAPES]
+    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in shapes_for(base, SHAPES)]
     both = [FusedLayca(groups_of(each, base), 0.02, backend=backend, **more) for each in (params, float32_of(params))]
     return both[0], both[1]
 
@@ -104,7 +105,9 @@ def test_float16_follows_float32_in_triton(base: Mapping[str, Any], seed: int) -
     test_float16_follows_float32("triton", base, seed)
 
 
-@pytest.mark.parametrize("base", [{"momentum": 0.9}, {"base": "adam"}], ids=str)
+@pytest.mark.parametrize(
+    "base", [{"momentum": 0.9}, pytest.param({"base": "adam"}, marks=pytest.mark.exhaustive)], ids=str
+)
 @native_backends
 def test_float16_is_within_a_millionth_after_1000_steps(backend: str, base: Mapping[str, Any], seed: int) -> None:
     """Down to weights of 1e-5, of which float16 itself holds 8 bits; and of a bias that starts from zero."""
@@ -171,7 +174,7 @@ def turned_in_a_plane(dtype: torch.dtype, lr: float, backend: str, **options: An
     return total
 
 
-@pytest.mark.parametrize("lr", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("lr", [1e-2, pytest.param(1e-3, marks=pytest.mark.exhaustive), 1e-4])
 @every_half
 @native_backends
 def test_weights_turn_by_what_is_asked(backend: str, dtype: torch.dtype, lr: float, seed: int) -> None:
@@ -232,7 +235,7 @@ def test_rates_below_what_the_type_carries_are_warned_of_once(dtype: torch.dtype
 
 @pytest.mark.parametrize(
     ("shape", "options"),
-    [((4, 3), {}), ((4, 3), {"compensate": True}), ((12,), {"compensate": False})],
+    [((4, 3), {}), ((4, 3), {"compensate": True}), ((12,), {"compensate": False, "rotate": False})],
     ids=["default", "compensated", "does not rotate"],
 )
 def test_nobody_else_is_warned(shape: tuple[int, ...], options: dict[str, Any], seed: int) -> None:

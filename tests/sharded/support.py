@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 from layca_fast import FusedLayca
 
+from ..support import HANGS
+
 STEPS = 4
 
 
@@ -57,7 +59,7 @@ def names() -> list[tuple[int, str]]:
 def start(rank: int, world: int, meeting: Path) -> None:
     """Make this process one of ``world``, which find one another through the file ``meeting``."""
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=120)
+    timeout = datetime.timedelta(seconds=HANGS)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timeout)
 
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca, layer_groups
+from layca_fast.state.layout import is_vector
 
 from .support import STEPS, Place, counting, expect, network, off, on, shared, whole
 
@@ -52,6 +53,28 @@ def fully_shard_trains_as_one_process_does(place: Place) -> None:
     assert off(list(model.parameters()), list(plain.parameters())) < 2e-6
     assert not isinstance(model[2].weight, DTensor)
     assert isinstance(model[0].weight, DTensor)
+
+
+@on(1, 2, 3, 4)
+def learned_radii_of_shards_are_those_of_whole_layers(place: Place) -> None:
+    """In the same all-reduce: the dots of the gradients travel with the others."""
+    plain, model = twin_networks(place)
+    fully_shard(model)
+    learned = {"momentum": 0.9, "radius": "learned", "radius_lr": 50.0}
+    before = [param.detach().norm() for param in plain.parameters()]
+    other = FusedLayca(layer_groups(plain, lr=0.02), **learned)
+    learn(plain, other, place.seed, steps=STEPS - 1)
+    learn(plain, other, place.seed, steps=1)
+    optimizer = FusedLayca(layer_groups(model, lr=0.02), **learned)
+    learn(model, optimizer, place.seed, steps=STEPS - 1)
+    with counting() as sums:
+        learn(model, optimizer, place.seed, steps=1)
+    assert off(list(model.parameters()), list(plain.parameters())) < 2e-6
+    changes = [float(param.norm() / norm) - 1 for param, norm in zip(plain.parameters(), before, strict=True)]
+    assert abs(changes[0]) > 1e-3
+    # Three dots of each layer, and three more of its gradient; clipping's sums are torch's own.
+    layers = sum(not is_vector(param) for param in model.parameters())
+    assert [tuple(each.shape) for each in sums if each.dtype == torch.float64] == [(2 * layers, 3)] * (place.world > 1)
 
 
 @on(4)

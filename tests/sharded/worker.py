@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..support import HANGS
 from . import changes, checkpoints, in_backward, killed, layers, training  # noqa: F401  (they add their cases)
 from .support import Place, cases_of, start
 
@@ -33,16 +34,15 @@ def run(rank: int, world: int, folder: Path, seed: int) -> None:
         torch.manual_seed(seed)
         try:
             case(Place(rank, world, folder, seed))
-            outcomes[name] = ""
+            dist.monitored_barrier(timeout=datetime.timedelta(seconds=HANGS))
         except Exception:
+            # The others may wait for this process in vain: its end is an error to them, which beats any limit of time.
             outcomes[name] = traceback.format_exc()
-        try:
-            dist.monitored_barrier(timeout=datetime.timedelta(seconds=30))
-        except RuntimeError:
-            # Some wait for what does not come.
             break
+        outcomes[name] = ""
     (folder / f"{world}-{rank}.json").write_text(json.dumps(outcomes), encoding="utf-8")
-    dist.destroy_process_group()
+    if not any(outcomes.values()):
+        dist.destroy_process_group()
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from ..support import (
     params_of,
     random_gradients,
     same_bits,
+    shapes_for,
     train,
 )
 
@@ -144,7 +145,7 @@ def test_a_run_resumes_bit_for_bit_after_any_step(
 
     # The interpreter takes milliseconds per layer and step.
     shapes, steps = (((2, 4), (5,), (1, 7)), 3) if backend == "triton" else (((3, 4), (5,), (2, 3, 2), (1, 7)), 4)
-    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in shapes]
+    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in shapes_for(options, shapes)]
     optimizer = fresh(params)
     rows = random_gradients(params, steps)
     runs = []

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from layca_fast import FusedLayca
+from layca_fast import FusedLayca, layer_groups
 from layca_fast.commands.verify import angle_between
 
 from ..support import (
@@ -138,6 +138,43 @@ def test_moments_of_an_adam_checkpoint_go_on_under_adam(
         angle = angle_between(before.flatten(), params[0].detach().flatten())
         assert angle == pytest.approx(math.atan(0.05), rel=1e-12)
     assert optimizer.state[params[0]]["radius"].item() == pytest.approx(norm_of(params[0]), rel=1e-12)
+
+
+def small_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["saved with names", "named afterwards"])
+def test_names_match_an_adamw_checkpoint_with_the_groups_of_layer_groups(named: bool, seed: int) -> None:
+    """Their order is another, and most shapes are alike: each parameter gets its own moments all the same."""
+    model = small_model()
+    model[2].bias.requires_grad_(False)
+    adam = torch.optim.AdamW(model.named_parameters() if named else model.parameters())
+    train(adam, random_gradients(params_of(adam), 2))
+    saved = adam.state_dict()
+    if not named:
+        saved["param_groups"][0]["param_names"] = [name for name, _ in model.named_parameters()]
+    optimizer = FusedLayca(layer_groups(model), 0.05, base="adam")
+    with pytest.warns(UserWarning, match="another optimizer wrote this checkpoint"):
+        optimizer.load_state_dict(saved)
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    assert set(optimizer.state) == set(trainable), "and nothing of what is frozen"
+    for param in trainable:
+        assert same_bits(dict(optimizer.state[param]), dict(adam.state[param]))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
+
+
+def test_without_names_other_groups_are_refused_with_the_way_out(seed: int) -> None:
+    model = small_model()
+    adam = torch.optim.AdamW(model.parameters())
+    train(adam, random_gradients(params_of(adam), 1))
+    optimizer = FusedLayca(layer_groups(model), 0.05, base="adam")
+    with pytest.raises(ValueError, match=r"groups of \[6\] parameters where this one has \[2, 4\].*param_names"):
+        optimizer.load_state_dict(adam.state_dict())
+    others = torch.optim.AdamW(nn.Linear(3, 3).named_parameters())
+    with pytest.raises(ValueError, match=r"it has no parameters \['0\.weight', '2\.weight'"):
+        optimizer.load_state_dict(others.state_dict())
+    assert not optimizer.state
 
 
 def test_a_new_buffer_takes_its_first_gradient_undampened_after_loading_a_run_without_momentum(seed: int) -> None:

@@ -26,6 +26,7 @@ from ..support import (
     random_gradients,
     relative_distance,
     same_bits,
+    shapes_for,
     train,
 )
 
@@ -35,10 +36,11 @@ every_base = pytest.mark.parametrize("base", BASE_OPTIONS, ids=str)
 
 
 def half_optimizer(backend: str, dtype: torch.dtype, **options: Any) -> FusedLayca:
-    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in ((6, 5), (7,), (4, 3, 2))]
+    shapes = shapes_for(options, ((6, 5), (7,), (4, 3, 2)))
+    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in shapes]
     groups = [
         {"params": params[:1]},
-        {"params": params[1:2], "weight_decay": 0.05},
+        {"params": params[1:2], "rotate": False, "weight_decay": 0.05},
         {"params": params[2:], "chunks": 2},
     ]
     return FusedLayca(groups, 0.02, backend=backend, **options)
@@ -94,7 +96,13 @@ def test_moments_of_16_bits_are_rounded_before_the_step_is_made_of_them(
             assert relative_distance(ours.state[param][name], state) <= 1e-4
         # From now on exactly what is there.
         states = tuple(ours.state[param][name].float() for name in formula.states)
-        train(theirs, [[formula.step(grad.float(), states, options)]])
+        step = formula.step(grad.float(), states, options)
+        if formula.direct is not None:
+            direction = formula.direct(group, BF16, param.device)
+            matrix = step.to(direction.dtype).unsqueeze(0)
+            room = matrix.new_empty(direction.room(1, *step.shape))
+            step = direction.run(matrix, step.double().norm().view(1), room)[0].float()
+        train(theirs, [[step]])
         assert relative_distance(ours.effective_weight(param), params_of(theirs)[0]) <= 2e-7
 
 

@@ -30,14 +30,14 @@ def record(optimizer: FusedLayca, capturing: Callable[[bool], None]) -> Callable
         capturing(True)
         optimizer.step()
         capturing(False)
-    plan = optimizer._plan
+    batches = optimizer._plan.batches
 
     @torch.no_grad()
     def replay() -> None:
         for (batch, loss_scale), table in zip(fetched, tables, strict=True):
             batch.tensors.copy_(table)
             batch.fetch(loss_scale)
-        for backend, batch in plan.batches:
-            plan.run(backend, batch)
+        for backend, batch in batches:
+            batch.call(backend)()
 
     return replay

@@ -23,7 +23,7 @@ def many(options: dict[str, Any], backend: str = "cpu") -> FusedLayca:
 
 
 class Recorder(TorchDispatchMode):
-    """The names of all operations that torch runs."""
+    """The names of all operations that torch runs, but for those that only tell a mode, as this is, of writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,6 +31,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # torch's own step reports itself to the profiler.
-        if func.namespace != "profiler":
+        announces = func.name() == "aten::copy_" and args[0] is args[1]
+        if func.namespace != "profiler" and not announces:
             self.names.append(func.name())
         return func(*args, **(kwargs or {}))

@@ -25,6 +25,7 @@ from ..support import (
     params_of,
     random_gradients,
     same_bits,
+    shapes_for,
     train,
 )
 from .capture_support import record
@@ -35,12 +36,13 @@ OPTIONS = (
     {"base": "adam", "betas": (0.7, 0.9)},
     {"base": "rmsprop", "momentum": 0.5},
     {"base": "lion"},
+    {"base": "muon", "momentum": 0.9},
 )
 
 
 def pair(backend: str, options: dict[str, Any], lr: Any = 0.1) -> tuple[FusedLayca, FusedLayca]:
     """A capturable optimizer past its first step, and one that is not, with equal weights and gradients' memory."""
-    params = [parameter(*shape, backend=backend) for shape in ((5, 4), (6,), (2, 3, 2))]
+    params = [parameter(*shape, backend=backend) for shape in shapes_for(options, ((5, 4), (6,), (2, 3, 2)))]
     ours, plain = clones(params), clones(params)
     fast = torch.tensor(lr, dtype=torch.float64, device=device_of(backend))
     groups = [{"params": ours[:2], "lr": fast}, {"params": ours[2:], "lr": fast / 2, "chunks": 2}]
@@ -160,7 +162,7 @@ def test_the_loss_scale_is_read_anew_by_every_replay(
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @every_backend
 def test_capturable_changes_no_bit_of_an_eager_run(backend: str, options: dict[str, Any], seed: int) -> None:
-    params = [parameter(*shape, backend=backend) for shape in ((5, 4), (6,))]
+    params = [parameter(*shape, backend=backend) for shape in shapes_for(options, ((5, 4), (6,)))]
     optimizers = [
         FusedLayca(each, 0.1, backend=backend, capturable=capturable, **options)
         for each, capturable in ((params, True), (clones(params), False))

@@ -17,7 +17,7 @@ from torch import Tensor
 from layca_fast import FusedLayca
 from layca_fast.backends import load
 
-from ..support import native_backends, parameter, params_of, random_gradients, same_bits, train
+from ..support import HANGS, native_backends, parameter, params_of, random_gradients, same_bits, train
 from .host_support import Recorder, every_base, many
 
 
@@ -152,8 +152,8 @@ def test_a_forked_worker_may_step(seed: int) -> None:
     results = context.Queue()
     worker = context.Process(target=_step_in_a_child, args=(results,))
     worker.start()
-    from_child = results.get(timeout=60)
-    worker.join(timeout=60)
+    from_child = results.get(timeout=HANGS)
+    worker.join(timeout=HANGS)
     assert worker.exitcode == 0
     here = multiprocessing.get_context("spawn").Queue()
     threads = torch.get_num_threads()
@@ -161,7 +161,7 @@ def test_a_forked_worker_may_step(seed: int) -> None:
         _step_in_a_child(here)
     finally:
         torch.set_num_threads(threads)
-    assert from_child == here.get(timeout=60)
+    assert from_child == here.get(timeout=HANGS)
 
 
 PROGRAM = """
@@ -182,7 +182,7 @@ def test_one_openmp_thread_gives_the_bits_of_several(seed: int) -> None:
     for threads in ("1", "2"):
         environment = {**os.environ, "OMP_NUM_THREADS": threads}
         command = [sys.executable, "-c", PROGRAM]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=HANGS)
         printed.append(run.stdout.split())
     assert [count for count, _ in printed] == ["1", "2"]
     assert printed[0][1] == printed[1][1]
@@ -195,6 +195,9 @@ def test_the_kernels_follow_torchs_number_of_threads(seed: int, monkeypatch: pyt
     view = backend._view(optimizer._plan.batches[0][1])
 
     class Spy:
+        def reserve(self, threads: int) -> None:
+            view.reserve(threads)
+
         def step(self, threads: int) -> None:
             asked.append(threads)
             view.step(threads)

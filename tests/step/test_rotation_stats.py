@@ -1,6 +1,7 @@
 """rotation_stats(): the numbers of the last step against a computation by hand, and counts over the whole run."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -63,6 +64,20 @@ def test_stats_have_the_names_of_a_monitor(seed: int) -> None:
     train(unnamed, random_gradients([param for group in unnamed.param_groups for param in group["params"]], 1))
     assert {stats.name for stats in unnamed.rotation_stats().values()} == {"0.0", "1.0", "1.1"}
     assert RotationMonitor(unnamed).names == ["1.0", "1.1"]
+
+
+def test_stats_print_as_a_table(seed: int) -> None:
+    """The least and the largest of a tensor's layers, in the order of the tensors."""
+    groups = [{"params": [("packed", parameter(6, 4))], "chunks": 3}, {"params": [("bias", parameter(5))]}]
+    optimizer = FusedLayca(groups, 0.1)
+    grads = [torch.randn(6, 4), torch.full((5,), torch.nan)]
+    grads[0][:2] = 0
+    train(optimizer, [grads])
+    head, packed, bias = (re.split(r" {2,}", line) for line in str(optimizer.rotation_stats()).splitlines())
+    assert head[:4] == ["parameter", "layers", "angle", "cos(w, u)"]
+    assert packed[:3] == ["packed", "3", f"0 to {math.atan(0.1):.3g}"]
+    assert packed[-3:] == ["0", "1", "0"]
+    assert (bias[0], bias[-3:]) == ("bias", ["5", "0", "0"])
 
 
 @native_backends

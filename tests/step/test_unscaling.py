@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from ..support import (
     random_gradients,
     relative_distance,
     same_bits,
+    shapes_for,
     train,
 )
 from .host_support import Recorder
@@ -37,14 +38,16 @@ OPTIONS = (
     {"base": "rmsprop", "centered": True, "momentum": 0.5, "maximize": True},
     {"base": "adagrad"},
     {"base": "lion"},
+    {"base": "muon", "momentum": 0.9},
 )
 F32, BF16 = torch.float32, torch.bfloat16
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
-def odd_params(backend: str) -> list[Parameter]:
+def odd_params(backend: str, base: Mapping[str, Any] = {}) -> list[Parameter]:
     """A matrix, a bias, three layers in one tensor, and a tensor without elements."""
-    return [parameter(*shape, backend=backend) for shape in ((6, 5), (7,), (3, 4, 2), (0, 3))]
+    shapes = shapes_for(base, ((6, 5), (7,), (3, 4, 2), (0, 3)))
+    return [parameter(*shape, backend=backend) for shape in shapes]
 
 
 def scaler_for(params: Sequence[Tensor], **options: Any) -> torch.amp.GradScaler:
@@ -77,7 +80,7 @@ def with_overflow(rows: list[list[Tensor]], steps: Sequence[int]) -> list[list[T
 @every_backend
 def test_the_standard_paths_bits(backend: str, options: dict[str, Any], unscaled: bool, seed: int) -> None:
     """Steps with infinite gradients among them, the first two, and a scale that backs off and grows."""
-    params = odd_params(backend)
+    params = odd_params(backend, options)
     twins = clones(params)
     ours = FusedLayca(params, 0.05, backend=backend, unscale_in_step=True, **options)
     plain = FusedLayca(twins, 0.05, backend=backend, **options)

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from layca_fast import Curves, RotationMonitor
 from layca_fast.callbacks import huggingface
 from layca_fast.callbacks import lightning as for_lightning
-from layca_fast.monitor.curves import QUANTITIES, read_curves
+from layca_fast.monitor.curves import QUANTITIES
+from layca_fast.monitor.reading import read_curves
 from layca_fast.monitor.writers import CsvWriter, JsonLinesWriter, TensorBoardWriter
 
 from ..support import same_bits

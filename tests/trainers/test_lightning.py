@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -222,3 +222,31 @@ def test_the_module_reaches_the_optimizers_own_methods(tmp_path: Path, seed: int
     assert float(stats.angle) == pytest.approx(math.atan(0.05 * 0.9 ** (STEPS - 1)))
     assert float(stats.radius) == pytest.approx(2 * norm)
     assert norm_of(model[0].weight) == pytest.approx(2 * norm)
+
+
+class Unfreezing(BaseFinetuning):
+    """Freezes the first layer, and adds its parameters, which have no names, at the second epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.model[0])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.model[0], optimizer, lr=0.01)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [fused, lambda model: torch.optim.SGD(layer_groups(model, lr=0.05, names=False), 0.05)],
+    ids=["FusedLayca", "SGD"],
+)
+def test_layers_that_are_unfrozen_later_are_trained(make: Make, seed: int) -> None:
+    model, batches = classifier(), labelled_points(STEPS)
+    weight = copy.deepcopy(model[0].weight)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, **quiet}
+    trainer = lightning.Trainer(callbacks=[Unfreezing()], max_epochs=3, **settings)
+    trainer.fit(Automatic(model, make), DataLoader(batches, batch_size=None))
+    assert not torch.equal(model[0].weight, weight)
+    groups = trainer.optimizers[0].param_groups
+    assert len({param for group in groups for param in group["params"]}) == len(list(model.parameters()))

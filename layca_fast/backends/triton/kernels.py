@@ -85,7 +85,7 @@ def prepare(
 @triton.jit
 def measure(
     tensors, hypers, step_options, tiles, partials, partial_counts,
-    ADVANCE: tl.constexpr, STEP: tl.constexpr, ADMIT: tl.constexpr,
+    ADVANCE: tl.constexpr, STEP: tl.constexpr, ADMIT: tl.constexpr, SQUARES: tl.constexpr,
     READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr, COUNTS: tl.constexpr,
     ELEMENT: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
     COMPENSATED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
@@ -105,7 +105,7 @@ def measure(
             if aligned == ALIGNED:
                 measure_tile(
                     addresses, length, hyper, options_row, partials, partial_counts,
-                    ADVANCE, STEP, ADMIT, READS_GRAD, STATES, OPTIONS,
+                    ADVANCE, STEP, ADMIT, SQUARES, READS_GRAD, STATES, OPTIONS,
                     ELEMENT, PARAM, GRAD, STATE, COMPENSATED, LANES, TILE, ALIGNED,
                 )  # fmt: skip
 

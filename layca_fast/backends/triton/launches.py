@@ -88,7 +88,10 @@ def measure_launch(batch: Batch) -> Launch:
     from . import formulas, kernels
 
     advance = formulas.lower(batch.formula.advance)
-    return _over_tiles(kernels.measure, batch, (batch.partials, batch.partial_counts), ADVANCE=advance)
+    # One bit for each state.
+    squares = sum(is_square << i for i, is_square in enumerate(batch.formula.are_squares))
+    tables = (batch.partials, batch.partial_counts)
+    return _over_tiles(kernels.measure, batch, tables, ADVANCE=advance, SQUARES=squares)
 
 
 def finish_launch(batch: Batch, *, sums: bool, coefficients: bool) -> Launch:

@@ -85,7 +85,7 @@ def _load_gradient(
 @device_function
 def measure_tile(
     addresses, length, hyper, options_row, partials, partial_counts,
-    ADVANCE: tl.constexpr, STEP: tl.constexpr, ADMIT: tl.constexpr,
+    ADVANCE: tl.constexpr, STEP: tl.constexpr, ADMIT: tl.constexpr, SQUARES: tl.constexpr,
     READS_GRAD: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
     ELEMENT: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
     COMPENSATED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -102,14 +102,20 @@ def measure_tile(
         before = before + (load(addresses[3 + i], lanes, inside, STATE, ELEMENT, ALIGNED, ""),)
     w = load_weight(addresses, lanes, inside, PARAM, ELEMENT, COMPENSATED, ALIGNED, "").to(tl.float64)
     advanced = ADVANCE(grad, before, options)
-    state = ()
+    are_good = inside | True
+    rounded = ()
     for i in tl.static_range(STATES):
         # As it will be stored: rotate makes its step of nothing else.
-        rounded = decode(encode(advanced[i], STATE), STATE, ELEMENT)
-        clean = finite_or_zero(rounded)
-        non_finite = non_finite | (clean != rounded)
+        rounded = rounded + (decode(encode(advanced[i], STATE), STATE, ELEMENT),)
+        are_good = are_good & (tl.abs(rounded[i]) < float("inf"))
+    # The states of an element go together: where one is not finite they start anew, with the square of this gradient.
+    state = ()
+    for i in tl.static_range(STATES):
+        anew = finite_or_zero(decode(encode(grad * grad, STATE), STATE, ELEMENT)) if (SQUARES >> i) % 2 else grad * 0.0
+        clean = tl.where(are_good, rounded[i], anew)
         tl.store(pointers(addresses[3 + i], lanes, STATE, ALIGNED), encode(clean, STATE), mask=inside)
         state = state + (clean,)
+    non_finite = non_finite | (are_good == 0)
     step = STEP(grad, state, options)
     u = finite_or_zero(step)
     non_finite = (non_finite | (u != step)) & inside

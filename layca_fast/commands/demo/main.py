@@ -7,19 +7,16 @@ from contextlib import suppress
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from ...backends import choose
 from ...formulas.options import BACKENDS
 from ...formulas.rotation import RULES
+from ..progress import progress
 from .bases import ALL, PAPER_BASES, contestants
 from .tables import print_bases, print_pair
 from .training import Contestant, Digits, Run, load_digits, one_cpu_thread, train
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
 
 #: What the extra "demo" installs.
 EXTRAS = ("matplotlib", "mlxtend", "rich")
@@ -38,28 +35,19 @@ def pick_device(backend: str) -> torch.device:
 
 
 def train_all(racers: Sequence[Contestant], digits: Digits, epochs: int, seeds: int) -> list[list[Run]]:
-    """The runs of each contestant, one for each seed from 0 up, under a progress bar per contestant."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """The runs of each contestant, one for each seed from 0 up, as progress is shown."""
+    with progress([racer.name for racer in racers], epochs * seeds, "epochs") as advance:
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[accuracy]}"),
-    )
-    with Progress(*columns) as progress:
-        tasks = [progress.add_task(racer.name, total=epochs * seeds, start=False, accuracy="") for racer in racers]
+        def train_each(number: int, racer: Contestant) -> list[Run]:
+            def on_epoch(accuracy: float) -> None:
+                advance(number, f"test accuracy {accuracy:.3f}")
 
-        def train_each(racer: Contestant, task: "TaskID") -> list[Run]:
-            def advance(accuracy: float) -> None:
-                progress.update(task, advance=1, accuracy=f"test accuracy {accuracy:.3f}")
+            advance(number, by=0)
+            return [
+                train(racer.optimizer, digits, epochs=epochs, seed=seed, on_epoch=on_epoch) for seed in range(seeds)
+            ]
 
-            progress.start_task(task)
-            return [train(racer.optimizer, digits, epochs=epochs, seed=seed, on_epoch=advance) for seed in range(seeds)]
-
-        return [train_each(racer, task) for racer, task in zip(racers, tasks, strict=True)]
+        return [train_each(number, racer) for number, racer in enumerate(racers)]
 
 
 def positive(text: str) -> int:

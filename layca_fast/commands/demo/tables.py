@@ -19,8 +19,8 @@ def spread_in_points(results: Sequence[Result]) -> float:
 
 
 def print_pair(title: str, results: Sequence[Result]) -> None:
-    """Accuracy, rotation and speed of each of a few optimizers."""
-    columns = ["optimizer", "lr", "backend", "test\naccuracy", "mean rotation\n(1 - cos)", "s per\nepoch"]
+    """Accuracy and rotation of each of a few optimizers."""
+    columns = ["optimizer", "lr", "backend", "test\naccuracy", "mean rotation\n(1 - cos)"]
     print_table(title, columns, [_row(*result) for result in results])
 
 
@@ -39,8 +39,7 @@ def print_bases(title: str, results: Sequence[Result]) -> None:
 def _row(racer: Contestant, runs: Sequence[Run]) -> list[str]:
     accuracy = _summary(final_accuracies(runs))
     rotation = _summary([mean(run.rotation[-1]) for run in runs])
-    seconds = f"{mean(run.seconds_per_epoch for run in runs):.2f}"
-    return [racer.name, racer.rate, racer.backend, accuracy, rotation, seconds]
+    return [racer.name, racer.rate, racer.backend, accuracy, rotation]
 
 
 def _summary(values: Sequence[float]) -> str:

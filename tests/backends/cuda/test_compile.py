@@ -17,7 +17,10 @@ from . import compiled as cuda_code
 from .compiled import ARCHITECTURES, DTYPES, Kernel
 
 MODULE, REASON = import_native("cuda")
-pytestmark = pytest.mark.skipif(MODULE is None, reason=f"backend 'cuda': {REASON}")
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(MODULE is None, reason=f"backend 'cuda': {REASON}"),
+]
 reads_code = pytest.mark.skipif(cuda_code.cuobjdump() is None, reason="there is no cuobjdump; Triton brings one")
 
 TYPES = dict.fromkeys(("dtype", "grad_dtype", "state_dtype"), "float32")
@@ -81,7 +84,7 @@ def test_a_formula_or_type_without_kernels_is_named() -> None:
 def test_every_kernel_is_compiled_for_every_architecture(usage: dict[Kernel, dict[str, dict[str, int]]]) -> None:
     assert set(usage) == cuda_code.every_kernel()
     known = set(ARCHITECTURES) if cuda_code.nvcc() == cuda_code.committed()["nvcc"] else {"sm_90"}
-    assert all(known <= set(numbers) for numbers in usage.values())
+    assert all(known <= set(numbers) for numbers in usage.values()), "make test-exhaustive builds the module for them"
 
 
 @reads_code

@@ -22,9 +22,21 @@ from layca_fast.state.slot import Slot
 from layca_fast.step.batch import Batch
 
 from ...step import test_unscaling
-from ...support import clones, parameter, random_gradients, relative_distance, rows_by_formula, same_bits, train
+from ...support import (
+    clones,
+    parameter,
+    random_gradients,
+    relative_distance,
+    rows_by_formula,
+    same_bits,
+    shapes_for,
+    train,
+)
 from ..test_equivalence import LARGE, cases
 from .support import emulated, emulator  # noqa: F401
+
+#: It takes minutes to build, and who has no GPU does not run this backend; where there is one, tests/gpu does.
+pytestmark = pytest.mark.exhaustive
 
 CPU = torch.device("cpu")
 ROWS = rows_by_formula(lr=0.05, weight_decay=0.05)
@@ -91,7 +103,7 @@ def test_nearly_parallel_steps_turn_by_the_right_angle(n: int, sine: float, seed
 
 @pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
 def test_equals_the_cpu_backend_after_50_steps(options: dict[str, object], seed: int) -> None:
-    ours = [parameter(*shape) for shape in ((70, 90), (33,), (3, 5, 7))]
+    ours = [parameter(*shape) for shape in shapes_for(options, ((70, 90), (33,), (3, 5, 7)))]
     theirs = clones(ours)
     grads = random_gradients(ours, 50)
     optimizers = [

@@ -25,6 +25,9 @@ from ...step import test_half_plans, test_unscaling
 from ...support import copy_of, params_of, random_gradients, relative_distance, rows_by_formula, same_bits, train
 from .support import emulated, emulator  # noqa: F401
 
+#: It takes minutes to build, and who has no GPU does not run this backend; where there is one, tests/gpu does.
+pytestmark = pytest.mark.exhaustive
+
 ROWS = rows_by_formula(lr=0.05, weight_decay=0.05)
 every_formula = pytest.mark.parametrize("formula", FORMULAS)
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import pytest
 
 from layca_fast.formulas.bases import FORMULAS
 
+from ...support import HANGS
 from ..cpu.support import as_json_lines
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.exhaustive
 
 ROOT = Path(__file__).parents[3]
 #: Two processes of about equal work.
@@ -34,22 +37,28 @@ def compile_all(cache: Path) -> dict[str, dict[str, Any]]:
     """What compile_worker.py prints, for every launch and target."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.backends.triton.compile_worker", *targets],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for targets in TARGETS
-    ]
     printed: dict[str, dict[str, Any]] = {}
-    for worker in workers:
-        out, errors = worker.communicate(timeout=600)
-        assert worker.returncode == 0, errors
-        printed |= json.loads(out)
+    with ExitStack() as ending:
+        workers = []
+        for targets in TARGETS:
+            # A worker ends when its standard input does: with this process, whatever ends that.
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "tests.backends.triton.compile_worker", *targets],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            ending.callback(worker.kill)
+            workers.append(worker)
+        for worker in workers:
+            # Read by hand: communicate would close the input.
+            assert worker.stdout is not None
+            out = worker.stdout.read()
+            assert worker.wait(HANGS) == 0, out
+            printed |= json.loads(out.splitlines()[-1])
     return printed
 
 

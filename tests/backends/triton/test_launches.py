@@ -19,7 +19,7 @@ from layca_fast.formulas.tables import Coefficient, Column, Count, Tile
 from layca_fast.state.slot import Slot
 from layca_fast.step.batch import Batch
 
-from ...support import device_of, relative_distance, rows_by_formula, same_bits
+from ...support import HANGS, device_of, relative_distance, rows_by_formula, same_bits
 
 pytest.importorskip("triton")
 
@@ -229,11 +229,11 @@ def test_other_devices_are_refused_with_the_reason() -> None:
 def test_a_missing_requirement_is_named(setup: str, reason: str) -> None:
     code = f"{setup}; from layca_fast.backends.triton.backend import BACKEND; print(BACKEND.missing())"
     out = subprocess.run(
-        [sys.executable, "-c", code], env={}, check=True, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env={}, check=True, capture_output=True, text=True, timeout=HANGS
     ).stdout
     assert reason in out
 
 
 def test_importing_the_module_imports_no_triton() -> None:
     code = "import sys, layca_fast.backends.triton.backend; sys.exit('triton' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS)

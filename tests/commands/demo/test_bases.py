@@ -36,7 +36,7 @@ FIVE = {
 
 
 def runs_ending_at(*finals: float) -> list[Run]:
-    return [Run([0.1, 0.5, final], [[0.0], [0.1], [0.2]], 0.1) for final in finals]
+    return [Run([0.1, 0.5, final], [[0.0], [0.1], [0.2]]) for final in finals]
 
 
 def results_ending_at(finals: dict[str, tuple[list[float], list[float]]]) -> list[Result]:

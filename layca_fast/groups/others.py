@@ -1,0 +1,62 @@
+"""Two bases for one model: which options are whose, and the head, which goes with the others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..formulas.options import find_base
+from .roles import EMBEDDINGS
+
+#: Options of a group that say how a tensor rotates.
+OF_ROTATION = ("rule", "radius")
+
+
+def head_of(model: nn.Module) -> Tensor | None:
+    """The weight that makes the logits, or None if nothing looks like it.
+
+    What the model itself calls its output embeddings (``get_output_embeddings()``, as transformers have it); else the
+    last Linear with as many outputs as an embedding has entries; else the last Linear of all, in the order of
+    definition.
+    """
+    for module in model.modules():
+        own = getattr(module, "get_output_embeddings", None)
+        head = own() if callable(own) else None
+        if isinstance(getattr(head, "weight", None), Tensor):
+            return head.weight  # type: ignore[no-any-return, union-attr]
+    entries = {module.num_embeddings for module in model.modules() if isinstance(module, EMBEDDINGS)}
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    heads = [module for module in linears if module.out_features in entries] or linears
+    return heads[-1].weight if heads else None
+
+
+def split_options(options: Mapping[str, Any], others_base: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``options`` for the groups that rotate, and for the others, which have a base of their own.
+
+    What only the others' base has is theirs, what only the rotating base has is not. What both have, such as eps,
+    is the rotating base's: the others keep their default. Raises ValueError where a base directs matrices only and
+    nothing says what trains the rest.
+    """
+    base = find_base(options.get("base", "sgd"))
+    if others_base is None:
+        if "base" in options and base.formula({**base.options, **options}).direct is not None:
+            raise ValueError(
+                f"base={base.name!r} directs whole matrices, and the others are none: name their base, "
+                "others_base='adam'"
+            )
+        return dict(options), dict(options)
+    theirs = find_base(others_base)
+    ours = {name: value for name, value in options.items() if name not in theirs.options or name in base.options}
+    for_all = {name: value for name, value in options.items() if name not in base.options and name not in OF_ROTATION}
+    return ours, {**for_all, "base": others_base}
+
+
+def check_others_base(others_base: Any, others: str) -> None:
+    """Raise ValueError for a base of the others that there is none of, or that cannot train them."""
+    if others_base is None:
+        return
+    base = find_base(others_base)
+    if base.formula(base.options).direct is not None:
+        raise ValueError(f"others_base={others_base!r} directs whole matrices, and the others are none: use 'adam'")
+    if others == "freeze":
+        raise ValueError(f"others_base={others_base!r}: others='freeze' trains no others; leave it out")

@@ -1,0 +1,40 @@
+"""Modes of torch that watch what is done to tensors, and what kernels that write by addresses must tell them."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+
+def are_watching() -> bool:
+    """Whether a dispatch or function mode is on that may have to know of writes; one C call each where none is."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if torch._C._len_torch_function_stack() == 0:
+        return False
+    # That of a default device only looks at what makes new tensors, and may be on for the whole run.
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+def check_modes() -> None:
+    """Raise RuntimeError where a mode is on under which real tensors must not be written, or the trace would lack it.
+
+    The torch backend is no way out: it reads numbers back, as torch's optimizers do not.
+    """
+    keys = torch._C._TorchDispatchModeKey
+    for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL):
+        mode = torch._C._get_dispatch_mode(key)
+        if mode is not None:
+            raise RuntimeError(
+                f"real tensors cannot be stepped inside of {type(mode).__name__}, which must not let them change or "
+                "could not record it: take the step outside of it, or, to try one out, make model and optimizer inside "
+                "of FakeTensorMode"
+            )
+
+
+def announce(tensors: Iterable[Tensor]) -> None:
+    """Let every mode see that these are about to be written, by a copy of each to itself, which changes no bit."""
+    for tensor in tensors:
+        tensor.copy_(tensor)

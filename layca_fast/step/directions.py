@@ -1,0 +1,322 @@
+"""Bases whose direction is no function of single elements, but of whole matrices: one more stage before *measure*.
+
+    advance (elementwise) -> direct (whole matrices) -> measure -> coefficients -> rotate
+
+Both ends are the kernels that every base runs. *Advance* is a plain step, of rate 1 and without decay, of weights that
+are zero: it advances the state and leaves minus the base step, what the direction is made of, where these weights were.
+*Direct* replaces that by minus the direction, in stacks of matrices of one shape. The rest is plain SGD, of which that
+is the gradient, to be maximized. So rules, remainders, statistics, loss scales and graphs know nothing of directions.
+"""
+
+from collections import ChainMap
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..formulas.bases import BASES, Formula
+from ..formulas.direction import Direction
+from ..state.compensation import HALVES
+from ..state.layout import matrix_shape
+from ..state.slot import Slot
+from .batch import Batch
+from .scratch import Scratch
+from .unscaling import LossScale
+
+if TYPE_CHECKING:
+    from .backend import Backend
+
+#: Elements of the tensors that share a batch, and of the matrices that share a stack, by type of device: what all that
+#: is not matrix products needs to be fast. Larger tensors and matrices have one of their own.
+WINDOW = {"cpu": 2**24}
+STACK = {"cpu": 2**22}
+ELSEWHERE = 2**26
+
+#: Elements between tensors that begin where vectors may.
+ALIGNMENT = 64
+
+_SGD = BASES["sgd"]
+
+#: What groups say to the two halves of a step.
+_ADVANCES: Mapping[str, Any] = {"lr": 1.0, "weight_decay": 0.0}
+_FOLLOWS: Mapping[str, Any] = {"base": "sgd", "maximize": True, **_SGD.options}
+
+
+def batches_of(formula: Formula, slots: Sequence[Slot], tile: int, scratch: Scratch) -> Iterator[Batch]:
+    """The batches for ``slots``: one, or where matrices have directions one for each window of tensors."""
+    if formula.direct is None:
+        yield Batch(formula, slots, tile)
+        return
+    limit = WINDOW.get(slots[0].param.device.type, ELSEWHERE)
+    window: list[Slot] = []
+    filled = 0
+    # Matrices of one shape come together, the largest first: they say how much memory is taken.
+    for slot in sorted(slots, key=lambda slot: sorted(_sides(slot), reverse=True), reverse=True):
+        if window and filled + slot.param.numel() > limit:
+            yield Directed(formula, window, tile, scratch)
+            window, filled = [], 0
+        window.append(slot)
+        filled += slot.param.numel()
+    yield Directed(formula, window, tile, scratch)
+
+
+def _sides(slot: Slot) -> tuple[int, int]:
+    """The rows and columns of the matrices of a slot."""
+    rows, *others = matrix_shape(slot.param.shape, slot.layers, slot.group["chunks"])
+    columns = 1
+    for size in others:
+        columns *= size
+    return rows, columns
+
+
+def _carve(memory: Tensor, slots: Sequence[Slot], offsets: Sequence[int]) -> list[Tensor]:
+    """A tensor of ``memory`` for each slot, that lies as its parameter does, or without gaps where that has some."""
+    found = []
+    for slot, offset in zip(slots, offsets, strict=True):
+        param = slot.param
+        part = memory[offset : offset + param.numel()]
+        found.append(part.as_strided(param.shape, param.stride()) if slot.dense else part.view(param.shape))
+    return found
+
+
+@dataclass
+class _Run:
+    """Matrices of one tensor, (n, rows, ...) views of where its steps lie, and their first row among the dots."""
+
+    source: Tensor
+    first: int
+    direction: Direction
+    tall: bool
+    gain: float
+
+    def place(self, matrices: Tensor) -> Tensor:
+        """(n, rows, columns), rows <= columns, as this run has them."""
+        turned = matrices.mT if self.tall else matrices
+        shape = self.source.shape[2:]
+        return turned.unflatten(2, shape) if len(shape) > 1 else turned
+
+
+class _Stack:
+    """Matrices of one shape and one direction, that are made together."""
+
+    def __init__(self, runs: Sequence[_Run], shape: tuple[int, int], scratch: Scratch, home: torch.device) -> None:
+        self._runs = runs
+        self._direction = runs[0].direction
+        self._sources = [run.source for run in runs]
+        self._firsts = list(accumulate((len(run.source) for run in runs), initial=0))
+        count, device = self._firsts[-1], runs[0].source.device
+        numel = count * shape[0] * shape[1]
+        room = self._direction.room(count, *shape)
+        memory = scratch.take("matrices", numel + room, self._direction.dtype, device)
+        self._matrices, self._room = memory[:numel].view(count, *shape), memory[numel:]
+        rows = [run.first + i for run in runs for i in range(len(run.source))]
+        self._rows = torch.tensor(rows, dtype=torch.int64, device=home)
+        self._gains = [run.gain for run in runs]
+        self._places: dict[int, list[Tensor]] = {}
+
+    def _parts(self, matrices: Tensor) -> list[Tensor]:
+        found = self._places.get(matrices.data_ptr())
+        if found is None:
+            bounds = zip(self._runs, self._firsts, self._firsts[1:], strict=False)
+            found = [run.place(matrices[first:end]) for run, first, end in bounds]
+            self._places[matrices.data_ptr()] = found
+        return found
+
+    def run(self, dots: Tensor) -> None:
+        """Replace the steps by their directions; ``dots`` has their squared norms in its last column."""
+        torch._foreach_copy_(self._parts(self._matrices), self._sources)
+        norms = dots[:, 2].index_select(0, self._rows).sqrt_()
+        result = self._direction.run(self._matrices, norms, self._room)
+        torch._foreach_copy_(self._sources, self._parts(result))
+        if any(gain != 1.0 for gain in self._gains):
+            torch._foreach_mul_(self._sources, self._gains)
+
+
+class _Advancing(Batch):
+    """The first half of the step, on gradients of ``given_dtype``, in which most of them come."""
+
+    def __init__(self, formula: Formula, slots: Sequence[Slot], tile: int, given_dtype: torch.dtype) -> None:
+        super().__init__(formula, slots, tile)
+        self._given_dtype = given_dtype
+
+    def take_gradients(self) -> None:
+        if self._given_dtype == self.dtype:
+            super().take_gradients()
+            return
+        given = [slot.owner.grad for slot in self.slots]
+        as_given = all(grad is None or grad.dtype == self._given_dtype for grad in given)
+        self.grad_dtype = self._given_dtype if as_given else self.compute_dtype
+        self.grads = [slot.gradient(self.grad_dtype) for slot in self.slots]
+
+
+class Directed(Batch):
+    """A batch whose gradients are directions: its step makes them first, before the kernels run as for plain SGD.
+
+    The tensors of all batches of one scratch lie in the same memory, so each is to be finished before the next begins.
+    """
+
+    def __init__(self, formula: Formula, slots: Sequence[Slot], tile: int, scratch: Scratch) -> None:
+        groups = {id(slot.group): slot.group for slot in slots}
+        # One for each group, as the tables have rows for each.
+        advances: dict[int, Any] = {key: ChainMap(dict(_ADVANCES), each) for key, each in groups.items()}  # type: ignore[arg-type]
+        follows: dict[int, Any] = {key: ChainMap(dict(_FOLLOWS), each) for key, each in groups.items()}  # type: ignore[arg-type]
+        turning = [replace(slot, group=follows[id(slot.group)], base=_SGD, states=(), step=None) for slot in slots]
+        super().__init__(_SGD.formula(_SGD.options), turning, tile)
+        self._formula, self._scratch = formula, scratch
+        self._given = list(slots)
+        aligned = [-(-slot.param.numel() // ALIGNMENT) * ALIGNMENT for slot in slots]
+        *offsets, total = accumulate(aligned, initial=0)
+        self._memory = scratch.take("steps", total, self.compute_dtype, self.device)
+        self._steps = _carve(self._memory, slots, offsets)
+        #: The kernels know gradients and states of 16 bits beside parameters of 16 bits only: there a step is first a
+        #: bfloat16 and its remainder, which are a float32.
+        self._halves: Tensor | None = None
+        blanks: list[Tensor] = self._steps
+        remainders: Sequence[Tensor | None] = [None] * len(slots)
+        if self.dtype in HALVES:
+            self._halves = scratch.take("halves", 2 * total, torch.bfloat16, self.device).view(2, total)
+            blanks, remainders = (_carve(half, slots, offsets) for half in self._halves)
+        advancing = [
+            replace(
+                slot,
+                param=blank,
+                remainder=rest,
+                dtensor=slot.owner,
+                group=advances[id(slot.group)],
+                radius=None,
+            )
+            for slot, blank, rest in zip(slots, blanks, remainders, strict=True)
+        ]
+        self.advancing = _Advancing(formula, advancing, tile, self.dtype)
+        # What did not count there is to be told of the tensor.
+        self.advancing.counts = self.counts
+        self._stacks: list[_Stack] = []
+        self._made_for: Hashable = None
+        self._recorded: Hashable = None
+
+    @property
+    def given(self) -> list[Slot]:
+        return self._given
+
+    @property
+    def given_grads(self) -> list[Tensor | None]:
+        return self.advancing.grads
+
+    @property
+    def given_grad_dtype(self) -> torch.dtype:
+        return self.advancing.grad_dtype
+
+    def holds(self) -> bool:
+        return super().holds() and self.advancing.holds()
+
+    def take_gradients(self) -> None:
+        self.advancing.take_gradients()
+        self.grad_dtype = self.compute_dtype
+        given = zip(self.advancing.grads, self._steps, strict=True)
+        self.grads = [None if grad is None else step for grad, step in given]
+
+    def check_capture(self) -> None:
+        super().check_capture()
+        self.advancing.check_capture()
+
+    def sync_hyperparameters(self) -> None:
+        super().sync_hyperparameters()
+        self.advancing.sync_hyperparameters()
+
+    def are_recorded(self) -> bool:
+        return super().are_recorded() and self.advancing.are_recorded() and self._recorded in (None, self._settings())
+
+    def refresh(self, loss_scale: LossScale | None = None, capturing: bool = False) -> None:
+        self.advancing.refresh(loss_scale, capturing)
+        # The steps know of no scale, but that there may be none.
+        super().refresh(None if loss_scale is None else LossScale(None, loss_scale.found_inf), capturing)
+        if capturing:
+            self._recorded = self._settings()
+
+    def release(self) -> None:
+        super().release()
+        self.advancing.release()
+
+    def _directions(self) -> dict[int, Direction]:
+        """What makes the directions of each group, as it says now."""
+        assert self._formula.direct is not None
+        groups = {id(slot.group): slot.group for slot in self._given}
+        return {key: self._formula.direct(each, self.dtype, self.device) for key, each in groups.items()}
+
+    def _settings(self) -> Hashable:
+        return tuple(self._directions().values())
+
+    @property
+    def is_delicate(self) -> bool:
+        # Between its halves Python looks for signals.
+        return True
+
+    def make_room(self, backend: "Backend") -> None:
+        super().make_room(backend)
+        backend.reserve(self.advancing)
+        present = tuple(grad is not None for grad in self.grads)
+        directions = self._directions()
+        wanted = present, tuple(directions.values())
+        if wanted != self._made_for:
+            self._stacks, self._made_for = self._make_stacks(directions, present), wanted
+
+    def call(self, backend: "Backend") -> Callable[[], object]:
+        advance, turn = backend.call(self.advancing), super().call(backend)
+
+        def step() -> None:
+            self._direct(advance)
+            turn()
+
+        return step
+
+    def _direct(self, advance: Callable[[], object]) -> None:
+        """Advance the state, and make the directions."""
+        if not self._stacks:
+            return
+        (self._memory if self._halves is None else self._halves).zero_()
+        advance()
+        if self._halves is not None:
+            upper, lower = self._halves.view(torch.int16)
+            self._memory.view(torch.int32).copy_(upper).bitwise_left_shift_(16).add_(lower)
+        for stack in self._stacks:
+            stack.run(self.advancing.dots)
+
+    def _make_stacks(self, directions: Mapping[int, Direction], present: Sequence[bool]) -> list[_Stack]:
+        runs: dict[tuple[Direction, int, int], list[_Run]] = {}
+        for slot, step, first, here in zip(self._given, self._steps, self.first_layers, present, strict=True):
+            if not here or step.numel() == 0:
+                continue
+            rows, columns = _sides(slot)
+            direction = directions[id(slot.group)]
+            shape = matrix_shape(step.shape, slot.layers, slot.group["chunks"])
+            source = step.unflatten(0, (slot.layers, step.shape[0] // slot.layers))
+            if source.dim() > len(shape) + 1:
+                source = source.squeeze(1)
+            run = _Run(source, first, direction, rows > columns, direction.gain(rows, columns))
+            small, large = sorted((rows, columns))
+            runs.setdefault((direction, small, large), []).append(run)
+        return [
+            _Stack(part, (rows, columns), self._scratch, self._home)
+            for (_, rows, columns), each in runs.items()
+            for part in _cut(each, max(1, STACK.get(self.device.type, ELSEWHERE) // (rows * columns)))
+        ]
+
+
+def _cut(runs: Sequence[_Run], limit: int) -> Iterator[list[_Run]]:
+    """The same matrices, at most ``limit`` at a time."""
+    part: list[_Run] = []
+    filled = 0
+    for run in runs:
+        start = 0
+        while start < len(run.source):
+            end = min(len(run.source), start + limit - filled)
+            part.append(replace(run, source=run.source[start:end], first=run.first + start))
+            filled, start = filled + end - start, end
+            if filled == limit:
+                yield part
+                part, filled = [], 0
+    if part:
+        yield part

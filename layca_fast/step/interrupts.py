@@ -1,0 +1,46 @@
+"""Signals that arrive while a step is taken: what they call is called once the step is whole."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+#: What Python code handles by default or often, where the system has it: Ctrl-C, stop requests, timeouts, schedulers'.
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put off Python's signal handlers to the end of the context; the second signal of a kind is let through at once.
+
+    Handlers run in the main thread, between any two operations, and most of them raise. Elsewhere there is nothing to
+    put off.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[tuple[int, FrameType | None]] = []
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        again = any(number == each for each, _ in waiting)
+        waiting.append((number, frame))
+        if again:
+            handlers[number](number, frame)
+
+    try:
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, wait)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in dict.fromkeys(number for number, _ in waiting):
+            handlers[number](number, next(frame for each, frame in waiting if each == number))
