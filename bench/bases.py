@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layca_fast.commands.verify import BASE_OPTIONS, describe_base
+from layca_fast.commands.cases import BASE_OPTIONS, describe_base
 from layca_fast.formulas.options import RULES
 
 from .by_hand import Step

@@ -6,7 +6,7 @@ from itertools import product
 import torch
 
 from layca_fast import FusedLayca, backends
-from layca_fast.commands.verify import BASE_OPTIONS
+from layca_fast.commands.cases import BASE_OPTIONS
 
 #: Ends within a pack, a warp, a block and a tile; one that is not aligned; and more tiles than one.
 SHAPES = ((3, 3), (70, 91), (4096,), (3, 1371), (1,), (300, 333))

@@ -13,7 +13,7 @@ from itertools import combinations
 
 import pytest
 
-from layca_fast.commands.verify import Case
+from layca_fast.commands.cases import Case
 
 Choice = tuple[str, int]
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from layca_fast import FusedLayca, LayerGroups
 from layca_fast.backends import load
-from layca_fast.commands.verify import BASE_OPTIONS
+from layca_fast.commands.cases import BASE_OPTIONS
 from layca_fast.formulas.bases import BASES, Base
 
 #: Seconds after which what a test waits for counts as hanging: an hour, however slow or busy the machine.

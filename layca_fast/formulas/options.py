@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import BASES, ROUNDING, Base, not_negative
+from .base_options import ROUNDING, not_negative
+from .bases import BASES, Base
 from .rotation import RULES
 
 #: The names of the backends; ``backends/`` has one module for each.

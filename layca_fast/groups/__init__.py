@@ -1,5 +1,6 @@
 """Which tensors of a model are layers, decided by the modules that hold them."""
 
-from .layer_groups import LayerGroups, layer_groups
+from .layer_groups import layer_groups
+from .plan import LayerGroups
 
 __all__ = ["LayerGroups", "layer_groups"]

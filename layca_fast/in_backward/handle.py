@@ -5,18 +5,15 @@ bits, are those of the ordinary step. torch calls post-accumulate-gradient hooks
 complete: after all uses of tied weights, and under FSDP2 after the gradient was reduced and scattered.
 """
 
-import gc
 import threading
 import weakref
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd import Variable
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -25,14 +22,16 @@ from ..backends import choose
 from ..formulas.options import check_groups
 from ..messages import describe, labelled
 from ..state.checks import count_layers
-from ..state.members import Layers, check_norms, rotates
+from ..state.members import rotates
 from ..state.memory import check_apart, is_trained
 from ..state.sharding import is_sharded, local_of
 from ..state.structure import check_entries
+from ..state.zeros import Layers, check_norms
 from ..step.capture import is_capturing
 from ..step.plan import Plan
 from ..step.scratch import Scratch
 from ..step.watch import gradients, same_objects
+from .limits import check_not_replicated
 from .places import places
 
 
@@ -50,26 +49,6 @@ class Stepped(Protocol):
     def _warn_of_ignored_decay(self) -> None: ...
 
     def _warn_of_lost_rotations(self) -> None: ...
-
-
-def _check_not_replicated(params: Mapping[Tensor, Any]) -> None:
-    """Raise RuntimeError if a DistributedDataParallel reduces the gradient of one of ``params``.
-
-    Its reducer runs after the hooks of a parameter, so every rank would step by the gradient of its own data. Nothing
-    on a parameter says so; the modules that do are looked for among all objects, which takes about 0.1 s.
-    """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    for module in gc.get_objects():
-        if not issubclass(type(module), DistributedDataParallel):
-            continue
-        if any(param in params for param in module.module.parameters()):
-            raise RuntimeError(
-                "step_in_backward() cannot work under DistributedDataParallel: it averages gradients after they are "
-                "handed to the hooks, so the replicas would diverge, and it keeps memory for all of them in its "
-                "buckets. Use FSDP2 (torch.distributed.fsdp.fully_shard), or remove() the handle and take ordinary "
-                "steps"
-            )
 
 
 class StepInBackward:
@@ -250,7 +229,7 @@ class StepInBackward:
                 # It would keep the memory of state that has been replaced, and no graph needs it.
                 optimizer._plan = None
         if not self._is_checked:
-            _check_not_replicated(self._places)
+            check_not_replicated(self._places)
             check_entries(optimizer.param_groups, optimizer.state)
             self._check_memory()
             self._check_norms()

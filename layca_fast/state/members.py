@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -39,7 +39,6 @@ from .sharding import (
     wrap_radius,
 )
 from .slot import Slot
-from .zeros import have_zero_layers
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -293,35 +292,3 @@ def drop_remainders(groups: Sequence[Mapping[str, Any]], state: State) -> None:
             has.pop("remainder", None)
             if not has and param in state:
                 del state[param]
-
-
-class Layers(NamedTuple):
-    """A tensor that is to rotate: what is asked of its weights before they turn."""
-
-    group: Mapping[str, Any]
-    label: str
-    param: Tensor
-    layers: int
-
-    @property
-    def is_at_rest(self) -> bool:
-        """Whether the host can see that a step at the group's rate moves nothing."""
-        lr = self.group["lr"]
-        return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) <= 0.0
-
-
-def check_norms(tensors: Sequence[Layers]) -> list[Layers]:
-    """Raise ValueError if a layer's weights are all zero: it has no direction to turn. Waits for the device.
-
-    Returns those of which that is so and that do not move yet: checkpoints have an optimizer make its state at lr = 0,
-    by weights that they load only then.
-    """
-    flags = have_zero_layers([(each.param, each.layers) for each in tensors])
-    zero = [each for each, flag in zip(tensors, flags, strict=True) if flag]
-    if not all(each.is_at_rest for each in zero):
-        names = ", ".join(describe(each.label, each.param) for each in zero)
-        raise ValueError(
-            f"all weights of a layer are zero in {names}: such a layer has no direction to turn. Put these parameters "
-            "in a group with rotate=False, or initialize them"
-        )
-    return zero

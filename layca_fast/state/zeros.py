@@ -1,11 +1,12 @@
 """Layers whose weights are all zero: they have no direction to turn."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..messages import describe
 from .checks import is_wrapper
 from .sharding import Sharding, is_elsewhere, is_sharded, local_of, sharding_of
 
@@ -75,3 +76,35 @@ def _agreed(shared: "Sequence[tuple[int, Tensor, Sharding, Tensor]]") -> list[tu
         (index, (flag > 0).squeeze() & (tensor.numel() > 0))
         for (index, tensor, _, _), (flag, _) in zip(shared, anywhere, strict=True)
     ]
+
+
+class Layers(NamedTuple):
+    """A tensor that is to rotate: what is asked of its weights before they turn."""
+
+    group: Mapping[str, Any]
+    label: str
+    param: Tensor
+    layers: int
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether the host can see that a step at the group's rate moves nothing."""
+        lr = self.group["lr"]
+        return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) <= 0.0
+
+
+def check_norms(tensors: Sequence[Layers]) -> list[Layers]:
+    """Raise ValueError if a layer's weights are all zero: it has no direction to turn. Waits for the device.
+
+    Returns those of which that is so and that do not move yet: checkpoints have an optimizer make its state at lr = 0,
+    by weights that they load only then.
+    """
+    flags = have_zero_layers([(each.param, each.layers) for each in tensors])
+    zero = [each for each, flag in zip(tensors, flags, strict=True) if flag]
+    if not all(each.is_at_rest for each in zero):
+        names = ", ".join(describe(each.label, each.param) for each in zero)
+        raise ValueError(
+            f"all weights of a layer are zero in {names}: such a layer has no direction to turn. Put these parameters "
+            "in a group with rotate=False, or initialize them"
+        )
+    return zero

@@ -4,7 +4,7 @@ A backend walks these tables (``tables.py``) with a fixed number of launches how
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ..formulas.bases import Formula
-from ..formulas.tables import MAX_OPTIONS, Coefficient, Column, Count, Layer, Tile
+from ..formulas.tables import Coefficient, Column, Count
 from ..state.compensation import compute_dtype
 from ..state.layout import scalar_device
 from ..state.sharding import is_sharded, local_of
 from ..state.slot import Slot
 from .hypers import Hyperparameters
+from .structure import Structure
 from .unscaling import LossScale, ScaledTables
 from .upload import SPARES, Mirror
 from .watch import Entries, Layouts, addresses, all_there, column, gradients, same_objects
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
 
 
-class Batch:
+class Batch(Structure):
     """The tables for ``slots``: tensors of one device, dtype and formula, cut into tiles of ``tile`` elements.
 
     All of them have a remainder or none has. Formulas run in ``compute_dtype``, on states of ``state_dtype`` and on
@@ -299,53 +300,3 @@ class Batch:
     def hypers(self) -> Tensor:
         """The hyperparameter table, (rows, Hyper.WIDTH) float64."""
         return self.hyperparameters.table
-
-    @cached_property
-    def layer_tensors(self) -> Tensor:
-        """The tensor row of each layer, (layers,) int64."""
-        return self.layers[:, Layer.TENSOR]
-
-    @cached_property
-    def layers(self) -> Tensor:
-        """The layer table, (layers, Layer.WIDTH) int64."""
-        rows, first_tile = [], 0
-        for tensor, slot in enumerate(self.slots):
-            length = slot.param.numel() // slot.layers
-            tiles = -(-length // self.tile)
-            for _ in range(slot.layers):
-                rows.append((tensor, first_tile, tiles))
-                first_tile += tiles
-        return torch.tensor(rows, dtype=torch.int64, device=self._home)
-
-    @cached_property
-    def tiles(self) -> Tensor:
-        """The tile table, (tiles, Tile.WIDTH) int64."""
-        rows, layer = [], 0
-        for tensor, slot in enumerate(self.slots):
-            length = slot.param.numel() // slot.layers
-            for i in range(slot.layers):
-                rows += [
-                    (tensor, layer + i, i * length + start, min(self.tile, length - start))
-                    for start in range(0, length, self.tile)
-                ]
-            layer += slot.layers
-        return torch.tensor(rows, dtype=torch.int64, device=self._home).reshape(-1, Tile.WIDTH)
-
-    @cached_property
-    def n_tiles(self) -> int:
-        return sum(slot.layers * -(-(slot.param.numel() // slot.layers) // self.tile) for slot in self.slots)
-
-    @cached_property
-    def partials(self) -> Tensor:
-        """Scratch for the dots of each tile, (tiles, 3) float64."""
-        return torch.zeros(self.n_tiles, 3, dtype=torch.float64, device=self._home)
-
-    @cached_property
-    def step_options(self) -> Tensor:
-        """This step's options of every tensor, (tensors, MAX_OPTIONS) float64, where the formula counts its steps."""
-        return torch.zeros(len(self.slots), MAX_OPTIONS, dtype=torch.float64, device=self._home)
-
-    @cached_property
-    def partial_counts(self) -> Tensor:
-        """Scratch for the non-finite elements of each tile, (tiles,) int64."""
-        return torch.zeros(self.n_tiles, dtype=torch.int64, device=self._home)

@@ -10,7 +10,7 @@ is the gradient, to be maximized. So rules, remainders, statistics, loss scales 
 
 from collections import ChainMap
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from ..state.layout import matrix_shape
 from ..state.slot import Slot
 from .batch import Batch
 from .scratch import Scratch
+from .stacks import Run, Stack, cut
 from .unscaling import LossScale
 
 if TYPE_CHECKING:
@@ -80,59 +81,6 @@ def _carve(memory: Tensor, slots: Sequence[Slot], offsets: Sequence[int]) -> lis
         part = memory[offset : offset + param.numel()]
         found.append(part.as_strided(param.shape, param.stride()) if slot.dense else part.view(param.shape))
     return found
-
-
-@dataclass
-class _Run:
-    """Matrices of one tensor, (n, rows, ...) views of where its steps lie, and their first row among the dots."""
-
-    source: Tensor
-    first: int
-    direction: Direction
-    tall: bool
-    gain: float
-
-    def place(self, matrices: Tensor) -> Tensor:
-        """(n, rows, columns), rows <= columns, as this run has them."""
-        turned = matrices.mT if self.tall else matrices
-        shape = self.source.shape[2:]
-        return turned.unflatten(2, shape) if len(shape) > 1 else turned
-
-
-class _Stack:
-    """Matrices of one shape and one direction, that are made together."""
-
-    def __init__(self, runs: Sequence[_Run], shape: tuple[int, int], scratch: Scratch, home: torch.device) -> None:
-        self._runs = runs
-        self._direction = runs[0].direction
-        self._sources = [run.source for run in runs]
-        self._firsts = list(accumulate((len(run.source) for run in runs), initial=0))
-        count, device = self._firsts[-1], runs[0].source.device
-        numel = count * shape[0] * shape[1]
-        room = self._direction.room(count, *shape)
-        memory = scratch.take("matrices", numel + room, self._direction.dtype, device)
-        self._matrices, self._room = memory[:numel].view(count, *shape), memory[numel:]
-        rows = [run.first + i for run in runs for i in range(len(run.source))]
-        self._rows = torch.tensor(rows, dtype=torch.int64, device=home)
-        self._gains = [run.gain for run in runs]
-        self._places: dict[int, list[Tensor]] = {}
-
-    def _parts(self, matrices: Tensor) -> list[Tensor]:
-        found = self._places.get(matrices.data_ptr())
-        if found is None:
-            bounds = zip(self._runs, self._firsts, self._firsts[1:], strict=False)
-            found = [run.place(matrices[first:end]) for run, first, end in bounds]
-            self._places[matrices.data_ptr()] = found
-        return found
-
-    def run(self, dots: Tensor) -> None:
-        """Replace the steps by their directions; ``dots`` has their squared norms in its last column."""
-        torch._foreach_copy_(self._parts(self._matrices), self._sources)
-        norms = dots[:, 2].index_select(0, self._rows).sqrt_()
-        result = self._direction.run(self._matrices, norms, self._room)
-        torch._foreach_copy_(self._sources, self._parts(result))
-        if any(gain != 1.0 for gain in self._gains):
-            torch._foreach_mul_(self._sources, self._gains)
 
 
 class _Advancing(Batch):
@@ -193,7 +141,7 @@ class Directed(Batch):
         self.advancing = _Advancing(formula, advancing, tile, self.dtype)
         # What did not count there is to be told of the tensor.
         self.advancing.counts = self.counts
-        self._stacks: list[_Stack] = []
+        self._stacks: list[Stack] = []
         self._made_for: Hashable = None
         self._recorded: Hashable = None
 
@@ -284,8 +232,8 @@ class Directed(Batch):
         for stack in self._stacks:
             stack.run(self.advancing.dots)
 
-    def _make_stacks(self, directions: Mapping[int, Direction], present: Sequence[bool]) -> list[_Stack]:
-        runs: dict[tuple[Direction, int, int], list[_Run]] = {}
+    def _make_stacks(self, directions: Mapping[int, Direction], present: Sequence[bool]) -> list[Stack]:
+        runs: dict[tuple[Direction, int, int], list[Run]] = {}
         for slot, step, first, here in zip(self._given, self._steps, self.first_layers, present, strict=True):
             if not here or step.numel() == 0:
                 continue
@@ -295,28 +243,11 @@ class Directed(Batch):
             source = step.unflatten(0, (slot.layers, step.shape[0] // slot.layers))
             if source.dim() > len(shape) + 1:
                 source = source.squeeze(1)
-            run = _Run(source, first, direction, rows > columns, direction.gain(rows, columns))
+            run = Run(source, first, direction, rows > columns, direction.gain(rows, columns))
             small, large = sorted((rows, columns))
             runs.setdefault((direction, small, large), []).append(run)
         return [
-            _Stack(part, (rows, columns), self._scratch, self._home)
+            Stack(part, (rows, columns), self._scratch, self._home)
             for (_, rows, columns), each in runs.items()
-            for part in _cut(each, max(1, STACK.get(self.device.type, ELSEWHERE) // (rows * columns)))
+            for part in cut(each, max(1, STACK.get(self.device.type, ELSEWHERE) // (rows * columns)))
         ]
-
-
-def _cut(runs: Sequence[_Run], limit: int) -> Iterator[list[_Run]]:
-    """The same matrices, at most ``limit`` at a time."""
-    part: list[_Run] = []
-    filled = 0
-    for run in runs:
-        start = 0
-        while start < len(run.source):
-            end = min(len(run.source), start + limit - filled)
-            part.append(replace(run, source=run.source[start:end], first=run.first + start))
-            filled, start = filled + end - start, end
-            if filled == limit:
-                yield part
-                part, filled = [], 0
-    if part:
-        yield part

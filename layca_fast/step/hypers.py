@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..formulas.bases import Base, not_negative
+from ..formulas.base_options import not_negative
+from ..formulas.bases import Base
 from ..formulas.tables import MAX_OPTIONS, Hyper
 from .upload import Mirror
 

@@ -15,13 +15,14 @@ from ..formulas.tables import Coefficient
 from ..messages import labelled
 from ..state.checks import is_fake
 from ..state.compensation import state_dtype
-from ..state.members import Layers, Member, State, check_norms, drop_remainders, members
+from ..state.members import Member, State, drop_remainders, members
 from ..state.memory import check_apart
 from ..state.modes import announce, are_watching, check_modes
 from ..state.reduction import Groups
 from ..state.runner import Choose
 from ..state.sharding import is_elsewhere, is_sharded
 from ..state.slot import Slot
+from ..state.zeros import Layers, check_norms
 from .backend import Backend
 from .batch import Batch
 from .capture import check_capture, is_capturing

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layca_fast.commands.verify import BASE_OPTIONS, ODD_SHAPES, Case, compare, shapes_of
+from layca_fast.commands.cases import BASE_OPTIONS, ODD_SHAPES, Case, shapes_of
+from layca_fast.commands.verify import compare
 from layca_fast.formulas.options import RULES
 
 from ..pairs import ChosenCase

@@ -10,6 +10,7 @@ import torch
 from layca_fast import __main__, backends
 from layca_fast.backends.cuda import CudaBackend
 from layca_fast.backends.torch_ import TorchBackend
+from layca_fast.commands import cases as all_cases
 from layca_fast.commands import info, progress, verify
 from layca_fast.figures import console
 from layca_fast.formulas.tables import Coefficient
@@ -20,9 +21,9 @@ from ..support import BACKENDS
 ALL_CASES = verify.cases
 
 
-def few_cases(effort: verify.Effort) -> list[verify.Case]:
+def few_cases(effort: all_cases.Effort) -> list[all_cases.Case]:
     """The shortest case of each kind, so that the table is made as for all of them."""
-    cases = list(ALL_CASES(verify.EFFORTS[verify.QUICK]["interpreted"]))
+    cases = list(ALL_CASES(all_cases.EFFORTS[all_cases.QUICK]["interpreted"]))
     return [cases[1], cases[5], cases[-1]]
 
 
@@ -56,6 +57,7 @@ def test_the_interpreter_runs_only_where_it_is_asked_for(
     ran: set[str] = set()
     monkeypatch.setattr(verify, "compare", lambda case, name, *more: ran.add(name) or verify.Errors())
     monkeypatch.setattr(verify, "interpreting", lambda: True)
+    monkeypatch.setattr(all_cases, "interpreting", lambda: True)
     assert verify.main(argv) == 0
     assert ("triton" in ran) == interprets
     assert ("not run: triton (" in capsys.readouterr().out) != interprets
@@ -63,7 +65,7 @@ def test_the_interpreter_runs_only_where_it_is_asked_for(
 
 def test_longer_checks_run_the_same_cases_for_more_steps() -> None:
     for place in ("here", "interpreted"):
-        quick, default, full = (list(ALL_CASES(verify.EFFORTS[how][place])) for how in verify.EFFORTS)
+        quick, default, full = (list(ALL_CASES(all_cases.EFFORTS[how][place])) for how in all_cases.EFFORTS)
         assert len(quick) == len(default) == len(full)
         assert (
             sum(case.steps for case in quick) < sum(case.steps for case in default) < sum(case.steps for case in full)
@@ -114,7 +116,7 @@ def test_verify_keeps_to_the_device_that_it_is_given(
     """The torch backend, which also takes GPUs, gets fewer tensors there."""
     ran: list[tuple[str, str, int]] = []
 
-    def compare(case: verify.Case, backend: str, device: torch.device, seed: int) -> verify.Errors:
+    def compare(case: all_cases.Case, backend: str, device: torch.device, seed: int) -> verify.Errors:
         ran.append((backend, device.type, len(case.shapes)))
         return verify.Errors()
 

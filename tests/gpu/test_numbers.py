@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
-from layca_fast.commands.verify import BASE_OPTIONS, Case, compare
+from layca_fast.commands.cases import BASE_OPTIONS, Case
+from layca_fast.commands.verify import compare
 from layca_fast.formulas.options import RULES
 
 from ..backends.test_equivalence import LARGE, cases

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from layca_fast import FusedLayca, backends
 from layca_fast.backends import choose
-from layca_fast.commands.verify import BASE_OPTIONS
+from layca_fast.commands.cases import BASE_OPTIONS
 
 from ..support import contents, params_of, same_bits
 from .support import (

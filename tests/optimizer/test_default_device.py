@@ -16,6 +16,7 @@ from torch.utils._device import _device_constructors
 import layca_fast
 from layca_fast import FusedLayca, RotationMonitor, attach, diagnostics, layer_groups
 from layca_fast.commands import verify
+from layca_fast.commands.cases import EFFORTS, QUICK
 from layca_fast.monitor.reading import read_curves
 from layca_fast.writers import CsvWriter, JsonLinesWriter
 
@@ -156,7 +157,7 @@ def broken_spectrum(setting: Setting) -> list[Any]:
 
 
 def verified(setting: Setting) -> list[Any]:
-    case = next(case for case in verify.cases(verify.EFFORTS[verify.QUICK]["here"]) if case.dtype == torch.float32)
+    case = next(case for case in verify.cases(EFFORTS[QUICK]["here"]) if case.dtype == torch.float32)
     return [str(verify.compare(case, "torch", torch.device("cpu")))]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
-from layca_fast.commands.verify import BASE_OPTIONS
+from layca_fast.commands.cases import BASE_OPTIONS
 from layca_fast.formulas.bases import BASES
 
 from ..support import (

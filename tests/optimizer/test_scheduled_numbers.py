@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer, lr_scheduler
 
 from layca_fast import FusedLayca, attach, layer_groups
-from layca_fast.formulas.bases import ROUNDING
+from layca_fast.formulas.base_options import ROUNDING
 
 from ..support import clones, contents, every_backend, native_backends, parameter, random_gradients, same_bits, train
 

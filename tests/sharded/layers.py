@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca, layer_groups
-from layca_fast.commands.verify import BASE_OPTIONS
+from layca_fast.commands.cases import BASE_OPTIONS
 
 from .support import STEPS, Place, counting, draw, expect, give, off, on, params_of, shared, whole
 

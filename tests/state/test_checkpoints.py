@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from layca_fast import FusedLayca
-from layca_fast.commands.verify import BASE_OPTIONS
+from layca_fast.commands.cases import BASE_OPTIONS
 
 from ..support import (
     assert_close,

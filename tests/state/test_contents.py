@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca, RotationMonitor, attach
-from layca_fast.commands.verify import BASE_OPTIONS
+from layca_fast.commands.cases import BASE_OPTIONS
 from layca_fast.formulas.bases import SQUARES
 
 from ..support import contents, every_backend, parameter, params_of, random_gradients, same_bits, shapes_for, train

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 
 from layca_fast import FusedLayca
 from layca_fast import optimizer as optimizer_module
-from layca_fast.commands.verify import BASE_OPTIONS
+from layca_fast.commands.cases import BASE_OPTIONS
 from layca_fast.state.compensation import HALVES
 from layca_fast.step.plan import Plan
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, lr_scheduler
 
 from layca_fast import FusedLayca, attach
-from layca_fast.commands.verify import BASE_OPTIONS, angle_between, angle_tolerance
+from layca_fast.commands.cases import BASE_OPTIONS
+from layca_fast.commands.verify import angle_between, angle_tolerance
 
 from ..support import (
     clones,

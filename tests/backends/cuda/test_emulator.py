@@ -15,7 +15,8 @@ from torch import Tensor
 from layca_fast import FusedLayca
 from layca_fast.backends import load
 from layca_fast.backends.cuda import BACKEND
-from layca_fast.commands.verify import BASE_OPTIONS, Case, compare
+from layca_fast.commands.cases import BASE_OPTIONS, Case
+from layca_fast.commands.verify import compare
 from layca_fast.formulas.bases import FORMULAS
 from layca_fast.formulas.tables import Column, Count, Hyper, Tile
 from layca_fast.state.slot import Slot

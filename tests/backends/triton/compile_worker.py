@@ -28,7 +28,7 @@ from layca_fast.backends.triton.launches import (
     prepare_launch,
     rotate_launch,
 )
-from layca_fast.commands.verify import BASE_OPTIONS
+from layca_fast.commands.cases import BASE_OPTIONS
 from layca_fast.formulas.bases import BASES, FORMULAS
 from layca_fast.state.slot import Slot
 from layca_fast.step.batch import Batch

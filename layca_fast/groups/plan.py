@@ -1,0 +1,68 @@
+"""The plan behind param groups: which tensor rotates, as how many layers, or why it does not."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..messages import aligned
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trainable tensor in the plan: ``lr_factor`` is None and ``reason`` says why where it does not rotate.
+
+    ``reason`` of one that rotates: how, where that is not as one would think; mostly "".
+    ``base`` and ``lr`` are those of its group, None where they are left to the optimizer, ``rule`` is that of what
+    rotates, None for the others.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layers: int
+    lr_factor: float | None
+    reason: str
+    base: str | None = None
+    rule: str | None = None
+    lr: float | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """What :meth:`LayerGroups.summary` shows of it."""
+        if self.lr_factor is None:
+            return self.name, str(self.shape), f"no: {self.reason}", "-"
+        rotates = "yes" if self.layers == 1 else f"yes, as {self.layers} layers"
+        rotates += f": {self.reason}" * bool(self.reason)
+        return self.name, str(self.shape), rotates, f"{self.lr_factor:.4g}"
+
+    def training(self) -> tuple[str, ...]:
+        """And what trains it, where that is known."""
+        return self.base or "-", self.rule or "-", "optimizer's" if self.lr is None else f"{self.lr:.4g}"
+
+
+class LayerGroups(list[dict[str, Any]]):
+    """Param groups for any torch optimizer, and the plan behind them: ``rows``, one per tensor in the model's order.
+
+    ``print(groups)`` shows the plan as it was made, whatever an optimizer did to the groups since. ``left_out`` counts
+    the parameters that were not trainable.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]] = (), rows: Iterable[Row] = (), left_out: int = 0) -> None:
+        super().__init__(groups)
+        self.rows = tuple(rows)
+        self.left_out = left_out
+
+    def summary(self) -> str:
+        """A table of names, shapes, what rotates or why not, and lr factors; below it, how many of each."""
+        turning = [row for row in self.rows if row.lr_factor is not None]
+        total = f"rotating: {len(turning)} ({sum(row.layers for row in turning)} layers)"
+        total += f", others: {len(self.rows) - len(turning)}"
+        if self.left_out:
+            total += f", left out with requires_grad=False: {self.left_out}"
+        columns: tuple[str, ...] = ("parameter", "shape", "rotates", "lr factor")
+        cells = [row.cells() for row in self.rows]
+        if any(row.base is not None for row in self.rows):
+            columns += ("base", "rule", "lr")
+            cells = [(*row, *of_row.training()) for row, of_row in zip(cells, self.rows, strict=True)]
+        return f"{aligned(columns, cells)}\n{total}"
+
+    def __str__(self) -> str:
+        return self.summary()
