@@ -20,6 +20,7 @@ from .formulas.options import (
     find_base,
     misspelt,
 )
+from .formulas.plain import with_plain
 from .in_backward.handle import StepInBackward
 from .messages import labelled, named, warn_caller
 from .state.checks import check_matrices, check_memory, check_new, check_parameter, check_writable
@@ -117,8 +118,8 @@ class FusedLayca(Optimizer):
             )
         row = find_base(base)
         check_options(row, base_options)
-        options = {**row.options, **base_options}
-        defaults: dict[str, Any] = {
+        options = {**row.options, **with_plain(base_options)}
+        common = {
             "lr": recommended_rate(row, options) if lr is None else lr,
             "base": base,
             "rule": rule,
@@ -132,8 +133,8 @@ class FusedLayca(Optimizer):
             "state_dtype": state_dtype,
             "capturable": capturable,
             "backend": backend,
-            **options,
         }
+        defaults = {**with_plain(common), **options}
         row.check(defaults)
         check_choice({"unscale_in_step": unscale_in_step}, "unscale_in_step", (False, True))
         self._unscales = bool(unscale_in_step)
@@ -159,7 +160,7 @@ class FusedLayca(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict with the key 'params', not a {type(param_group).__name__}")
-        given = dict(param_group)
+        given = with_plain(param_group)
         if "params" not in given:
             raise ValueError(f"param_group has no 'params', only {sorted(map(str, given))}: name its parameters there")
         if "unscale_in_step" in given:
@@ -334,7 +335,8 @@ class FusedLayca(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer. Trainable parameters without state have an empty entry where others have state."""
-        return with_all_entries(self, super().state_dict())
+        saved = with_all_entries(self, super().state_dict())
+        return {**saved, "param_groups": [with_plain(group) for group in saved["param_groups"]]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; every state tensor keeps its dtype and is copied.
@@ -358,7 +360,7 @@ class FusedLayca(Optimizer):
 
     def _check_saved(self, group: Mapping[str, Any]) -> None:
         base = find_base(group.get("base", self.defaults["base"]))
-        check_group({**self._options_of(base), **group})
+        check_group({**self._options_of(base), **with_plain(group)})
 
     def reset_radius(self) -> None:
         """Forget every layer's radius, after surgery on the weights: the next step that moves a layer sets it anew."""

@@ -1,4 +1,7 @@
-"""What each base optimizer accepts as options: every check raises an error that names the option and its value."""
+"""What each base optimizer accepts as options: every check raises an error that names the option and its value.
+
+``check_<base>(group)`` looks at the options of a group under that base.
+"""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """The options of a param group, and their checks: each error names the option, the value and the way out."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .base_options import ROUNDING, not_negative
 from .bases import BASES, Base
+from .plain import settle
 from .rotation import RULES
 
 #: The names of the backends; ``backends/`` has one module for each.
@@ -109,12 +110,15 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"weight_decay={decay!r}: must be a finite number >= 0")
 
 
-def check_groups(groups: Sequence[Mapping[str, Any]], step: int) -> None:
-    """:func:`check_group` of all of them; the error tells the number of the step to come, to which schedules have led.
+def check_groups(groups: Sequence[MutableMapping[str, Any]], step: int) -> None:
+    """:func:`check_group` of all of them, whose numbers are made plain in place.
+
+    The error tells the number of the step to come, to which schedules have led.
 
     ``step`` is 0 where none is coming. ValueError for a group without what every group has: one appended by hand.
     """
     for number, group in enumerate(groups):
+        settle(group)
         try:
             check_group(group)
         except KeyError as error:

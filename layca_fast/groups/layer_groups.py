@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..formulas.bases import scaled_rate
 from ..formulas.options import check_choice, check_lr, misspelt
+from ..formulas.plain import plain, with_plain
 from ..messages import warn_caller
 from ..state.checks import check_initialized, count_layers
 from ..state.layout import is_vector
@@ -261,6 +262,8 @@ def layer_groups(
         TypeError, ValueError: for arguments out of range, lazy parameters that are not initialized, no trainable
             parameter at all, and trainable parameters that would land in no group; before anything is modified.
     """
+    lr, alpha, others_lr = plain(lr), plain(alpha), plain(others_lr)
+    options = with_plain(options)
     _check_arguments(model, lr, alpha, others, others_lr, others_base, embeddings, names, options)
     ours, theirs = split_options(options, others_base)
     asked = asked_types(rotate)

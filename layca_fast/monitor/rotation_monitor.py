@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,11 @@ VERSION = 1
 SETTINGS = ("keep", "per_step", "names", "sketch_size", "seed")
 
 
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _count(name: str, value: Any, least: int) -> int:
+    """``value`` as an int; ValueError if it is no whole number >= ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}={value!r}: must be a whole number >= {least}")
+    return int(value)
 
 
 def angle_between(dots: Tensor, squares: Tensor) -> Tensor:
@@ -116,9 +119,8 @@ class RotationMonitor(AfterSteps):
         check_choice({"keep": keep}, "keep", KEEPS)
         check_choice({"per_step": per_step}, "per_step", (False, True))
         check_choice({"backend": backend}, "backend", ("auto", *BACKENDS))
-        _check_count("every", every, 1)
-        _check_count("sketch_size", sketch_size, 2)
-        _check_count("seed", seed, 0)
+        every, sketch_size = _count("every", every, 1), _count("sketch_size", sketch_size, 2)
+        seed = _count("seed", seed, 0)
         if per_step and keep == "bfloat16":
             raise ValueError(
                 "per_step=True with keep='bfloat16': its rounding, 2e-3 radians, exceeds most steps; use "
@@ -147,7 +149,7 @@ class RotationMonitor(AfterSteps):
     @torch.no_grad()
     def reset(self, step: int = 0) -> None:
         """Take the present weights as the initial ones, forget all records, and record them as ``step``."""
-        _check_count("step", step, 0)
+        step = _count("step", step, 0)
         self.step = step
         self._steps: list[int] = []
         self._pending: list[Tensor] = []
@@ -170,7 +172,7 @@ class RotationMonitor(AfterSteps):
         Raises RuntimeError while a CUDA graph is captured, and ValueError where weights have another shape.
         """
         step = self.step + 1 if step is None else step
-        _check_count("step", step, 0)
+        step = _count("step", step, 0)
         if step <= self.step:
             raise ValueError(
                 f"step={step!r}: the last one was {self.step}, and steps go up; reset() starts anew from the present "
