@@ -193,7 +193,7 @@ def attach(
     at most eps/2 * |w|/|u|, eps being 1.2e-7 in float32, and on random weights by 0.4 of that: 2.5e-5 radians where the
     base step is 1e-3 of the weights, 2.5e-2 where it is 1e-6. Elements of u below half a unit in the last place of
     their weight are lost. The angle turned is atan(lr) all the same. ``python -m bench.attach_error`` measures this;
-    the README says what to do about it.
+    docs/attach.md says what to do about it.
 
     A step below eps/2 * |w| (once projected) is not told from rounding, so the layer stays as it is.
 
