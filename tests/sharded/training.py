@@ -70,7 +70,7 @@ def learned_radii_of_shards_are_those_of_whole_layers(place: Place) -> None:
     with counting() as sums:
         learn(model, optimizer, place.seed, steps=1)
     assert off(list(model.parameters()), list(plain.parameters())) < 2e-6
-    changes = [float(param.norm() / norm) - 1 for param, norm in zip(plain.parameters(), before, strict=True)]
+    changes = [float(param.detach().norm() / norm) - 1 for param, norm in zip(plain.parameters(), before, strict=True)]
     assert abs(changes[0]) > 1e-3
     # Three dots of each layer, and three more of its gradient; clipping's sums are torch's own.
     layers = sum(not is_vector(param) for param in model.parameters())

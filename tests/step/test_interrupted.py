@@ -267,7 +267,7 @@ def test_a_plan_that_cannot_be_made_leaves_no_state(monkeypatch: pytest.MonkeyPa
             raise Injected
         return batch(*args)
 
-    monkeypatch.setattr(plans, "Batch", failing)
+    monkeypatch.setattr("layca_fast.step.directions.Batch", failing)
     with pytest.raises(Injected):
         train(optimizer, random_gradients(params_of(optimizer), 1))
     assert not optimizer.state
