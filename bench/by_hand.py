@@ -10,6 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from layca_fast.state.layout import is_vector
+
 MOMENTUM, BETAS, EPS, RATE = 0.9, (0.9, 0.999), 1e-8, 1e-3
 
 #: State tensors that each base keeps.
@@ -106,7 +108,7 @@ def per_tensor(base: str, rotate: Rotate) -> Callable[[Sequence[Tensor]], Step]:
             for param, states, radius in zip(params, buffers, radii, strict=True):
                 assert param.grad is not None
                 update = direction(base, param.grad, states, correction)
-                if param.dim() < 2:
+                if is_vector(param):
                     param.sub_(update, alpha=plain_rate)
                 else:
                     rotate(param, update, radius)
@@ -145,7 +147,7 @@ def compiled(base: str) -> Callable[[Sequence[Tensor]], Step]:
             for param, w, states, radius in zip(params, flat, buffers, radii, strict=True):
                 assert param.grad is not None
                 grad = param.grad.view(-1)
-                if param.dim() < 2:
+                if is_vector(param):
                     w.sub_(direction(base, grad, states, correction), alpha=plain_rate)
                 else:
                     layer_step(w, grad, states, radius, correction)
@@ -159,8 +161,8 @@ def foreach(base: str) -> Callable[[Sequence[Tensor]], Step]:
     """The closed form on lists of tensors. There is no list operation for dots, so each is a product and a sum."""
 
     def make(params: Sequence[Tensor]) -> Step:
-        rotating = [index for index, param in enumerate(params) if param.dim() >= 2]
-        resting = [index for index, param in enumerate(params) if param.dim() < 2]
+        rotating = [index for index, param in enumerate(params) if not is_vector(param)]
+        resting = [index for index, param in enumerate(params) if is_vector(param)]
         buffers = [[torch.zeros_like(param) for param in params] for _ in range(BUFFERS[base])]
         turned, plain = ([params[index] for index in indices] for indices in (rotating, resting))
         radii = torch.stack(torch._foreach_norm(turned)).detach()

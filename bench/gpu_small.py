@@ -6,7 +6,7 @@ from itertools import product
 import torch
 
 from layca_fast import FusedLayca, backends
-from layca_fast.commands.cases import BASE_OPTIONS
+from layca_fast.commands.cases import BASE_OPTIONS, shapes_of
 
 #: Ends within a pack, a warp, a block and a tile; one that is not aligned; and more tiles than one.
 SHAPES = ((3, 3), (70, 91), (4096,), (3, 1371), (1,), (300, 333))
@@ -23,7 +23,7 @@ def step_all(names: Sequence[str], device: torch.device) -> None:
     runs += [(options, torch.bfloat16) for options in BASE_OPTIONS[::4]]
     for name, (options, dtype) in product(names, runs):
         # Random numbers and comparisons are the CPU's, so that there is little to watch but our kernels.
-        params = [torch.randn(shape).to(device, dtype) for shape in SHAPES]
+        params = [torch.randn(shape).to(device, dtype) for shape in shapes_of(options, SHAPES)]
         params.append(torch.randn(8191).to(device, dtype)[1:].view(90, 91))
         before = [param.cpu().float().clone() for param in params]
         for param in params:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from layca_fast.commands.verify import angle_between, angle_tolerance
+from layca_fast.state.layout import is_vector
 
 from .by_hand import RATE
 from .providers import Provider
@@ -64,7 +65,7 @@ class Model:
 
     def sample(self) -> list[int]:
         """Indices of some tensors that rotate, evenly spread."""
-        rotating = [i for i, weight in enumerate(self.weights) if weight.dim() >= 2 and weight.numel() > 1]
+        rotating = [i for i, weight in enumerate(self.weights) if not is_vector(weight) and weight.numel() > 1]
         small = [i for i in rotating if self.weights[i].numel() <= LARGEST_SAMPLE]
         small = small or sorted(rotating, key=lambda i: self.weights[i].numel())[:1]
         return small[:: math.ceil(len(small) / SAMPLE)]

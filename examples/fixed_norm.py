@@ -30,6 +30,7 @@ from train_lm import schedule
 
 from layca_fast import FusedLayca
 from layca_fast.figures.console import print_table
+from layca_fast.state.layout import is_vector
 
 ADAMW, FIXED, LEARNED, HEAD_OFF = OPTIMIZERS = ("AdamW", "fixed", "learned", "head off the sphere")
 
@@ -47,8 +48,8 @@ def make_optimizer(name: str, task: Task, model: nn.Module, lr: float, others_lr
     if name == ADAMW:
         return AdamW(model.parameters(), lr)
     off = {id(param) for param in task.head(model)} if name == HEAD_OFF else set()
-    turning = [param for param in model.parameters() if param.dim() >= 2 and id(param) not in off]
-    others = [param for param in model.parameters() if param.dim() < 2 or id(param) in off]
+    turning = [param for param in model.parameters() if not is_vector(param) and id(param) not in off]
+    others = [param for param in model.parameters() if is_vector(param) or id(param) in off]
     groups = [{"params": turning, "lr": lr}, {"params": others, "lr": others_lr, "rotate": False}]
     optimizer = FusedLayca(groups, base="adam", radius="learned" if name == LEARNED else "initial")
     if name == FROM_STEP:
@@ -83,7 +84,7 @@ def follow_the_step(optimizer: FusedLayca) -> None:
 
 def norms(model: nn.Module) -> torch.Tensor:
     """Of all matrices."""
-    return torch.stack([param.detach().double().norm() for param in model.parameters() if param.dim() >= 2])
+    return torch.stack([param.detach().double().norm() for param in model.parameters() if not is_vector(param)])
 
 
 def train(task: Task, name: str, lr: int, others_lr: int, seed: int) -> Row:

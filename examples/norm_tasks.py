@@ -12,6 +12,8 @@ from lm_model import CharacterGPT, loss_of
 from torch import Tensor, nn
 from torch.nn import functional
 
+from layca_fast.state.layout import is_vector
+
 
 @dataclass(frozen=True)
 class Score:
@@ -99,7 +101,7 @@ class Digits(Task):
         model = nn.Sequential(*modules, nn.Linear(128, 10))
         with torch.no_grad():
             for param in model.parameters():
-                if param.dim() >= 2:
+                if not is_vector(param):
                     param.mul_(self.scale)
         return model
 

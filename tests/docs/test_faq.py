@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca, RotationMonitor, attach, layer_groups
-from layca_fast.backends import choose, load
+from layca_fast.backends import _tell_of_fallback, choose, load
 from layca_fast.diagnostics import LayerConditioning
 from layca_fast.monitor.reading import read_curves
 
@@ -151,6 +151,8 @@ def slow_fallback() -> None:
         patch.setattr(type(load("cpu")), "missing", lambda self: "the native module is not there")
         patch.setattr(type(load("triton")), "missing", lambda self: "not here")
         warnings.simplefilter("error")
+        # Told once in a process, and perhaps by another test.
+        _tell_of_fallback.cache_clear()
         choose("auto", torch.device("cpu"))
 
 

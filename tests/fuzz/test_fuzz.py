@@ -11,6 +11,9 @@ from layca_fast.backends.torch_ import TorchBackend
 from .__main__ import main, run_trial
 from .trial import Trial
 
+#: Options are drawn without regard to what is warned of.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
 
 def test_some_steps_agree(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     """``make fuzz`` takes many more."""

@@ -163,7 +163,7 @@ OF_ANOTHER_BASE = (
         "option of another base",
         {"base": "sgd_amom", "nesterov": True},
         TypeError,
-        r"nesterov=True is no option of base='sgd_amom' \(it belongs to sgd\): it has \['momentum'\]",
+        r"nesterov=True is no option of base='sgd_amom' \(it belongs to muon, sgd\): it has \['momentum'\]",
     ),
     BadOption(
         "betas for rmsprop", {"base": "rmsprop", "betas": (0.9, 0.9)}, TypeError, r"betas=.*belongs to adam, lion"

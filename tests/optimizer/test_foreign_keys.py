@@ -28,7 +28,8 @@ FOREIGN = [
 
 @pytest.mark.parametrize(("base", "name", "value"), dict.fromkeys(FOREIGN), ids=str)
 def test_an_option_of_another_base_is_kept_and_changes_no_step(base: str, name: str, value: Any, seed: int) -> None:
-    params = [parameter(4, 3), parameter(5)]
+    # Muon takes matrices only.
+    params = [parameter(4, 3), parameter(5, 2)]
     twins = clones(params)
     plain = FusedLayca(params, 0.1, base=base)
     with warnings.catch_warnings(record=True) as caught:
@@ -77,7 +78,7 @@ class Wrapper(Optimizer):
 @pytest.mark.parametrize("named", [False, True], ids=["tensors", "named"])
 @pytest.mark.parametrize("base", BASES)
 def test_wrappers_that_share_their_groups(base: str, named: bool, seed: int) -> None:
-    params = [parameter(4, 3), parameter(5)]
+    params = [parameter(4, 3), parameter(5, 2)]
     twins = clones(params)
     plain = FusedLayca(params, 0.1, base=base)
     given = [("weight", twins[0]), ("bias", twins[1])] if named else twins

@@ -87,10 +87,10 @@ def in_backward_replicas_are_refused(place: Place) -> None:
         loss = model(x).square().mean()
         expect(RuntimeError, "cannot work under DistributedDataParallel", loss.backward)
         assert same_bits(local_weights(model), before)
-        look, in_backward._check_not_replicated = in_backward._check_not_replicated, lambda params: None
+        look, in_backward.check_not_replicated = in_backward.check_not_replicated, lambda params: None
         try:
             model, optimizer, x = replica(place, bucket_view)
             model(x).square().mean().backward()
             expect(RuntimeError, "came after backward had stepped it", optimizer.step)
         finally:
-            in_backward._check_not_replicated = look
+            in_backward.check_not_replicated = look
