@@ -237,7 +237,8 @@ struct Lion : Uncounted {
   }
 };
 
-// What Muon makes a matrix's direction of: the average, or Nesterov's look-ahead. The rest: layca_fast/step/directions.py.
+// What Muon makes a matrix's direction of: the average, or Nesterov's look-ahead. The rest:
+// layca_fast/step/directions.py.
 struct Muon : Uncounted {
   static constexpr const char* name = "muon";
   static constexpr int n_states = 1;
