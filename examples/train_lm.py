@@ -96,7 +96,7 @@ def make_optimizer(name: str, model: nn.Module, options: argparse.Namespace) -> 
         lr=rate,
         others_lr=OTHERS_RATE,
         embeddings=options.rotate_embeddings,
-        rotate=[Head] if options.rotate_head else [],
+        rotate={Head: 1 if options.rotate_head else False},
     )
     optimizer = FusedLayca(turning, rule=name, base="adam", betas=betas)
     if options.in_backward:

@@ -51,6 +51,7 @@ def compile_all(cache: Path) -> dict[str, dict[str, Any]]:
                 stderr=subprocess.STDOUT,
                 text=True,
             )
+            ending.enter_context(worker)
             ending.callback(worker.kill)
             workers.append(worker)
         for worker in workers:
