@@ -116,8 +116,8 @@ def launches(target: str) -> Iterator[tuple[str, Launch, dict[str, list[int]]]]:
             weight = [param] * (1 + types.compensated)
             states, reads_grad = len(formula.states), formula.reads_grad
             # Gradient, states and step, and what the formula itself tests.
-            # The states of an element are asked for together: of three, compilers make one comparison of two. For AMD they
-            # compare bits with a register, which cannot be told from other comparisons.
+            # The states of an element are asked for together: of three, compilers make one comparison of two. For AMD
+            # they compare bits with a register, which cannot be told from other comparisons.
             together = 0 if target.startswith("gfx") else min(states, 2)
             tests = 2 + together + formula.advance.__code__.co_names.count("finite_or_zero")
             measured = {
