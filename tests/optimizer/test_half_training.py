@@ -41,13 +41,11 @@ SHAPES = ((17, 31), (3, 5, 7), (33, 40), (37,), ())
 
 def groups_of(params: Sequence[Tensor], base: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Both rules, both radii, chunks, and plain tensors with weight decay."""
-    # Muon takes matrices only.
-    rest = {"base": "adam"} if base["base"] == "muon" else base
     return [
         {"params": params[:1], **base},
         {"params": params[1:2], **base, "rule": "hyperball", "chunks": "all", "maximize": True},
         {"params": params[2:3], **base, "chunks": 3, "radius": "current"},
-        {"params": params[3:], **rest, "rotate": False, "weight_decay": 0.05, "lr": 0.003},
+        {"params": params[3:], **base, "rotate": False, "weight_decay": 0.05, "lr": 0.003},
     ]
 
 

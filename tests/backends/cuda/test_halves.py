@@ -216,7 +216,8 @@ def test_weights_turn_by_what_is_asked(dtype: torch.dtype, lr: float, seed: int)
 @every_base
 def test_equals_the_cpu_backend_after_50_steps(base: Mapping[str, Any], dtype: torch.dtype, seed: int) -> None:
     """Both rules, both radii, chunks, plain tensors with weight decay."""
-    start = [torch.randn(shape).to(dtype) for shape in test_half_training.SHAPES]
+    shapes = test_half_training.SHAPES[:3] if base["base"] == "muon" else test_half_training.SHAPES
+    start = [torch.randn(shape).to(dtype) for shape in shapes]
     both = [
         FusedLayca(groups_of([torch.nn.Parameter(each) for each in copy_of(start)], base), 0.03, backend=backend)
         for backend in ("cuda", "cpu")
