@@ -214,8 +214,8 @@ struct Adam : Counted {
   }
 };
 
-struct Lion : Uncounted {
-  static constexpr const char* name = "lion";
+// Those that keep an average of the gradients, beside which the step needs the gradient of this step.
+struct Averaging : Uncounted {
   static constexpr int n_states = 1;
   static constexpr bool reads_grad = true;
 
@@ -223,6 +223,10 @@ struct Lion : Uncounted {
   static LAYCA_INLINE void advance(T grad, T* state, const T* options) {
     state[0] = running_mean(state[0], grad, options[0]);
   }
+};
+
+struct Lion : Averaging {
+  static constexpr const char* name = "lion";
 
   template <class T>
   static LAYCA_INLINE T watched(T, const T* state) {
@@ -239,15 +243,8 @@ struct Lion : Uncounted {
 
 // What Muon makes a matrix's direction of: the average, or Nesterov's look-ahead. The rest:
 // layca_fast/step/directions.py.
-struct Muon : Uncounted {
+struct Muon : Averaging {
   static constexpr const char* name = "muon";
-  static constexpr int n_states = 1;
-  static constexpr bool reads_grad = true;
-
-  template <class T>
-  static LAYCA_INLINE void advance(T grad, T* state, const T* options) {
-    state[0] = running_mean(state[0], grad, options[0]);
-  }
 
   template <class T>
   static LAYCA_INLINE T step(T grad, const T* state, const T* options) {

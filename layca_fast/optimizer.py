@@ -1,37 +1,28 @@
 """FusedLayca, the optimizer: param groups, state and the order of things. It does no arithmetic."""
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.optim import Optimizer
 
 from .backends import choose
-from .formulas.bases import Base, recommended_rate, scaled_rate
+from .formulas.bases import recommended_rate
 from .formulas.options import (
-    COMMON_OPTIONS,
     check_choice,
-    check_group,
     check_groups,
     check_options,
     find_base,
-    misspelt,
 )
 from .formulas.plain import with_plain
 from .in_backward.handle import StepInBackward
 from .messages import labelled, named, warn_caller
-from .state.checks import check_matrices, check_memory, check_new, check_parameter, check_writable
-from .state.compensation import HALVES, join, lost_rotation
+from .state.compensation import lost_rotation
 from .state.doubts import nothing_rotates, vocabulary_rotates
-from .state.entries import drop_empty, with_all_entries
-from .state.loading import Loading
+from .state.grouped import Grouped
 from .state.members import ignored_decay, rotates
-from .state.others import Names, unread
-from .state.sharding import local_of, wrap
-from .state.structure import check_entries, check_saved
+from .state.structure import check_entries
 from .step.capture import is_capturing
 from .step.interrupts import uninterrupted
 from .step.plan import Plan
@@ -39,7 +30,7 @@ from .step.stats import StepStats, rotation_stats
 from .step.unscaling import LossScale
 
 
-class FusedLayca(Optimizer):
+class FusedLayca(Grouped):
     """Layca (arXiv 1806.01603): every layer keeps its norm and turns by exactly atan(lr) per step.
 
     Args:
@@ -151,65 +142,9 @@ class FusedLayca(Optimizer):
         if message is not None:
             warn_caller(message)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as any torch optimizer does; the group's own options are checked before it is added.
-
-        A group without an lr of its own takes the optimizer's, times the group's ``lr_factor`` if it has one (a finite
-        number >= 0; :func:`layca_fast.layer_groups` sets it). Keys that are no option of its base are kept as they are.
-        Where some groups name their parameters and others do not, those get the names "group.index".
-        """
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict with the key 'params', not a {type(param_group).__name__}")
-        given = with_plain(param_group)
-        if "params" not in given:
-            raise ValueError(f"param_group has no 'params', only {sorted(map(str, given))}: name its parameters there")
-        if "unscale_in_step" in given:
-            raise ValueError("unscale_in_step is no option of a group: GradScaler asks the optimizer; set it there")
-        if not isinstance(given["params"], (Tensor, set)):
-            given["params"] = list(given["params"])
-        base = find_base(given.get("base", self.defaults["base"]))
-        group = {**self._options_of(base), **given}
-        if group["lr"] is None or ("lr" not in given and self._lr_is_recommended):
-            group["lr"] = recommended_rate(base, group)
-        check_group(group)
-        if given.get("lr") is None and "lr_factor" in given:
-            group["lr"] = scaled_rate(group["lr"], given["lr_factor"])
-        self._warn_of_keys(base, given)
-        keys = set(group)
-        before = len(self.param_groups)
-        check_new(group, self.param_groups)
-        names = Names(group, self.param_groups)
-        super().add_param_group(group)
-        names.give_back()
-        added = self.param_groups[before]
-        for name in self.defaults.keys() - keys:
-            del added[name]
-        try:
-            for owner, label, param in labelled(self.param_groups):
-                if owner is added:
-                    check_parameter(param, label)
-                    check_matrices(param, group, label)
-                    check_writable(param, label)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-        names.number_others()
-        self._stale = True
+    def _follow_groups(self) -> None:
         if self._in_backward is not None and self._in_backward.is_on:
             self._in_backward.follow()
-
-    def _warn_of_keys(self, base: Base, given: Mapping[str, Any]) -> None:
-        for message in (misspelt(given), None if self._warned_of_keys else unread(base, given)):
-            if message is not None:
-                self._warned_of_keys = True
-                warn_caller(message)
-
-    def _options_of(self, base: Base) -> dict[str, Any]:
-        """What a group under ``base`` holds unless it says otherwise: base options of another base are not for it."""
-        ours = find_base(self.defaults["base"]).options
-        common = {name: self.defaults[name] for name in COMMON_OPTIONS}
-        inherited = {name: self.defaults[name] for name in ours} if base.options is ours else dict(base.options)
-        return {**common, **inherited}
 
     def __getstate__(self) -> dict[str, Any]:
         ours = {name: getattr(self, name) for name in ("_lr_is_recommended", "_unscales", "_steps")}
@@ -332,56 +267,6 @@ class FusedLayca(Optimizer):
         if message is not None:
             self._warned_of_types = True
             warn_caller(message)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer. Trainable parameters without state have an empty entry where others have state."""
-        saved = with_all_entries(self, super().state_dict())
-        return {**saved, "param_groups": [with_plain(group) for group in saved["param_groups"]]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned; every state tensor keeps its dtype and is copied.
-
-        Of a checkpoint that another optimizer wrote, such as torch.optim.SGD, only the state is taken, with a warning;
-        hyperparameters stay, and radii are taken from the weights at the next step. Raises ValueError, before anything
-        is modified, if groups or shapes do not fit.
-
-        Parameters go by their names where both sides know them, and follow the checkpoint into its groups: a layer that
-        was all zero when ``layer_groups`` was called, and set aside, stays aside.
-        """
-        check_saved(state_dict)
-        with Loading(self, self._check_saved) as loading:
-            super().load_state_dict(state_dict)
-        if loading.is_foreign:
-            warnings.warn(
-                "state_dict: another optimizer wrote this checkpoint. Its state is taken over; hyperparameters stay as "
-                "they are, and radii are taken from the weights at the next step",
-                stacklevel=2,
-            )
-
-    def _check_saved(self, group: Mapping[str, Any]) -> None:
-        base = find_base(group.get("base", self.defaults["base"]))
-        check_group({**self._options_of(base), **with_plain(group)})
-
-    def reset_radius(self) -> None:
-        """Forget every layer's radius, after surgery on the weights: the next step that moves a layer sets it anew."""
-        for state in self.state.values():
-            state.pop("radius", None)
-        drop_empty(self.state)
-        self._stale = True
-
-    def effective_weight(self, param: Tensor) -> Tensor:
-        """The float32 weight that a 16-bit ``param`` and its remainder stand for; without one, a copy of ``param``.
-
-        A new tensor of the parameter's shape: what export to float32 should take. Where somebody else has written to
-        the parameter, its old remainder counts until ``del optimizer.state[param]["remainder"]``: the weight is within
-        half an ulp of what was written. A remainder of another type than the parameter's now is does not count.
-        """
-        remainder = self.state.get(param, {}).get("remainder")
-        check_memory(param, "the parameter")
-        if remainder is None or param.dtype not in HALVES or remainder.dtype != param.dtype:
-            return param.detach().clone()
-        check_memory(remainder, "the state 'remainder' of the parameter")
-        return wrap(join(local_of(param).detach(), local_of(remainder)), param)
 
     def rotation_stats(self) -> StepStats:
         """What the last step did to each tensor, a dict by parameter; empty before the first. ``print`` shows a table.

@@ -153,8 +153,7 @@ def lion_step(grad, state, options):
     return where(mixed > 0.0, 1.0, where(mixed < 0.0, -1.0, mixed * 0.0))
 
 
-def muon_advance(grad, state, options):
-    return (running_mean(state[0], grad, options[0]),)
+muon_advance = lion_advance
 
 
 def muon_step(grad, state, options):

@@ -1,5 +1,6 @@
 """A monitor on the steps of an optimizer, through torch's hooks."""
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,7 +14,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class AfterSteps:
+@_disable_dynamo
+def _stand_before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    # A hook that is not compiled, before the step, keeps torch.compile from cutting up the code around the step, in
+    # which is_nested could not tell where a step begins.
+    pass
+
+
+class AfterSteps(ABC):
     """What records after every step of the optimizer that it is attached to."""
 
     #: What the monitor was made for.
@@ -22,9 +30,9 @@ class AfterSteps:
     def __init__(self) -> None:
         self._hooks: list[RemovableHandle] = []
 
+    @abstractmethod
     def record(self, step: int | None = None) -> bool:
         """Say that a step was taken."""
-        raise NotImplementedError
 
     def attach(self, optimizer: Optimizer | None = None) -> "Self":
         """Record after every step of ``optimizer`` (None: the one that the monitor was made for); returns the monitor.
@@ -49,7 +57,7 @@ class AfterSteps:
         if self._hooks:
             raise ValueError("this monitor records the steps of an optimizer already: call detach() first")
         self._hooks = [
-            inner.register_step_pre_hook(self._before_step),
+            inner.register_step_pre_hook(_stand_before_step),
             inner.register_step_post_hook(self._after_step),
         ]
         return self
@@ -59,12 +67,6 @@ class AfterSteps:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-
-    @_disable_dynamo
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # A hook that is not compiled, before the step, keeps torch.compile from cutting up the code around the step, in
-        # which is_nested could not tell where a step begins.
-        pass
 
     @_disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from layca_fast import FusedLayca
 from layca_fast.diagnostics import IterativeRefinement, LayerConditioning, rows
 
+from .support import Block, Residual
+
 Array = npt.NDArray[np.float64]
 
 
@@ -111,35 +113,6 @@ def test_fewer_samples_than_dimensions_and_numbers_that_are_not_finite(seed: int
     assert inputs.condition(3 / 40) < math.inf
     assert all(inputs.condition(rank / 40) == math.inf for rank in range(4, 41))
     assert math.isnan(conditioning.records[1][""].inputs.largest)
-
-
-class Block(nn.Module):
-    """h + F(h), added in place to h or to F(h)."""
-
-    def __init__(self, width: int, *, in_place: bool = False) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(nn.Tanh(), nn.Linear(width, width))
-        self.in_place = in_place
-
-    def forward(self, h: Tensor) -> Tensor:
-        if self.in_place:
-            h += self.branch(h)
-            return h
-        change = self.branch(h)
-        change += h
-        return change
-
-
-class Residual(nn.Module):
-    def __init__(self, width: int = 6) -> None:
-        super().__init__()
-        self.stem = nn.Linear(width, width)
-        self.plain, self.in_place = Block(width), Block(width, in_place=True)
-        self.norm, self.dropout, self.head = nn.BatchNorm1d(width), nn.Dropout(0.2), nn.Linear(width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.in_place(h=self.plain(self.stem(x)))
-        return self.head(self.dropout(self.norm(h)))
 
 
 @pytest.mark.parametrize("returns", ["sum", "branch"])
@@ -285,40 +258,3 @@ def test_what_was_measured_stays_and_nothing_is_added_after_removal(seed: int) -
     conditioning.remove()
     model(torch.randn(5, 3)).sum().backward()
     assert list(conditioning.records) == [0, 2]
-
-
-BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
-    "every": (lambda: LayerConditioning(nn.Linear(1, 1), every=0), ValueError, "every=0: must be a whole number >= 1"),
-    "fraction": (lambda: LayerConditioning(nn.Linear(1, 1), every=1.5), ValueError, "every=1.5"),
-    "model": (lambda: LayerConditioning(3), TypeError, "model must be a torch.nn.Module, not a int"),
-    "groups": (lambda: LayerConditioning(nn.Conv1d(2, 2, 1, groups=2)), ValueError, "2 groups.* pass patches=False"),
-    "returns": (lambda: IterativeRefinement(Residual(), ["plain"], returns="x"), ValueError, r"\['sum', 'branch'\]"),
-    "a string": (lambda: IterativeRefinement(Residual(), "plain"), TypeError, r"pass a list of names, \['plain'\]"),
-    "no block": (lambda: IterativeRefinement(Residual(), []), ValueError, "name at least one residual block"),
-    "unknown": (lambda: IterativeRefinement(Residual(), ["x"]), ValueError, "'x' is no module of this Residual"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case: str) -> None:
-    call, error, message = BAD[case]
-    with pytest.raises(error, match=message):
-        call()
-
-
-def test_refused_arguments_leave_no_hook() -> None:
-    model = nn.Linear(1, 1)
-    for refused in (lambda: LayerConditioning(model, ["x"]), lambda: IterativeRefinement(model, ["x"])):
-        with pytest.raises(ValueError, match="'x' is no"):
-            refused()
-    assert not model._forward_pre_hooks
-
-
-def test_blocks_that_are_none_say_so(seed: int) -> None:
-    model = nn.Sequential(nn.Linear(3, 2), nn.Identity())
-    with IterativeRefinement(model, ["0"]), pytest.raises(ValueError, match=r"block '0' returns shape \(4, 2\)"):
-        model(torch.randn(4, 3))
-    with IterativeRefinement(model, ["1"]):
-        model(torch.randn(4, 3))
-        with pytest.raises(TypeError, match="the input of block '1' is a int"):
-            model[1](3)
