@@ -85,9 +85,9 @@ bench: $(BENCH_STAMP)  ## time a step of every backend beside torch's and others
 	@echo "==> Running the benchmarks"
 	@$(RUN) pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
-# Where README.md looks for them. ARGS='--rounds 11' makes the first of them shorter.
+# Where docs/speed.md looks for them. ARGS='--rounds 11' makes the first of them shorter.
 RESULTS := bench/results
-bench-full: $(BENCH_STAMP)  ## all models in interleaved rounds, and scaling: the README's files, table and figures (hours)
+bench-full: $(BENCH_STAMP)  ## all models in interleaved rounds, and scaling: the files, table and figures of docs/speed.md (hours)
 	@echo "==> Running all benchmarks"
 	@mkdir -p $(RESULTS)
 	@$(RUN) bench.ratios --out $(RESULTS)/ratios.csv $(ARGS)

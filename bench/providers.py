@@ -33,7 +33,7 @@ BASES = tuple(BUFFERS)
 FAMILIES = {"sgd": "SGD", "momentum": "SGD", "adam": "Adam"}
 
 #: The CPU backend, and what its loops take where nothing rotates: the same tensors and states in one pass.
-OURS, FLOOR = "FusedLayca cpu", "FusedLayca cpu, rotate=False"
+OURS, FLOOR, LEARNED = "FusedLayca cpu", "FusedLayca cpu, rotate=False", "FusedLayca cpu, radius=learned"
 
 #: Relative error allowed to FusedLayca's rotations by atan(RATE), beside random rounding of the stored weights. Adam's
 #: step on these gradients is a sign, so all weights of one binade are rounded alike: up to 2^-24 of w, at a step of
@@ -130,9 +130,9 @@ def turning_all(params: Sequence[Tensor], **options: Any) -> FusedLayca:
         return FusedLayca(params, RATE, **options)
 
 
-def _layca_step(base: str, backend: str, rotate: bool | None = None) -> Callable[[Sequence[Tensor]], Step]:
+def _layca_step(base: str, backend: str, **more: Any) -> Callable[[Sequence[Tensor]], Step]:
     name = "adam" if base == "adam" else "sgd"
-    options = {"base": name, "backend": backend, "rotate": rotate, **_options(base)}
+    options = {"base": name, "backend": backend, **_options(base), **more}
     return lambda params: turning_all(params, **options).step
 
 
@@ -184,6 +184,15 @@ def _layca_providers(base: str, device: torch.device) -> Iterator[Provider]:
         floor,
         _layca_step(base, "cpu", rotate=False),
         state,
+        package="layca_fast",
+        skipped=layca_skipped("cpu", device),
+    )
+    yield Provider(
+        LEARNED,
+        moved + 8,  # w and g once more
+        _layca_step(base, "cpu", radius="learned"),
+        state,
+        accuracy=LAYCA_ACCURACY[base],
         package="layca_fast",
         skipped=layca_skipped("cpu", device),
     )

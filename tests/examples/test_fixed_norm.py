@@ -121,7 +121,7 @@ def test_norms_that_follow_the_base_step(example: ModuleType, seed: int) -> None
         assert optimizer.state[param]["radius"].item() == pytest.approx(param.norm().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("page", ["learned_radius.md", "learning_rate.md"])
+@pytest.mark.parametrize("page", ["learned_radius.md", "learning_rate.md", "fixed_norms.md"])
 def test_the_tables_of_the_docs_are_those_of_the_csv(
     example: ModuleType, page: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
