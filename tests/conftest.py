@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import zlib
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -84,6 +85,23 @@ def seed(request: pytest.FixtureRequest) -> int:
     """The run's seed; torch's global generator starts from it, too."""
     torch.manual_seed(request.config.layca_seed)
     return request.config.layca_seed
+
+
+def _global_settings() -> dict[str, Any]:
+    return {
+        "gradients enabled": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)],
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_settings() -> Iterator[None]:
+    """What a test left behind for the whole process would fail others, far from it."""
+    before = _global_settings()
+    yield
+    assert _global_settings() == before
 
 
 # The package is imported inside of these, after TRITON_INTERPRET is set.

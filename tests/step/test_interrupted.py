@@ -190,7 +190,10 @@ class Interrupt(Exception):
 
 
 def interrupted_step(optimizer: FusedLayca, seconds: float) -> bool:
-    """Whether a signal that arrives after so many seconds has interrupted the step, or its end."""
+    """Whether a signal that arrives after so many seconds has interrupted the step, or its end.
+
+    One that finds torch's own no_grad at its end leaves gradients off, as after any of torch's optimizers.
+    """
 
     def handler(number: int, frame: Any) -> None:
         raise Interrupt
@@ -206,6 +209,7 @@ def interrupted_step(optimizer: FusedLayca, seconds: float) -> bool:
         return True
     finally:
         signal.signal(signal.SIGALRM, old)
+        torch.set_grad_enabled(True)
     return False
 
 
