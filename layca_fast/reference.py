@@ -196,6 +196,12 @@ def hyperball(weight: Tensor, step: Tensor, lr: float, radius: float | None) -> 
 
 RULES: dict[str, Callable[..., Tensor]] = {"layca": layca, "hyperball": hyperball}
 
+#: What a rule turns by, in radians, at a rate ``lr`` where weights and step are ``phi`` apart.
+ANGLES: dict[str, Callable[[float, float], float]] = {
+    "layca": lambda lr, phi: math.atan(lr),
+    "hyperball": lambda lr, phi: math.atan2(lr * math.sin(phi), 1 - lr * math.cos(phi)),
+}
+
 
 def weight_of(param: Tensor, remainder: Tensor) -> Tensor:
     """The float32 weights that a 16-bit parameter and its ``remainder`` state stand for.

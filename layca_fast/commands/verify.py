@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends import backends, load
 from ..figures.console import print_table
 from ..optimizer import FusedLayca
-from ..reference import reference_step
+from ..reference import ANGLES, reference_step
 from ..state.members import rotates
 from .cases import DEFAULT, FULL, QUICK, Case, cases, effort_of, interpreting
 from .progress import progress
@@ -135,9 +135,7 @@ def _asked_angles(group: Mapping[str, Any], weights: Tensor, step: Tensor) -> li
     """The rotation that each layer of a tensor is to make from ``weights`` on this base step, in radians."""
     lr, angles = group["lr"], []
     for weight, direction in zip(layers_of(weights, group["chunks"]), layers_of(step, group["chunks"]), strict=True):
-        phi = angle_between(weight, direction)
-        hyperball = math.atan2(lr * math.sin(phi), 1 - lr * math.cos(phi))
-        angles.append(hyperball if group["rule"] == "hyperball" else math.atan(lr))
+        angles.append(ANGLES[group["rule"]](lr, angle_between(weight, direction)))
     return angles
 
 

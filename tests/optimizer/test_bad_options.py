@@ -163,10 +163,10 @@ OF_ANOTHER_BASE = (
         "option of another base",
         {"base": "sgd_amom", "nesterov": True},
         TypeError,
-        r"nesterov=True is no option of base='sgd_amom' \(it belongs to muon, sgd\): it has \['momentum'\]",
+        r"nesterov=True is no option of base='sgd_amom' \(it belongs to .*sgd\): it has \['momentum'\]",
     ),
     BadOption(
-        "betas for rmsprop", {"base": "rmsprop", "betas": (0.9, 0.9)}, TypeError, r"betas=.*belongs to adam, lion"
+        "betas for rmsprop", {"base": "rmsprop", "betas": (0.9, 0.9)}, TypeError, r"betas=.*belongs to .*adam.*lion"
     ),
     BadOption("AdamW", {"base": "adamw"}, ValueError, r"base='adamw' is unknown: 'adam' is it, for its weight decay"),
     BadOption("misspelt base", {"base": "Adma"}, ValueError, r"base='Adma' is unknown: did you mean 'adam'\?"),
