@@ -39,6 +39,7 @@ from .sharding import (
     wrap_radius,
 )
 from .slot import Slot
+from .spread import Spread, spread_of
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -82,6 +83,17 @@ class Member(Generic[Runs]):
     def is_shared(self) -> bool:
         """Whether a step needs numbers from other processes."""
         return bool(self.sharding.groups and self.sharding.pieces)
+
+    @property
+    def spread(self) -> Spread | None:
+        """Where the matrices lie that have directions, and that other processes have parts of; None of all else.
+
+        Raises ValueError where this process has another part than the placements say.
+        """
+        if self.formula.direct is None or not self.is_shared:
+            return None
+        name = describe(self.label, self.param)
+        return spread_of(self.param, self.sharding, self.layers, self.group["chunks"], name)
 
     def new_states(self, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The state tensors of this member: those it has, moved to where the parameter is now, and new ones.
@@ -256,12 +268,6 @@ def members(
         local, sharding = local_of(param), Sharding(1, (Piece(0, 1),))
         if layered:
             sharding = sharding_of(param, layers, describe(label, param))
-        if formula.direct is not None and sharding.groups:
-            raise ValueError(
-                f"{describe(label, param)} has matrices of which this process holds parts only, and "
-                f"base={group['base']!r} directs whole matrices: shard it by whole layers (chunks along the sharded "
-                "dimension), keep it whole, or take another base"
-            )
         dense = all(layers_are_dense(piece.of(local), piece.layers) for piece in sharding.pieces)
         backend = choose(group["backend"], local.device)
         if is_fake(local) and backend.writes_unseen:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 Groups = tuple["ProcessGroup", ...]
 
 
-def _home(device: torch.device, groups: Sequence["ProcessGroup"]) -> torch.device:
-    """Where the groups can sum what lies on ``device``: offloaded shards on the CPU may be known to NCCL only."""
+def home_of(device: torch.device, groups: Sequence["ProcessGroup"]) -> torch.device:
+    """Where the groups can send what lies on ``device``: offloaded shards on the CPU may be known to NCCL only."""
     for group in groups:
         able = group._device_types
         if device.type not in {each.type for each in able}:
@@ -37,7 +37,7 @@ class Reduction:
             for group in groups:
                 if group.size() > 1:
                     of_group.setdefault(group, []).extend(range(first, first + rows))
-        self.table = torch.zeros(firsts[-1], width, dtype=torch.float64, device=_home(device, list(of_group)))
+        self.table = torch.zeros(firsts[-1], width, dtype=torch.float64, device=home_of(device, list(of_group)))
         self._sums: list[tuple[ProcessGroup, Tensor | None, Tensor]] = []
         for group, summed in of_group.items():
             if not summed:

@@ -178,6 +178,9 @@ class Batch(Structure):
         if self.learned is not None:
             backend.reserve(self.learned.batch)
 
+    def advance(self, backend: "Backend") -> None:
+        """What comes before *measure*, where shared matrices have directions."""
+
     def call(self, backend: "Backend") -> Callable[[], object]:
         """What takes the step when it is called, after :meth:`refresh`."""
         return backend.call(self) if self.learned is None else partial(self.learned.step, backend)

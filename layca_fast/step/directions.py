@@ -24,7 +24,7 @@ from ..state.layout import matrix_shape
 from ..state.slot import Slot
 from .batch import Batch
 from .scratch import Scratch
-from .stacks import Run, Stack, cut
+from .stacks import Run, Stack, stacks_of
 from .unscaling import LossScale
 
 if TYPE_CHECKING:
@@ -46,12 +46,22 @@ _ADVANCES: Mapping[str, Any] = {"lr": 1.0, "weight_decay": 0.0}
 _FOLLOWS: Mapping[str, Any] = {"base": "sgd", "maximize": True, **_SGD.options}
 
 
+def window_limit(device: torch.device) -> int:
+    """How many elements the tensors of a window have on ``device``."""
+    return WINDOW.get(device.type, ELSEWHERE)
+
+
+def stack_limit(device: torch.device) -> int:
+    """How many elements the matrices of a stack have on ``device``."""
+    return STACK.get(device.type, ELSEWHERE)
+
+
 def batches_of(formula: Formula, slots: Sequence[Slot], tile: int, scratch: Scratch) -> Iterator[Batch]:
     """The batches for ``slots``: one, or where matrices have directions one for each window of tensors."""
     if formula.direct is None:
         yield Batch(formula, slots, tile)
         return
-    limit = WINDOW.get(slots[0].param.device.type, ELSEWHERE)
+    limit = window_limit(slots[0].param.device)
     window: list[Slot] = []
     filled = 0
     # Matrices of one shape come together, the largest first: they say how much memory is taken.
@@ -103,26 +113,38 @@ class _Advancing(Batch):
 class Directed(Batch):
     """A batch whose gradients are directions: its step makes them first, before the kernels run as for plain SGD.
 
-    The tensors of all batches of one scratch lie in the same memory, so each is to be finished before the next begins.
+    The steps of all batches of one scratch and ``place`` lie in the same memory, so each is to be finished before the
+    next begins. ``is_shared``: other processes have parts of its matrices, and an exchange with them makes the
+    directions, of :attr:`steps` and in their place, between :meth:`advance` and *measure*.
     """
 
-    def __init__(self, formula: Formula, slots: Sequence[Slot], tile: int, scratch: Scratch) -> None:
+    def __init__(
+        self,
+        formula: Formula,
+        slots: Sequence[Slot],
+        tile: int,
+        scratch: Scratch,
+        *,
+        place: int = 0,
+        is_shared: bool = False,
+    ) -> None:
         groups = {id(slot.group): slot.group for slot in slots}
         # One for each group, as the tables have rows for each.
         advances: dict[int, Any] = {key: ChainMap(dict(_ADVANCES), each) for key, each in groups.items()}  # type: ignore[arg-type]
         follows: dict[int, Any] = {key: ChainMap(dict(_FOLLOWS), each) for key, each in groups.items()}  # type: ignore[arg-type]
         turning = [replace(slot, group=follows[id(slot.group)], base=_SGD, states=(), step=None) for slot in slots]
         super().__init__(_SGD.formula(_SGD.options), turning, tile)
-        self._formula, self._scratch = formula, scratch
+        self._formula, self._scratch, self._is_shared = formula, scratch, is_shared
         self._given = list(slots)
         aligned = [-(-slot.param.numel() // ALIGNMENT) * ALIGNMENT for slot in slots]
         *offsets, total = accumulate(aligned, initial=0)
-        self._memory = scratch.take("steps", total, self.compute_dtype, self.device)
-        self._steps = _carve(self._memory, slots, offsets)
+        self._memory = scratch.take(f"steps {place}", total, self.compute_dtype, self.device)
+        #: What directions are made of, and then these, for each slot: as its parameter lies.
+        self.steps = _carve(self._memory, slots, offsets)
         #: The kernels know gradients and states of 16 bits beside parameters of 16 bits only: there a step is first a
         #: bfloat16 and its remainder, which are a float32.
         self._halves: Tensor | None = None
-        blanks: list[Tensor] = self._steps
+        blanks: list[Tensor] = self.steps
         remainders: Sequence[Tensor | None] = [None] * len(slots)
         if self.dtype in HALVES:
             self._halves = scratch.take("halves", 2 * total, torch.bfloat16, self.device).view(2, total)
@@ -163,7 +185,7 @@ class Directed(Batch):
     def take_gradients(self) -> None:
         self.advancing.take_gradients()
         self.grad_dtype = self.compute_dtype
-        given = zip(self.advancing.grads, self._steps, strict=True)
+        given = zip(self.advancing.grads, self.steps, strict=True)
         self.grads = [None if grad is None else step for grad, step in given]
 
     def check_capture(self) -> None:
@@ -188,14 +210,15 @@ class Directed(Batch):
         super().release()
         self.advancing.release()
 
-    def _directions(self) -> dict[int, Direction]:
-        """What makes the directions of each group, as it says now."""
+    def directions(self, device: torch.device | None = None) -> dict[int, Direction]:
+        """What makes the directions of each group, as it says now; on ``device``, if not where the tensors are."""
         assert self._formula.direct is not None
+        device = device or self.device
         groups = {id(slot.group): slot.group for slot in self._given}
-        return {key: self._formula.direct(each, self.dtype, self.device) for key, each in groups.items()}
+        return {key: self._formula.direct(each, self.dtype, device) for key, each in groups.items()}
 
     def _settings(self) -> Hashable:
-        return tuple(self._directions().values())
+        return tuple(self.directions().values())
 
     @property
     def is_delicate(self) -> bool:
@@ -205,8 +228,10 @@ class Directed(Batch):
     def make_room(self, backend: "Backend") -> None:
         super().make_room(backend)
         backend.reserve(self.advancing)
+        if self._is_shared:
+            return
         present = tuple(grad is not None for grad in self.grads)
-        directions = self._directions()
+        directions = self.directions()
         wanted = present, tuple(directions.values())
         if wanted != self._made_for:
             self._stacks, self._made_for = self._make_stacks(directions, present), wanted
@@ -224,17 +249,23 @@ class Directed(Batch):
         """Advance the state, and make the directions."""
         if not self._stacks:
             return
+        self._advance(advance)
+        for stack in self._stacks:
+            stack.run(self.advancing.dots)
+
+    def _advance(self, advance: Callable[[], object]) -> None:
         (self._memory if self._halves is None else self._halves).zero_()
         advance()
         if self._halves is not None:
             upper, lower = self._halves.view(torch.int16)
             self._memory.view(torch.int32).copy_(upper).bitwise_left_shift_(16).add_(lower)
-        for stack in self._stacks:
-            stack.run(self.advancing.dots)
+
+    def advance(self, backend: "Backend") -> None:
+        self._advance(backend.call(self.advancing))
 
     def _make_stacks(self, directions: Mapping[int, Direction], present: Sequence[bool]) -> list[Stack]:
-        runs: dict[tuple[Direction, int, int], list[Run]] = {}
-        for slot, step, first, here in zip(self._given, self._steps, self.first_layers, present, strict=True):
+        runs: list[tuple[tuple[int, int], Run]] = []
+        for slot, step, first, here in zip(self._given, self.steps, self.first_layers, present, strict=True):
             if not here or step.numel() == 0:
                 continue
             rows, columns = _sides(slot)
@@ -244,10 +275,5 @@ class Directed(Batch):
             if source.dim() > len(shape) + 1:
                 source = source.squeeze(1)
             run = Run(source, first, direction, rows > columns, direction.gain(rows, columns))
-            small, large = sorted((rows, columns))
-            runs.setdefault((direction, small, large), []).append(run)
-        return [
-            Stack(part, (rows, columns), self._scratch, self._home)
-            for (_, rows, columns), each in runs.items()
-            for part in cut(each, max(1, STACK.get(self.device.type, ELSEWHERE) // (rows * columns)))
-        ]
+            runs.append(((rows, columns), run))
+        return stacks_of(runs, stack_limit(self.device), self._scratch, self._home)

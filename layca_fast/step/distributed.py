@@ -10,7 +10,7 @@ from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from .backend import Backend
 from .batch import Batch
 from .learned_radius import LearnedRadii, scale_moving
 from .unscaling import LossScale
-
-if TYPE_CHECKING:
-    pass
 
 #: What a group says for the shards that take no step: that of plain SGD, which is the gradient, of zeros.
 _NO_STEP: Mapping[str, Any] = {"base": "sgd", **BASES["sgd"].options}
@@ -83,7 +80,9 @@ class _Share:
         self.batch = batch
         self._backend = backend
         self._rows = torch.tensor(rows, dtype=torch.int64, device=batch.dots.device)
-        self._empty = tuple(i for i, slot in enumerate(batch.slots) if slot.param.numel() == 0)
+        #: Those without elements; and what does not turn, whose directions are made of whole matrices.
+        self._empty = tuple(i for i, s in enumerate(batch.slots) if s.param.numel() == 0 and s.radius is not None)
+        self._plain = {i for i, slot in enumerate(batch.slots) if slot.radius is None}
         self._stills: dict[tuple[int, ...], _Still] = {}
         self.still: _Still | None = None
 
@@ -91,8 +90,11 @@ class _Share:
         """Measure what the kernels leave out, once they have measured."""
         if self._backend is None:
             return
-        lacking = tuple(i for i, grad in enumerate(self.batch.grads) if grad is None and i not in self._empty)
-        indices = (*self._empty, *lacking)
+        lacking = [i for i, grad in enumerate(self.batch.grads) if grad is None and i not in self._empty]
+        for i in self._plain.intersection(lacking):
+            # What a layer that moves by itself has no gradient for stays; kernels leave the dots of before.
+            self.batch.dots[_rows(self.batch, i).start : _rows(self.batch, i).stop].zero_()
+        indices = (*self._empty, *(i for i in lacking if i not in self._plain))
         if not indices:
             self.still = None
             return

@@ -22,15 +22,16 @@ from ..state.reduction import Groups
 from ..state.runner import Choose
 from ..state.sharding import is_elsewhere, is_sharded
 from ..state.slot import Slot
+from ..state.spread import Spread
 from ..state.zeros import Layers, check_norms
 from .backend import Backend
 from .batch import Batch
 from .capture import check_capture, is_capturing
 from .directions import batches_of
-from .distributed import SharedDots
 from .learned_radius import learned_radii
 from .scratch import Scratch
-from .taking import reserve, take
+from .taking import Pair, reserve, take
+from .together import Together
 from .unscaling import LossScale
 from .watch import gradients, same_objects
 
@@ -127,6 +128,7 @@ class Plan:
         choose: Choose[Backend],
     ) -> None:
         """Publish the states, and make the batches that run on them."""
+        spread_out = [member.spread for member in found]
         drop_remainders(groups, state)
         self._groups, self._state = groups, state
         self._signature = _signature(groups)
@@ -138,9 +140,10 @@ class Plan:
         slots: dict[tuple[Any, ...], list[Slot]] = {}
         kinds: dict[tuple[Any, ...], tuple[Backend, Formula, bool]] = {}
         layout: list[tuple[int, Groups]] = []
+        spreads: dict[int, Spread] = {}
         #: Tensors of FakeTensorMode, with their states: there is nothing to compute.
         self._fake: list[tuple[Tensor, list[Tensor]]] = []
-        for member, (kept, local) in zip(found, states, strict=True):
+        for member, (kept, local), spread in zip(found, states, spread_out, strict=True):
             old = state.get(member.param, {})
             fresh = any(old.get(name) is None for name in member.formula.states)
             # As torch has it, what needs no state has no entry.
@@ -154,26 +157,26 @@ class Plan:
             key = (member.backend.name, member.formula.name, *types, *lies)
             kinds[key] = member.backend, member.formula, member.is_shared
             slots.setdefault(key, []).extend(member.slots(entry, local, fresh, len(layout)))
+            if spread is not None:
+                spreads[len(layout)] = spread
             if member.sharding.groups:
                 # Those of no layer here, too: sums over several dimensions of a mesh need one order everywhere.
                 layout.append((member.sharding.layers, member.sharding.groups))
-        self.batches: list[tuple[Backend, Batch]] = []
-        #: Those of layers that other processes have parts of; and the rest.
-        self._shared: list[tuple[Backend, Batch]] = []
-        self._whole: list[tuple[Backend, Batch]] = []
-        for key, (backend, formula, is_shared) in kinds.items():
-            for batch in batches_of(formula, slots[key], backend.tile, self._scratch):
-                self.batches.append((backend, batch))
-                (self._shared if is_shared else self._whole).append((backend, batch))
+        #: The batches of layers that this process steps alone, and those that others have parts of.
+        self._whole: list[Pair] = [
+            (backend, batch)
+            for key, (backend, formula, is_shared) in kinds.items()
+            if not is_shared
+            for batch in batches_of(formula, slots[key], backend.tile, self._scratch)
+        ]
+        shared = [(backend, formula, slots[key]) for key, (backend, formula, is_shared) in kinds.items() if is_shared]
+        self._together = Together(shared, layout, spreads, self._scratch) if shared else None
+        self.batches: list[Pair] = [*self._whole, *(self._together.pairs if self._together is not None else ())]
         self._learned = learned_radii(batch for _, batch in self.batches)
-        self._shared_dots = self._share_dots(layout, choose) if self._shared else None
+        if self._together is not None:
+            self._together.share(choose, self._learned)
         self._entries = list(state.values())
         self._retired = WeakTensorKeyDictionary()
-
-    def _share_dots(self, layout: Sequence[tuple[int, Groups]], choose: Choose[Backend]) -> SharedDots:
-        batches = [batch for _, batch in self._shared]
-        # The torch backend takes whatever a shard without elements or gradient is.
-        return SharedDots(layout, batches, choose("torch", batches[0].device), self._learned)
 
     def counts(self) -> dict[tuple[Tensor, int], Tensor]:
         """The counts of every slot that has been stepped, (layers, Count.WIDTH), in this plan or before it."""
@@ -220,6 +223,8 @@ class Plan:
             return False
         if not all(each.is_at_rest for each in self._zero):
             return False
+        if self._together is not None and not self._together.holds():
+            return False
         # Whose state has been taken away or replaced as a whole, the batches cannot see.
         entries = list(state.values())
         return same_objects(entries, self._entries) and all(batch.holds() for _, batch in self.batches)
@@ -236,34 +241,14 @@ class Plan:
             for batch in self._all_batches():
                 batch.check_capture()
             self.recorded = True
-        reserve(self.batches)
+        reserve(self.batches, self._together)
         for _, batch in self.batches:
             batch.refresh(loss_scale, capturing)
         for learned in self._learned.values():
             learned.refresh(loss_scale, capturing)
         take(self._whole, self._finish)
-        if self._shared_dots is not None:
-            self._take_shared(self._shared_dots, loss_scale, capturing)
-
-    def _take_shared(self, shared_dots: SharedDots, loss_scale: LossScale | None, capturing: bool) -> None:
-        measured = 0
-        try:
-            for backend, batch in self._shared:
-                measured += 1
-                backend.measure(batch)
-                if batch.learned is not None:
-                    batch.learned.measure(backend)
-            shared_dots.add_up(loss_scale, capturing)
-            for backend, batch in self._shared:
-                backend.coefficients(batch)
-                if batch.learned is not None:
-                    batch.learned.turn()
-                backend.rotate(batch)
-            shared_dots.turn_still()
-        finally:
-            # Who has waited for others may be interrupted, and stop.
-            for backend, batch in self._shared[:measured]:
-                self._finish(backend, batch)
+        if self._together is not None:
+            self._together.take(loss_scale, capturing, self._finish)
 
     def _announce(self) -> None:
         """Before anything is written: tell torch's modes what will be."""

@@ -1,6 +1,6 @@
 """Matrices of one shape, stacked where they lie, so that their directions are made together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -79,3 +79,21 @@ def cut(runs: Sequence[Run], limit: int) -> Iterator[list[Run]]:
                 part, filled = [], 0
     if part:
         yield part
+
+
+def stacks_of(
+    runs: Iterable[tuple[tuple[int, int], Run]], limit: int, scratch: Scratch, home: torch.device
+) -> list[Stack]:
+    """Stacks of ``limit`` elements at most, or of one matrix, for runs given with the (rows, columns) of theirs.
+
+    ``home``: where the squared norms of the matrices lie.
+    """
+    alike: dict[tuple[Direction, int, int], list[Run]] = {}
+    for sides, run in runs:
+        small, large = sorted(sides)
+        alike.setdefault((run.direction, small, large), []).append(run)
+    return [
+        Stack(part, (rows, columns), scratch, home)
+        for (_, rows, columns), each in alike.items()
+        for part in cut(each, max(1, limit // (rows * columns)))
+    ]

@@ -3,10 +3,14 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from operator import methodcaller
+from typing import TYPE_CHECKING
 
 from .backend import Backend
 from .batch import Batch
 from .interrupts import uninterrupted
+
+if TYPE_CHECKING:
+    from .together import Together
 
 Pair = tuple[Backend, Batch]
 
@@ -14,11 +18,13 @@ Pair = tuple[Backend, Batch]
 _call = methodcaller("__call__")
 
 
-def reserve(pairs: Sequence[Pair]) -> None:
+def reserve(pairs: Sequence[Pair], together: "Together | None" = None) -> None:
     """Before anything is modified: take the memory that the step needs. Raises MemoryError where there is none."""
     try:
         for backend, batch in pairs:
             batch.make_room(backend)
+        if together is not None:
+            together.make_room()
     except MemoryError as error:
         raise MemoryError(
             "there is no memory for the step's tables; nothing was modified: free some, and step again"

@@ -1,6 +1,6 @@
 """What must hold of layers that are shared out, tensor by tensor: each case asserts on every process of a world."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from layca_fast import FusedLayca, layer_groups
 from layca_fast.commands.cases import BASE_OPTIONS
+from layca_fast.formulas.options import find_base
 
 from .support import STEPS, Place, counting, draw, expect, give, off, on, params_of, shared, whole
 
@@ -30,12 +31,34 @@ LAYERS: Sequence[tuple[tuple[int, ...], Placement, dict[str, Any]]] = (
     ((3, 4), Replicate(), {}),
 )
 
+#: The same of bases that direct matrices: uneven and empty shards, cut chunks, experts by expert and each cut, every
+#: rule, and what does not rotate.
+MATRICES: Sequence[tuple[tuple[int, ...], Placement, dict[str, Any]]] = (
+    ((7, 5), Shard(0), {}),
+    ((5, 3, 4), Shard(1), {"radius": "current", "maximize": True}),
+    ((1, 9), Shard(0), {"rule": "hyperball", "rotate": True}),
+    ((6, 5), Shard(0), {"chunks": 3}),
+    ((12, 3, 4), Shard(0), {"chunks": 12}),
+    ((4, 6, 5), Shard(1), {"chunks": "all", "rule": "hyperball"}),
+    ((5, 4, 3), Shard(0), {"chunks": "all", "lr": 0.07}),
+    ((4, 8), Shard(1), {"chunks": 2}),
+    ((13, 3), Shard(0), {"rotate": False, "weight_decay": 0.1}),
+    ((2, 6), Shard(0), {"rotate": False}),
+    ((3, 4), Replicate(), {}),
+)
+
+
+def layers_for(options: Mapping[str, Any]) -> Sequence[tuple[tuple[int, ...], Placement, dict[str, Any]]]:
+    """What a base with these options takes."""
+    base = find_base(options.get("base", "sgd"))
+    return LAYERS if base.formula({**base.options, **options}).direct is None else MATRICES
+
 
 def optimizers(mesh: DeviceMesh, **options: Any) -> tuple[FusedLayca, FusedLayca]:
     """One on the same whole tensors everywhere, one on their shards, and a plain tensor in both."""
     plain, shards = [], []
     dtype = options.pop("dtype", torch.float32)
-    for shape, placement, own in LAYERS:
+    for shape, placement, own in layers_for(options):
         param = Parameter(torch.randn(shape, dtype=dtype))
         plain.append({"params": [param], **own})
         shards.append({"params": [Parameter(shared(param, mesh, [placement]))], **own})
@@ -69,8 +92,8 @@ def check_alike(whole_one: FusedLayca, sharded: FusedLayca) -> None:
 @on(1, 2, 3, 4)
 def every_base_takes_the_steps_of_the_whole_layers(place: Place) -> None:
     mesh = place.mesh()
-    for number, base in enumerate(base for base in BASE_OPTIONS if base["base"] != "muon"):
-        for backend in ("cpu", "torch") if number % 3 == 0 else ("cpu",):
+    for number, base in enumerate(BASE_OPTIONS):
+        for backend in ("cpu", "torch") if number % 3 == 0 or base["base"] == "muon" else ("cpu",):
             plain, sharded = optimizers(mesh, backend=backend, **base)
             before = [whole(param).clone() for param in params_of(sharded)]
             for step in range(STEPS):
