@@ -24,14 +24,20 @@ def checkpointed(place: Place, base: dict[str, Any], backend: str, dtype: torch.
         {"params": [model[2].weight], "chunks": "all"},
         {"params": [param for name, param in model.named_parameters() if name not in ("0.weight", "2.weight")]},
     ]
+    if base.get("base") == "muon":
+        # Its layers are matrices.
+        groups[1] = {"params": [model[2].weight, model[4].weight]}
+        groups[2] = {"params": [param for param in model.parameters() if param.dim() < 2], "base": "adam"}
     return model, FusedLayca(groups, 0.02, backend=backend, **base)
 
 
-#: A base without state, one that counts steps, and one of 16 bits.
+#: A base without state, one that counts steps, one of 16 bits, and one that directs matrices.
 CHECKPOINTED: Sequence[tuple[dict[str, Any], torch.dtype]] = (
     ({}, torch.float32),
     ({"base": "adam", "amsgrad": True}, torch.float32),
     ({"momentum": 0.9}, torch.bfloat16),
+    ({"base": "muon"}, torch.float32),
+    ({"base": "muon"}, torch.bfloat16),
 )
 
 

@@ -144,26 +144,26 @@ def muon_along_either_dimension_is_that_of_whole_matrices(place: Place) -> None:
     assert min(counts) >= 1
 
 
-#: Both dimensions of a mesh, in every order, one of them, and none.
-TWO = (
-    (Shard(0), Shard(0)),
-    (_StridedShard(0, split_factor=2), Shard(0)),
-    (Shard(0), Shard(1)),
-    (Shard(1), Shard(0)),
-    (Shard(1), Shard(1)),
-    (Replicate(), Shard(0)),
-    (Shard(1), Replicate()),
-    (Replicate(), Replicate()),
-)
+def two_dimensions(mesh: DeviceMesh) -> Sequence[Sequence[Placement]]:
+    """Both dimensions of a mesh in every order, one of them, and none."""
+    over_tensor_parallel = _StridedShard(0, split_factor=mesh.size(1))
+    return (
+        (Shard(0), Shard(0)),
+        (over_tensor_parallel, Shard(0)),
+        (Shard(0), Shard(1)),
+        (Shard(1), Shard(0)),
+        (Shard(1), Shard(1)),
+        (Replicate(), Shard(0)),
+        (Shard(1), Replicate()),
+        (Replicate(), Replicate()),
+    )
 
 
 @on(4, 6)
 def muon_on_a_mesh_of_two_dimensions_is_that_of_whole_matrices(place: Place) -> None:
     """Two all-to-alls along each dimension that shards, however many tensors it shards how."""
     mesh = init_device_mesh("cpu", (2, place.world // 2))
-    for placements in TWO:
-        if isinstance(placements[0], _StridedShard):
-            placements = (_StridedShard(0, split_factor=place.world // 2), Shard(0))
+    for placements in two_dimensions(mesh):
         plain, sharded = twins(mesh, placements)
         run((plain, sharded))
         assert off(params_of(sharded), params_of(plain)) < 1e-5
@@ -179,9 +179,9 @@ def muon_on_a_mesh_of_two_dimensions_is_that_of_whole_matrices(place: Place) -> 
                     dist.all_gather(others, local, group=mesh.get_group(i))
                     assert all(torch.equal(other, local) for other in others)
     # All of them in one optimizer.
-    weights = [torch.randn(8, 12) for _ in TWO]
+    weights = [torch.randn(8, 12) for _ in two_dimensions(mesh)]
     whole_ones = [Parameter(weight.clone()) for weight in weights]
-    params = [Parameter(shared(weight, mesh, each)) for weight, each in zip(weights, TWO, strict=True)]
+    params = [Parameter(shared(weight, mesh, each)) for weight, each in zip(weights, two_dimensions(mesh), strict=True)]
     mixed = FusedLayca(whole_ones, 0.05, base="muon"), FusedLayca(params, 0.05, base="muon")
     run(mixed)
     assert off(params, whole_ones) < 1e-5
@@ -255,7 +255,7 @@ def windows_of_any_size_give_the_same_bits_in_memory_that_does_not_grow(place: P
     plain = directions.WINDOW["cpu"]
     results, rooms = [], []
     try:
-        for window, depth in ((plain, 2), (1, 2), (1, 6)):
+        for window, depth in ((plain, 4), (1, 4), (1, 12)):
             directions.WINDOW["cpu"] = window
             torch.manual_seed(place.seed)
             _, sharded = twins(place.mesh(), [Shard(0)], WEIGHTS * depth)

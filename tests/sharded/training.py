@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from itertools import product
 from typing import Any
 
 import torch
@@ -140,9 +141,9 @@ def learn_unclipped(model: nn.Module, optimizer: FusedLayca, seed: int) -> list[
 @on(2)
 def loss_scaling_skips_on_every_process_or_none(place: Place) -> None:
     mesh = place.mesh()
-    for unscales in (False, True):
+    for unscales, base in product((False, True), ({"momentum": 0.9}, {"base": "muon"})):
         param = Parameter(shared(torch.randn(4, 4), mesh, [Shard(0)]))
-        optimizer = FusedLayca([param], 0.1, momentum=0.9, unscale_in_step=unscales)
+        optimizer = FusedLayca([param], 0.1, unscale_in_step=unscales, **base)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         for step in range(3):
             scaler.scale(torch.zeros(()))
