@@ -131,11 +131,17 @@ def muon_under_fsdp2_is_that_of_one_process(place: Place) -> None:
 @on(2, 3, 4)
 def muon_along_either_dimension_is_that_of_whole_matrices(place: Place) -> None:
     """With as many collectives as there may be, and each matrix made once."""
-    for placement in (Shard(0), Shard(1)):
+    backwards = DeviceMesh("cpu", list(reversed(range(place.world))))
+    for placement, mesh in ((Shard(0), place.mesh()), (Shard(1), place.mesh()), (Shard(0), backwards)):
         for backend in ("cpu", "torch"):
-            plain, sharded = twins(place.mesh(), [placement], backend=backend)
+            plain, sharded = twins(mesh, [placement], backend=backend)
             run((plain, sharded))
-            assert off(params_of(sharded), params_of(plain)) < 1e-5
+            for one, other in zip(params_of(sharded), params_of(plain), strict=True):
+                # Not of gathered tensors: torch puts those of a mesh backwards together in another order.
+                expected = shared(other, mesh, [placement])._local_tensor
+                torch.testing.assert_close(
+                    one._local_tensor, expected, rtol=0, atol=1e-5 * float(other.detach().norm())
+                )
     with counting_all_to_alls() as sent, counting_matrices() as made, counting() as sums:
         give(sharded, draw(params_of(sharded)))
     assert (len(sent), len(sums)) == (2, 1)
@@ -331,6 +337,27 @@ def options_of_directions_may_change_in_a_run(place: Place) -> None:
                 for one, other in zip(params_of(sharded), params_of(plain), strict=True):
                     other.copy_(whole(one))
                     plain.state[other]["momentum_buffer"].copy_(whole(sharded.state[one]["momentum_buffer"]))
+
+
+@on(2)
+def in_backward_each_sharded_matrix_travels_by_itself(place: Place) -> None:
+    """To the same weights."""
+    ordinary, inside = (nn.Sequential(nn.Linear(7, 5, bias=False), nn.Linear(5, 4, bias=False)) for _ in range(2))
+    inside.load_state_dict(ordinary.state_dict())
+    pairs = []
+    for model in (ordinary, inside):
+        fully_shard(model)
+        pairs.append((model, FusedLayca(model.parameters(), 0.05, base="muon")))
+    with pairs[1][1].step_in_backward():
+        for _ in range(4):
+            inputs = torch.randn(3, 7)
+            for model, optimizer in pairs:
+                with counting_all_to_alls() as sent:
+                    model(inputs).square().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                assert len(sent) == (4 if model is inside else 2)
+    assert all(torch.equal(whole(a), whole(b)) for a, b in zip(ordinary.parameters(), inside.parameters(), strict=True))
 
 
 @on(2)
