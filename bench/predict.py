@@ -5,6 +5,7 @@ of which the defaults are named in the tables' captions.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from math import log2, prod
 from typing import Any
@@ -13,7 +14,11 @@ import torch
 
 from layca_fast import FusedLayca
 from layca_fast.formulas.bases import BASES, Formula
-from layca_fast.state.compensation import is_compensated, state_dtype
+from layca_fast.state.compensation import HALVES, compute_dtype, is_compensated, state_dtype
+from layca_fast.state.spread import At
+from layca_fast.step.directions import ELSEWHERE
+from layca_fast.step.exchange import owners, work
+from layca_fast.step.together import MATRICES, fill
 
 from .shapes import Shape, llama_1b, llama_7b, llama_70b
 
@@ -24,6 +29,7 @@ BASE_OPTIONS: Sequence[tuple[str, Options]] = (
     ("sgd, momentum", {"momentum": 0.9}),
     ("adam", {"base": "adam"}),
     ("adam, amsgrad", {"base": "adam", "amsgrad": True}),
+    ("muon", {"base": "muon"}),
 )
 
 #: (name, type of the parameters, options)
@@ -42,6 +48,15 @@ MODELS: Sequence[tuple[str, Callable[[], list[Shape]]]] = (
 
 GPUS = (1, 8, 1024)
 
+#: The type that directions are made in there, and travel in.
+ON_GPUS = torch.bfloat16
+
+#: Rows from which a matrix has one for each word.
+VOCABULARY = 30_000
+
+#: Of a batch that large models are trained with.
+TOKENS = 4_000_000
+
 
 def group_of(options: Options) -> Options:
     """The param group that these options make."""
@@ -59,14 +74,27 @@ def state_bytes(dtype: torch.dtype, group: Options) -> int:
     return len(formula_of(group).states) * state_dtype(dtype, group).itemsize + remainder
 
 
-def moved_bytes(dtype: torch.dtype, group: Options) -> int:
-    """Bytes that the two passes of a step read and write per weight: gradients have the type of the weights."""
-    formula, weight = formula_of(group), dtype.itemsize
-    states = len(formula.states) * state_dtype(dtype, group).itemsize
-    remainder = 2 if is_compensated(dtype, group) else 0
-    measure = weight + remainder + weight + 2 * states
-    rotate = 2 * (weight + remainder) + states + weight * formula.reads_grad
+def _passes(weight: int, gradient: int, states: int, reads_grad: bool) -> int:
+    measure = weight + gradient + 2 * states
+    rotate = 2 * weight + states + gradient * reads_grad
     return measure + rotate
+
+
+def moved_bytes(dtype: torch.dtype, group: Options) -> int:
+    """Bytes that the passes of a step read and write per weight: gradients have the type of the weights.
+
+    Of a direction of whole matrices, what its products read and write is not counted.
+    """
+    formula, gradient = formula_of(group), dtype.itemsize
+    states = len(formula.states) * state_dtype(dtype, group).itemsize
+    weight = dtype.itemsize + (2 if is_compensated(dtype, group) else 0)
+    if formula.direct is None:
+        return _passes(weight, gradient, states, formula.reads_grad)
+    step, made = compute_dtype(dtype).itemsize, ON_GPUS.itemsize
+    # Zeros are written, and of 16-bit parameters the step is put together of two halves.
+    advance = step + _passes(step, gradient, states, formula.reads_grad) + 2 * step * (dtype in HALVES)
+    stacked = 2 * (step + made)
+    return advance + stacked + _passes(weight, step, 0, True)
 
 
 def count_layers(shapes: Sequence[Shape]) -> int:
@@ -77,6 +105,38 @@ def count_layers(shapes: Sequence[Shape]) -> int:
 def all_reduce_seconds(gpus: int, sent: float, latency: float, network: float) -> float:
     """A tree's rounds, down and up, and the bytes that a ring would send."""
     return 0.0 if gpus == 1 else 2 * log2(gpus) * latency + 2 * sent * (gpus - 1) / gpus / network
+
+
+def matrices(shapes: Sequence[Shape]) -> list[Shape]:
+    """Those that muon directs: all but the embedding and the head, which have a row for each word of a vocabulary."""
+    return [shape for shape in shapes if len(shape) > 1 and shape[0] < VOCABULARY]
+
+
+def product_flops(rows: int, columns: int) -> int:
+    """What the products of five iterations take, in a type of 16 bits: X X', its square, and one with X, in each."""
+    small, large = sorted((rows, columns))
+    return 5 * (2 * (2 * small * small * large) + 2 * small**3)
+
+
+def exchanged_bytes(elements: int, gpus: int, itemsize: int) -> float:
+    """What each of so many GPUs sends on average, there and back: all but the parts of a matrix's owner."""
+    return 2 * itemsize * elements / gpus * (gpus - 1) / gpus
+
+
+def busiest_flops(shapes: Sequence[Shape], gpus: int) -> tuple[int, int]:
+    """(windows, FLOPs of the busiest GPU, added up over windows) where matrices are shared out by FSDP2."""
+    ordered = sorted(shapes, key=prod, reverse=True)
+    limit = max(ELSEWHERE, MATRICES * prod(ordered[0]))
+    windows: dict[int, list[Shape]] = {}
+    for shape, window in zip(ordered, fill([-(-prod(shape) // gpus) for shape in ordered], limit), strict=True):
+        windows.setdefault(window, []).append(shape)
+    total = 0
+    for part in windows.values():
+        loads: Counter[At] = Counter()
+        for shape, owner in zip(part, owners([work(*shape) for shape in part], (gpus,)), strict=True):
+            loads[owner] += product_flops(*shape)
+        total += max(loads.values())
+    return len(windows), total
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -124,17 +184,49 @@ def time_table(bandwidth: float, latency: float, network: float) -> str:
     return _table(["model", *(f"{gpus:,} GPU{'s' * (gpus > 1)}" for gpus in GPUS)], rows)
 
 
-def tables(bandwidth: float, latency: float, network: float) -> list[tuple[str, str]]:
+def products_table() -> str:
+    rows = []
+    for name, shapes in (MODELS[0], MODELS[-1]):
+        directed = matrices(shapes())
+        flops = sum(product_flops(*shape) for shape in directed)
+        training = 6 * sum(map(prod, shapes())) * TOKENS
+        counted = [str(len(directed)), f"{sum(map(prod, directed)) / 1e9:.2f}e9"]
+        rows.append([name, *counted, f"{flops:.2e}", f"{100 * flops / training:.1f} %"])
+    of_training = f"as a part of training on {TOKENS / 1e6:.0f} million tokens"
+    return _table(["model", "matrices", "weights in them", "FLOPs per step", of_training], rows)
+
+
+def exchange_table(network: float, flops: float) -> str:
+    rows = []
+    for name, shapes in (MODELS[0], MODELS[-1]):
+        directed = matrices(shapes())
+        elements, total = sum(map(prod, directed)), sum(product_flops(*shape) for shape in directed)
+        for gpus in GPUS[1:]:
+            windows, busiest = busiest_flops(directed, gpus)
+            sent = exchanged_bytes(elements, gpus, ON_GPUS.itemsize)
+            share = [f"{1e3 * busiest / flops:.3g}", f"{busiest / (total / gpus):.2f}"]
+            rows.append([name, f"{gpus:,}", str(windows), f"{sent / 1e9:.3g}", f"{1e3 * sent / network:.3g}", *share])
+    head = ["model", "GPUs", "windows", "GB sent", "ms of sending", "ms of products, busiest GPU", "÷ even share"]
+    return _table(head, rows)
+
+
+def tables(bandwidth: float, latency: float, network: float, flops: float) -> list[tuple[str, str]]:
     """(caption, table) of everything that is predicted."""
     made = (
         f"adam on bfloat16: milliseconds per step, and GB of weights, gradients and state per GPU, at "
         f"{bandwidth / 1e12:g} TB/s of memory, {latency * 1e6:g} µs per hop and {network / 1e9:g} GB/s of network"
+    )
+    exchanged = (
+        f"muon under FSDP2: each GPU's part of a step, there and back, in bfloat16 at {network / 1e9:g} GB/s of "
+        f"network and {flops / 1e12:g} TFLOP/s"
     )
     return [
         ("Bytes of state per weight", state_table()),
         ("Bytes read and written per weight and step", moved_table()),
         ("What the processes sum per step and mesh dimension", collective_table()),
         (made, time_table(bandwidth, latency, network)),
+        ("muon: matrix products of a step", products_table()),
+        (exchanged, exchange_table(network, flops)),
     ]
 
 
@@ -144,8 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes/s that a GPU copies (default: H200)")
     parser.add_argument("--latency", type=float, default=1e-5, help="seconds per hop of an all-reduce")
     parser.add_argument("--network", type=float, default=5e10, help="bytes/s per GPU between nodes")
+    parser.add_argument("--flops", type=float, default=4e14, help="FLOP/s that bfloat16 products reach on a GPU")
     options = parser.parse_args(arguments)
-    for caption, table in tables(options.bandwidth, options.latency, options.network):
+    for caption, table in tables(options.bandwidth, options.latency, options.network, options.flops):
         print(f"**{caption}**\n\n{table}\n")
 
 

@@ -6,6 +6,7 @@ of the narrower of two types, that of the steps and that in which directions are
 not be rounded otherwise.
 """
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, product
@@ -36,15 +37,19 @@ def work(rows: int, columns: int) -> int:
     return min(rows, columns) * rows * columns
 
 
-def owners(spreads: Sequence[Spread]) -> list[At]:
-    """Which of the processes that share matrices makes the direction of each: the largest first, to the idlest."""
-    everyone = list(product(*map(range, spreads[0].sizes)))
-    loads = dict.fromkeys(everyone, 0)
-    found = [everyone[0]] * len(spreads)
-    for i in sorted(range(len(spreads)), key=lambda i: -work(*spreads[i].sides)):
-        found[i] = min(everyone, key=lambda at: (loads[at], at))
-        loads[found[i]] += work(*spreads[i].sides)
-    return found
+def owners(works: Sequence[int], sizes: At) -> list[At]:
+    """Which of so many processes makes the direction of each matrix: the most work first, to the idlest.
+
+    ``works``: of each matrix, ``sizes``: of the mesh that all of them share.
+    """
+    # As a heap the idlest is found at once.
+    idlest = [(0, at) for at in product(*map(range, sizes))]
+    found: dict[int, At] = {}
+    for i in sorted(range(len(works)), key=lambda i: -works[i]):
+        load, at = heapq.heappop(idlest)
+        found[i] = at
+        heapq.heappush(idlest, (load + works[i], at))
+    return [found[i] for i in range(len(works))]
 
 
 @dataclass
@@ -150,7 +155,8 @@ class Exchange:
         for each in self._all:
             domains.setdefault(each.spread.groups, []).append(each)
         for together in domains.values():
-            for each, owner in zip(together, owners([each.spread for each in together]), strict=True):
+            works = [work(*each.spread.sides) for each in together]
+            for each, owner in zip(together, owners(works, together[0].spread.sizes), strict=True):
                 each.owner = owner
         for each in self._all:
             each.parts = [(each.spread.here, each.steps)]

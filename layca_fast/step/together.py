@@ -54,15 +54,21 @@ def _windows(kinds: Sequence[tuple[Formula, Sequence[Slot]]], spreads: Mapping[i
             domains.setdefault(key, {})[slot.number] = -(-spread.numel // prod(spread.sizes))
             largest = MATRICES * prod(spread.shape)
             limits[key] = max(limits.get(key, window_limit(device)), largest)
-    found = {}
+    found: dict[int, int] = {}
     for domain, counts in domains.items():
-        window, filled = 0, 0
-        for number in sorted(counts, key=lambda number: (-prod(spreads[number].shape), number)):
-            if filled and filled + counts[number] > limits[domain]:
-                window, filled = window + 1, 0
-            found[number] = window
-            filled += counts[number]
+        numbers = sorted(counts, key=lambda number: (-prod(spreads[number].shape), number))
+        found.update(zip(numbers, fill([counts[number] for number in numbers], limits[domain]), strict=True))
     return found
+
+
+def fill(counts: Sequence[int], limit: int) -> Iterator[int]:
+    """The window of each tensor, of so many elements on a process: at most ``limit`` in one, or one tensor."""
+    window, filled = 0, 0
+    for count in counts:
+        if filled and filled + count > limit:
+            window, filled = window + 1, 0
+        filled += count
+        yield window
 
 
 class Together:

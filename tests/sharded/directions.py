@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 
+from bench import predict
 from layca_fast import FusedLayca, layer_groups
 from layca_fast.formulas.orthogonal import NewtonSchulz
 from layca_fast.step import directions
@@ -234,6 +235,7 @@ def what_travels_is_each_matrix_but_for_the_owners_part(place: Place) -> None:
             give(sharded, draw(params_of(sharded)))
         there, back = (sum(each) for each in zip(*everywhere(sent), strict=True))
         assert there == back == size * elements * (place.world - 1) // place.world
+        assert there + back == place.world * predict.exchanged_bytes(elements, place.world, size)
 
 
 @on(2, 3)

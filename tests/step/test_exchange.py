@@ -2,24 +2,18 @@
 
 import random
 from collections import Counter
+from math import prod
 
 import torch
 
 from layca_fast.formulas.orthogonal import NewtonSchulz
-from layca_fast.state.spread import Spread
 from layca_fast.step.exchange import owners, wire_of, work
 
 
-def spread(rows: int, columns: int, sizes: tuple[int, ...]) -> Spread:
-    shape = (rows, columns)
-    nothing = tuple(() for _ in sizes)
-    return Spread((), sizes, tuple(0 for _ in sizes), nothing, shape, shape, rows, ((), ()))
-
-
-def loads(spreads: list[Spread]) -> list[int]:
+def loads(works: list[int], sizes: tuple[int, ...]) -> list[int]:
     found: Counter[tuple[int, ...]] = Counter()
-    for each, owner in zip(spreads, owners(spreads), strict=True):
-        found[owner] += work(*each.sides)
+    for each, owner in zip(works, owners(works, sizes), strict=True):
+        found[owner] += each
     return list(found.values())
 
 
@@ -28,13 +22,11 @@ def test_work_is_balanced(seed: int) -> None:
     draws = random.Random(seed)
     for _ in range(100):
         sizes = draws.choice([(2,), (3,), (4, 2), (2, 2, 2)])
-        spreads = [spread(draws.randint(1, 64), draws.randint(1, 256), sizes) for _ in range(draws.randint(1, 80))]
-        everyone = torch.Size(sizes).numel()
-        total, largest = sum(work(*each.sides) for each in spreads), max(work(*each.sides) for each in spreads)
+        works = [work(draws.randint(1, 64), draws.randint(1, 256)) for _ in range(draws.randint(1, 80))]
+        even, largest = sum(works) / prod(sizes), max(works)
         # Graham's bound for the largest first.
-        assert max(loads(spreads)) <= max(total / everyone * 4 / 3, total / everyone + largest)
-    alike = [spread(32, 96, (4, 2)) for _ in range(40)]
-    assert loads(alike) == [5 * work(32, 96)] * 8
+        assert max(loads(works, sizes)) <= max(even * 4 / 3, even + largest)
+    assert loads([7] * 40, (4, 2)) == [5 * 7] * 8
 
 
 def test_work_is_that_of_the_products_on_the_smaller_side() -> None:
