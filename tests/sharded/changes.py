@@ -1,12 +1,13 @@
 """What differs between processes or changes in the middle of a run must neither hang nor go wrong."""
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn import Parameter
 
-from layca_fast import FusedLayca
+from layca_fast import FusedLayca, layer_groups
 from layca_fast.state.slot import Slot
 
 from .support import STEPS, Place, draw, expect, give, network, off, on, params_of, shared, whole
@@ -130,3 +131,46 @@ def gradients_that_are_shared_out_as_before_are_not_looked_at_one_by_one(place: 
     before = whole(weight).clone()
     expect(TypeError, "make them alike", optimizer.step)
     assert torch.equal(whole(weight), before)
+
+
+@on(2, 3)
+def layers_of_zeros_are_agreed_upon(place: Place) -> None:
+    mesh = place.mesh()
+    weights = torch.randn(6, 4)
+    weights[:3] = 0.0
+    # All zeros on the first process, but not everywhere.
+    param = Parameter(shared(weights, mesh, [Shard(0)]))
+    optimizer = FusedLayca([param], 0.1)
+    give(optimizer, draw([param]))
+    torch.testing.assert_close(whole(param).norm(), weights.norm())
+    # Beside muon's.
+    matrix, zeros = (Parameter(shared(each, mesh, [Shard(0)])) for each in (weights, torch.zeros(6, 4)))
+    optimizer = FusedLayca([matrix], 0.1, base="muon")
+    give(optimizer, draw([matrix]))
+    torch.testing.assert_close(whole(matrix).norm(), weights.norm())
+    optimizer = FusedLayca([zeros], 0.1, base="muon")
+    expect(ValueError, "all weights of a layer are zero", lambda: give(optimizer, draw([zeros])))
+    # One of the layers, which lies on one process: all of them raise.
+    chunked = Parameter(shared(weights, mesh, [Shard(0)]))
+    optimizer = FusedLayca([chunked], 0.1, chunks="all")
+    expect(ValueError, "all weights of a layer are zero", lambda: give(optimizer, draw([chunked])))
+    # At lr = 0 that does not matter yet, and a process may go over its tensors alone.
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.add_param_group({"params": [Parameter(torch.randn(3))], "lr": 0.1})
+    for own in range(2):
+        chunked.grad = shared(torch.randn(6, 4), mesh, [Shard(0)])
+        params_of(optimizer)[1].grad = torch.randn(3) if own and place.rank == 0 else None
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    expect(ValueError, "all weights of a layer are zero", lambda: give(optimizer, draw(params_of(optimizer))))
+    assert torch.equal(whole(chunked), weights)
+    with torch.no_grad():
+        chunked.fill_(1.0)
+    give(optimizer, draw(params_of(optimizer)))
+    torch.testing.assert_close(whole(chunked).norm(dim=1), torch.full((6,), 2.0))
+    # layer_groups puts such a tensor with the others, on every process.
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    nn.init.zeros_(model[0].weight)
+    fully_shard(model)
+    groups = layer_groups(model)
+    assert [group["rotate"] for group in groups] == [True, False]

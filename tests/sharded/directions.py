@@ -1,14 +1,11 @@
 """Matrices that lie on several processes, whose directions need the whole of them."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from math import prod
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -16,83 +13,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 
-from bench import predict
 from layca_fast import FusedLayca, layer_groups
-from layca_fast.formulas.orthogonal import NewtonSchulz
-from layca_fast.step import directions
 
 from .support import Place, counting, draw, expect, give, off, on, params_of, shared, whole
-
-LONG = 20
-
-
-@contextmanager
-def counting_all_to_alls() -> Iterator[list[int]]:
-    """The bytes that this process sends to others, one number for each all-to-all meanwhile."""
-    seen: list[int] = []
-    plain = dist.all_to_all_single
-
-    def count(output: Tensor, given: Tensor, taken: list[int], sent: list[int], group: Any) -> Any:
-        seen.append((sum(sent) - sent[group.rank()]) * given.element_size())
-        return plain(output, given, taken, sent, group)
-
-    dist.all_to_all_single = count
-    try:
-        yield seen
-    finally:
-        dist.all_to_all_single = plain
-
-
-@contextmanager
-def counting_matrices() -> Iterator[list[tuple[int, ...]]]:
-    """The shapes of the matrices that directions are made of on this process, one for each."""
-    seen: list[tuple[int, ...]] = []
-    plain = NewtonSchulz.run
-
-    def count(self: NewtonSchulz, matrices: Tensor, norms: Tensor, scratch: Tensor) -> Tensor:
-        seen.extend([tuple(matrices.shape[1:])] * len(matrices))
-        return plain(self, matrices, norms, scratch)
-
-    NewtonSchulz.run = count  # type: ignore[method-assign]
-    try:
-        yield seen
-    finally:
-        NewtonSchulz.run = plain  # type: ignore[method-assign]
-
-
-def everywhere(value: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
-
-
-#: Wide, tall, convolutions, packed and stacked layers, plain steps.
-WEIGHTS: Sequence[tuple[tuple[int, ...], dict[str, Any]]] = (
-    ((8, 12), {}),
-    ((12, 4), {"rule": "hyperball"}),
-    ((4, 4, 3, 3), {"adjust_lr": "match_rms_adamw"}),
-    ((4, 12), {"rotate": False, "weight_decay": 0.1}),
-    ((9, 5), {"rotate": False}),
-    ((5, 7), {"nesterov": False, "ns_steps": 3}),
-)
-
-
-def twins(
-    mesh: DeviceMesh, placements: Sequence[Placement], weights: Any = WEIGHTS, **options: Any
-) -> tuple[FusedLayca, FusedLayca]:
-    plain, shards = [], []
-    for shape, own in weights:
-        weight = torch.randn(shape)
-        plain.append({"params": [Parameter(weight.clone())], **own})
-        shards.append({"params": [Parameter(shared(weight, mesh, placements))], **own})
-    return tuple(FusedLayca(groups, 0.05, base="muon", **options) for groups in (plain, shards))  # type: ignore[return-value]
-
-
-def run(optimizers: Sequence[FusedLayca], steps: int = LONG) -> None:
-    for _ in range(steps):
-        grads = draw(params_of(optimizers[0]))
-        for optimizer in optimizers:
-            give(optimizer, grads)
+from .travelling import LONG, WEIGHTS, counting_all_to_alls, counting_matrices, everywhere, run, twins
 
 
 def model_of() -> nn.Sequential:
@@ -223,64 +147,6 @@ def muon_under_fsdp2_over_tensor_parallel_is_that_of_one_process(place: Place) -
     assert len(sent) == 4
 
 
-@on(2, 4)
-def what_travels_is_each_matrix_but_for_the_owners_part(place: Place) -> None:
-    """There and back, in the type that directions are made in, if that is narrower."""
-    weights = [((8, 12), {})] * 5 + [((4, 16), {})] * 3
-    elements = sum(prod(shape) for shape, _ in weights)
-    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2), (torch.float64, 4)):
-        _, sharded = twins(place.mesh(), [Shard(0)], weights, ns_dtype=dtype)
-        give(sharded, draw(params_of(sharded)))
-        with counting_all_to_alls() as sent:
-            give(sharded, draw(params_of(sharded)))
-        there, back = (sum(each) for each in zip(*everywhere(sent), strict=True))
-        assert there == back == size * elements * (place.world - 1) // place.world
-        assert there + back == place.world * predict.exchanged_bytes(elements, place.world, size)
-
-
-@on(2, 3)
-def layers_that_lie_whole_on_a_process_are_not_sent(place: Place) -> None:
-    """Experts by expert, packed projections that are cut between them, replicas, and plain tensors."""
-    mesh = place.mesh()
-    experts = Parameter(shared(torch.randn(6, 4, 5), mesh, [Shard(0)]))
-    packed = Parameter(shared(torch.randn(6 * place.world, 4), mesh, [Shard(0)]))
-    replica, plain = Parameter(shared(torch.randn(4, 5), mesh, [Replicate()])), Parameter(torch.randn(4, 5))
-    groups = [
-        {"params": [experts], "chunks": 6},
-        {"params": [packed], "chunks": 2 * place.world},
-        {"params": [replica, plain]},
-    ]
-    optimizer = FusedLayca(groups, 0.05, base="muon")
-    give(optimizer, draw(params_of(optimizer)))
-    with counting_all_to_alls() as sent, counting() as sums, counting_matrices() as made:
-        give(optimizer, draw(params_of(optimizer)))
-    assert sent == sums == []
-    assert len(made) == 6 // place.world + 2 + 2
-
-
-@on(2, 3)
-def windows_of_any_size_give_the_same_bits_in_memory_that_does_not_grow(place: Place) -> None:
-    plain = directions.WINDOW["cpu"]
-    results, rooms = [], []
-    try:
-        for window, depth in ((plain, 4), (1, 4), (1, 12)):
-            directions.WINDOW["cpu"] = window
-            torch.manual_seed(place.seed)
-            _, sharded = twins(place.mesh(), [Shard(0)], WEIGHTS * depth)
-            run((sharded,), 3)
-            results.append([param._local_tensor.detach().clone() for param in params_of(sharded)])
-            with counting_all_to_alls() as sent, counting() as sums:
-                give(sharded, draw(params_of(sharded)))
-            assert len(sent) == 2 * len(sums)
-            assert (len(sums) == 1) == (window == plain)
-            rooms.append({key[0]: buffer.numel() for key, buffer in sharded._plan._scratch._buffers.items()})
-    finally:
-        directions.WINDOW["cpu"] = plain
-    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
-    # Three times as many matrices need as much memory. (Windows differ, and a buffer grows by half of its size.)
-    assert sum(rooms[2].values()) <= 2 * sum(rooms[1].values())
-
-
 @on(2, 3)
 def a_direction_of_which_some_lack_gradients_is_that_of_zeros_there(place: Place) -> None:
     """Where a process has no gradient its part of the momentum stays, takes no part, and is only scaled."""
@@ -339,27 +205,6 @@ def options_of_directions_may_change_in_a_run(place: Place) -> None:
                 for one, other in zip(params_of(sharded), params_of(plain), strict=True):
                     other.copy_(whole(one))
                     plain.state[other]["momentum_buffer"].copy_(whole(sharded.state[one]["momentum_buffer"]))
-
-
-@on(2)
-def in_backward_each_sharded_matrix_travels_by_itself(place: Place) -> None:
-    """To the same weights."""
-    ordinary, inside = (nn.Sequential(nn.Linear(7, 5, bias=False), nn.Linear(5, 4, bias=False)) for _ in range(2))
-    inside.load_state_dict(ordinary.state_dict())
-    pairs = []
-    for model in (ordinary, inside):
-        fully_shard(model)
-        pairs.append((model, FusedLayca(model.parameters(), 0.05, base="muon")))
-    with pairs[1][1].step_in_backward():
-        for _ in range(4):
-            inputs = torch.randn(3, 7)
-            for model, optimizer in pairs:
-                with counting_all_to_alls() as sent:
-                    model(inputs).square().mean().backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                assert len(sent) == (4 if model is inside else 2)
-    assert all(torch.equal(whole(a), whole(b)) for a, b in zip(ordinary.parameters(), inside.parameters(), strict=True))
 
 
 @on(2)

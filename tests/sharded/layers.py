@@ -8,11 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn import Parameter
 
-from layca_fast import FusedLayca, layer_groups
+from layca_fast import FusedLayca
 from layca_fast.commands.cases import BASE_OPTIONS
 from layca_fast.formulas.options import find_base
 
@@ -239,49 +238,6 @@ def a_gradient_may_be_placed_otherwise_than_its_parameter(place: Place) -> None:
             plain.step()
             sharded.step()
         check_alike(plain, sharded)
-
-
-@on(2, 3)
-def layers_of_zeros_are_agreed_upon(place: Place) -> None:
-    mesh = place.mesh()
-    weights = torch.randn(6, 4)
-    weights[:3] = 0.0
-    # All zeros on the first process, but not everywhere.
-    param = Parameter(shared(weights, mesh, [Shard(0)]))
-    optimizer = FusedLayca([param], 0.1)
-    give(optimizer, draw([param]))
-    torch.testing.assert_close(whole(param).norm(), weights.norm())
-    # Beside muon's.
-    matrix, zeros = (Parameter(shared(each, mesh, [Shard(0)])) for each in (weights, torch.zeros(6, 4)))
-    optimizer = FusedLayca([matrix], 0.1, base="muon")
-    give(optimizer, draw([matrix]))
-    torch.testing.assert_close(whole(matrix).norm(), weights.norm())
-    optimizer = FusedLayca([zeros], 0.1, base="muon")
-    expect(ValueError, "all weights of a layer are zero", lambda: give(optimizer, draw([zeros])))
-    # One of the layers, which lies on one process: all of them raise.
-    chunked = Parameter(shared(weights, mesh, [Shard(0)]))
-    optimizer = FusedLayca([chunked], 0.1, chunks="all")
-    expect(ValueError, "all weights of a layer are zero", lambda: give(optimizer, draw([chunked])))
-    # At lr = 0 that does not matter yet, and a process may go over its tensors alone.
-    optimizer.param_groups[0]["lr"] = 0.0
-    optimizer.add_param_group({"params": [Parameter(torch.randn(3))], "lr": 0.1})
-    for own in range(2):
-        chunked.grad = shared(torch.randn(6, 4), mesh, [Shard(0)])
-        params_of(optimizer)[1].grad = torch.randn(3) if own and place.rank == 0 else None
-        optimizer.step()
-    optimizer.param_groups[0]["lr"] = 0.1
-    expect(ValueError, "all weights of a layer are zero", lambda: give(optimizer, draw(params_of(optimizer))))
-    assert torch.equal(whole(chunked), weights)
-    with torch.no_grad():
-        chunked.fill_(1.0)
-    give(optimizer, draw(params_of(optimizer)))
-    torch.testing.assert_close(whole(chunked).norm(dim=1), torch.full((6,), 2.0))
-    # layer_groups puts such a tensor with the others, on every process.
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    nn.init.zeros_(model[0].weight)
-    fully_shard(model)
-    groups = layer_groups(model)
-    assert [group["rotate"] for group in groups] == [True, False]
 
 
 @on(2)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ..support import HANGS
-from . import changes, checkpoints, directions, in_backward, killed, layers, training  # noqa: F401  (they add their cases)
+from . import changes, checkpoints, directions, exchanges, in_backward, killed, layers, training  # noqa: F401  (they add their cases)
 from .support import Place, cases_of, start
 
 #: Checkpoints are written by two processes, and read by other numbers.
