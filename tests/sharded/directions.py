@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -98,8 +99,10 @@ def muon_on_a_mesh_of_two_dimensions_is_that_of_whole_matrices(place: Place) -> 
         plain, sharded = twins(mesh, placements)
         run((plain, sharded))
         assert off(params_of(sharded), params_of(plain)) < 1e-5
-        with counting_all_to_alls() as sent:
+        with counting_all_to_alls() as sent, counting_matrices() as made:
             give(sharded, draw(params_of(sharded)))
+        replicas = prod(mesh.size(i) for i, each in enumerate(placements) if each.is_replicate())
+        assert sum(everywhere(len(made))) == replicas * len(WEIGHTS)
         assert len(sent) == 2 * sum(not each.is_replicate() for each in placements)
         # Replicas have the same bits.
         for i, each in enumerate(placements):
