@@ -117,8 +117,9 @@ def sixteen_bits_take_the_steps_of_the_whole_layers(place: Place) -> None:
         ours = [sharded.effective_weight(param) for param in params_of(sharded)]
         theirs = [plain.effective_weight(param) for param in params_of(plain)]
         assert all(weight.dtype == torch.float32 for weight in ours)
-        # What travels in bfloat16 has other norms, and a square root of their number of other bits.
-        assert off(ours, theirs) < (1e-3 if "ns_dtype" in base else 1e-6)
+        # Norms of what travels in bfloat16 are those of rounded numbers: directions differ in its last bit, which the
+        # largest rate of all layers turns by.
+        assert off(ours, theirs) < (STEPS * 0.07 * 2**-7 if "ns_dtype" in base else 1e-6)
 
 
 @on(4)
