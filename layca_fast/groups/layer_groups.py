@@ -248,7 +248,8 @@ def layer_groups(
         others_base: the base of the others, such as "adam" beside base="muon"; None: that of ``options``. The head that
             makes the logits, tied to an embedding or not, is then one of the others, unless ``rotate`` names it: the
             model's ``get_output_embeddings()``; else the last matrix of the shape of an embedding's table; else the
-            last Linear with as many outputs as an embedding has entries; else the last Linear. Options go to the base that has them; those that both have, to ``base``.
+            last Linear with as many outputs as an embedding has entries; else the last Linear. Options go to the base
+            that has them; those that both have, to ``base``.
         embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
         rotate: module types, or modules of the model with all inside of them, of which every tensor that is no vector,
             biases apart, rotates besides; as a dict, with the ``chunks`` of each (1, n or "all"), or False for what is

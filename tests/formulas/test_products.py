@@ -1,0 +1,37 @@
+"""Products that are known to be symmetric, computed in strips, beside the whole ones."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from layca_fast.formulas import products
+
+from ..support import relative_distance
+
+
+def symmetric(count: int, rows: int) -> Tensor:
+    matrices = torch.randn(count, rows, rows, dtype=torch.float64)
+    return matrices + matrices.mT
+
+
+@pytest.mark.parametrize("rows", [5, 128, 257, 400, 900])
+def test_strips_make_the_whole_product_symmetric_to_the_bit(rows: int, seed: int) -> None:
+    """Into memory that held something else, of a matrix with its transpose and of matrices that commute."""
+    wide = torch.randn(2, rows, 60, dtype=torch.float64)
+    start = symmetric(2, rows)
+    for left, right in ((wide, wide.mT), (start, start @ start)):
+        out = torch.full_like(start, torch.nan)
+        assert products.multiply_symmetric(out, left, right) is out
+        assert relative_distance(out, left @ right) < 1e-12
+        assert rows < 2 * products.STRIP or torch.equal(out, out.mT)
+        out.fill_(torch.nan)
+        assert products.add_product_symmetric(out, start, left, right, -0.7, 0.3) is out
+        assert relative_distance(out, -0.7 * start + 0.3 * left @ right) < 1e-12
+        assert rows < 2 * products.STRIP or torch.equal(out, out.mT)
+
+
+def test_strips_leave_out_what_lies_left_of_the_diagonal() -> None:
+    assert products.symmetric_share(100) == products.symmetric_share(255) == 1.0
+    assert products.symmetric_share(256) == 0.75
+    assert products.symmetric_share(512) == 0.625
+    assert products.symmetric_share(768) == products.symmetric_share(6144) == pytest.approx(7 / 12)
