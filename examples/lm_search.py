@@ -27,7 +27,7 @@ Train = Callable[[str, int, float, int], float]
 
 @dataclass(frozen=True)
 class Row:
-    """A training. ``lr`` is a power of 2, ``held_out`` the loss in nats per character of the text of this ``python``."""
+    """A training. ``lr`` is a power of 2, ``held_out`` nats per character of the text of this ``python``."""
 
     optimizer: str
     width: int

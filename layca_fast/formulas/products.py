@@ -39,7 +39,7 @@ def add_product(out: Tensor, old: Tensor, left: Tensor, right: Tensor, beta: flo
 
 
 def multiply_symmetric(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The same as :func:`multiply` where the product is symmetric; so is then ``out``, to the bit, if in strips."""
+    """The same as :func:`multiply` where the product is symmetric."""
     if not _in_strips(out, left):
         return multiply(out, left, right)
     for each, x, y in zip(out, left, right, strict=True):
