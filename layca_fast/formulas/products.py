@@ -13,8 +13,8 @@ from torch import Tensor
 #: Types that are exact enough for another order of products than the formula's.
 EXACT = (torch.float32, torch.float64)
 
-#: Matrices of so many rows are multiplied one by one on the CPU.
-LARGE = 128
+#: Matrices of so many rows are multiplied one by one on the CPU: smaller ones are faster in stacks, and whole.
+LARGE = 320
 
 #: Rows of a strip, at least, and strips of a matrix, at most: more of them leave out more, but each is slower.
 STRIP, MOST_STRIPS = 128, 6
@@ -64,8 +64,8 @@ def add_product_symmetric(
 
 
 def symmetric_share(rows: int) -> float:
-    """The part of a symmetric product of so many rows that is computed where it is computed in strips."""
-    return sum((end - first) * (rows - first) for first, end in _strips(rows)) / (rows * rows)
+    """The part that is computed of a symmetric product, of matrices with so many rows and as many columns or more."""
+    return 1.0 if rows < LARGE else sum((end - first) * (rows - first) for first, end in _strips(rows)) / (rows * rows)
 
 
 def _strips(rows: int) -> Iterator[tuple[int, int]]:
