@@ -1,8 +1,9 @@
 """``python -m bench.muon``: Muon's step, turned and plain, beside a loop by hand, torch's and other packages'.
 
 Interleaved rounds on matrices alone. Prints a table of times per model, then one of what our step is held to, and with
-``--out`` writes that to a CSV file. Peers that multiply in bfloat16 run on small matrices only: without instructions
-for that type a processor takes minutes for a step on large ones.
+``--out`` writes that to a CSV file. On a CPU, peers that multiply in bfloat16 run on small matrices only: without
+instructions for that type it takes minutes for a step on large ones. On a GPU all run everywhere, there are no goals,
+and what a step is made of is not looked at.
 """
 
 import argparse
@@ -65,31 +66,32 @@ class Result:
     q3: float
     rounds: int
     date: str
+    device: str
     cpu: str
     threads: int
     torch: str
 
 
-def measure(model: str, rounds: int, limit: float, quick: bool = False) -> Iterator[Result]:
+def measure(model: str, rounds: int, limit: float, quick: bool = False, device: torch.device = CPU) -> Iterator[Result]:
     """One interleaved run; prints its times."""
-    stage = Model(MODELS[model](), CPU)
-    candidates = [*float32(), *(bfloat16() if model in WITH_PEERS else ())]
+    stage, on_cpu = Model(MODELS[model](), device), device.type == "cpu"
+    candidates = [*float32(), *(bfloat16() if model in WITH_PEERS or not on_cpu else ())]
     skipped = sift(candidates, len(stage.weights), quick)
     running = {each.name: each for each in candidates if each.name not in skipped}
     ours = Watched(running.pop(OURS), stage)
     entries: dict = {OURS: ours, **{name: Contestant(each, stage) for name, each in running.items()}}
     ours.check()
-    product = OneProduct(ours.work)
+    product = OneProduct(ours.work, device)
     seconds = interleave({**entries, PRODUCT: product}, stage, rounds, limit)
     _show(model, stage, seconds, candidates, skipped)
     # The last step of all was a check.
     inside = ours.seconds[-1 - len(seconds[OURS]) : -1]
-    about = environment(CPU)
+    about = environment(device)
 
     def result(what: str, sign: str, goal: float | None, quarters: tuple[float, float, float]) -> Result:
         q1, value, q3 = quarters
-        said = "" if goal is None else f"{sign} {goal}"
-        known = {name: about[name] for name in ("date", "cpu", "threads", "torch")}
+        said = f"{sign} {goal}" if goal is not None and on_cpu else ""
+        known = {name: about[name] for name in ("date", "device", "cpu", "threads", "torch")}
         return Result(what, model, said, value, q1, q3, len(inside), **known)
 
     for name in running:
@@ -99,11 +101,12 @@ def measure(model: str, rounds: int, limit: float, quick: bool = False) -> Itera
     if TORCH in running:
         yield result(f"ns_dtype=bfloat16 over {TORCH}", "<=", None, round_ratios(seconds[OURS_16], seconds[TORCH]))
     judged = model in PARTS
-    share = product.work / ours.work
-    speeds = [whole / (part * share) for part, whole in zip(inside, seconds[PRODUCT], strict=True)]
-    yield result("speed of products over one torch.mm", ">=", PRODUCTS_GOAL if judged else None, quartiles(speeds))
-    rest = [1 - part / whole for part, whole in zip(inside, seconds[OURS], strict=True)]
-    yield result("part of the step that is no product", "<=", REST_GOAL if judged else None, quartiles(rest))
+    if on_cpu:
+        share = product.work / ours.work
+        speeds = [whole / (part * share) for part, whole in zip(inside, seconds[PRODUCT], strict=True)]
+        yield result("speed of products over one torch.mm", ">=", PRODUCTS_GOAL if judged else None, quartiles(speeds))
+        rest = [1 - part / whole for part, whole in zip(inside, seconds[OURS], strict=True)]
+        yield result("part of the step that is no product", "<=", REST_GOAL if judged else None, quartiles(rest))
     ratios = round_ratios(seconds[OURS], seconds[PLAIN])
     yield result("over our own rotate=False", "<=", ROTATION_GOAL if judged else None, ratios)
 
@@ -120,7 +123,7 @@ def _show(
     packages = {each.name: each.package_version for each in candidates}
     for name, why in skipped.items():
         lines.append([f"{name} ({packages[name]})" if packages[name] else name, "not run", why, ""])
-    where = f"{stage.count / 1e6:.1f} M weights, {torch.get_num_threads()} threads"
+    where = f"{stage.count / 1e6:.1f} M weights, {stage.device.type}, {torch.get_num_threads()} threads"
     print_table(f"{model}, {where}; ratio to {BY_HAND}", ["", "ms", "quartiles", "ratio"], lines)
 
 
@@ -144,9 +147,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=new_file, help="CSV file to write")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: list[Result] = []
     for model in args.model or MODELS:
-        results += measure(model, args.rounds, args.limit, args.quick)
+        results += measure(model, args.rounds, args.limit, args.quick, device)
     show(results)
     if args.out is not None:
         with args.out.open("w", newline="") as file:

@@ -87,7 +87,7 @@ class Watched(Contestant):
 
     def __init__(self, provider: Provider, model: Model) -> None:
         super().__init__(provider, model)
-        self.work, self.seconds = 0, list[float]()
+        self.work, self.seconds, self._inside = 0, list[float](), False
         self._taken = 0.0
         take = self.step
 
@@ -131,18 +131,16 @@ class Watched(Contestant):
 
         return timed
 
-    _inside = False
-
 
 class OneProduct:
     """One ``torch.mm`` of square matrices, of as many operations as the products of a step."""
 
     bytes_per_parameter = bytes_moved = 0.0
 
-    def __init__(self, work: int) -> None:
+    def __init__(self, work: int, device: torch.device) -> None:
         side = round((work / 2) ** (1 / 3))
         self.work = 2 * side**3
-        self._left, self._right, self._out = (torch.randn(side, side) for _ in range(3))
+        self._left, self._right, self._out = (torch.randn(side, side, device=device) for _ in range(3))
 
     def prepare(self) -> None:
         """Nothing to put back."""
