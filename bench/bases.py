@@ -1,5 +1,6 @@
 """``python -m bench.bases``: FusedLayca under every base and rule, in interleaved rounds beside torch's fused SGD.
 
+But for bases that direct whole matrices, whose steps are products: ``python -m bench.muon`` has those.
 The options are those of ``verify``, so every kernel of every backend that runs natively here is timed.
 """
 
@@ -37,6 +38,8 @@ def contestants(device: torch.device) -> Iterator[Provider]:
             continue
         for (name, options), rule in product(variants.items(), RULES):
             _, formula = describe_base(options)
+            if formula.direct is not None:
+                continue
             yield Provider(
                 f"{name}, {rule}, {backend}",
                 moved_bytes(torch.float32, group_of(options)),

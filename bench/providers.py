@@ -234,7 +234,7 @@ def _by_hand_providers(base: str, device: torch.device) -> Iterator[Provider]:
     yield make("Layca by hand, torch.compile", fused, by_hand.compiled(base), accuracy=DOTS_ACCURACY, skipped=missing)
 
 
-def _not_installed(package: str) -> str:
+def not_installed(package: str) -> str:
     if find_spec(MODULES[package]) is not None:
         return ""
     return f"{package} is not installed" + ("" if package == "apex" else ": pip install 'layca_fast[bench]'")
@@ -243,7 +243,7 @@ def _not_installed(package: str) -> str:
 def _other_packages(base: str, device: torch.device) -> Iterator[Provider]:
     state, gpu = 4 * BUFFERS[base], device.type == "cuda"
     optimi, zoo, heavy = (
-        partial(Provider, state=state, package=package, skipped=_not_installed(package))
+        partial(Provider, state=state, package=package, skipped=not_installed(package))
         for package in ("torch-optimi", "pytorch_optimizer", "heavyball")
     )
     if base != "adam":
@@ -270,7 +270,7 @@ def _other_packages(base: str, device: torch.device) -> Iterator[Provider]:
         # Keeps norms by the rule that FusedLayca calls "hyperball"; two passes at best.
         yield compiling("heavyball HyperBallAdamW", 40, _imported_step("heavyball", "HyperBallAdamW", betas=BETAS))
         # The norm of g 4, m, v and u from w and g 28, norms of w and u 8, w 12.
-        skipped = _not_installed("apex") if gpu else "apex runs on NVIDIA GPUs only"
+        skipped = not_installed("apex") if gpu else "apex runs on NVIDIA GPUs only"
         fused_lamb = _imported_step("apex.optimizers", "FusedLAMB", betas=BETAS, eps=EPS)
         yield Provider(
             "apex FusedLAMB", 52, fused_lamb, state, scratch=4, alters_grad=True, package="apex", skipped=skipped

@@ -2,8 +2,11 @@
 
     python examples/train_lm.py --optimizer all                                       # one process: a GPU, or the CPU
     torchrun --standalone --nproc-per-node 8 examples/train_lm.py --optimizer all     # eight GPUs
+    python examples/train_lm.py --optimizer all --width 32,64,128 --search            # the best rate of each, as a CSV
 
-Parameters, gradients and state are sharded over all processes; weights are float32, computation bfloat16.
+Parameters, gradients and state are sharded over all processes; weights are float32, computation bfloat16. ``--search``
+tries powers of 2 as rates, from the one of the optimizer on, until the best by loss on held-out text has worse ones on
+both sides. What the CSV has is not trained again, so a search goes on where it was interrupted.
 """
 
 import argparse
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 from lm_data import Text, batch, python_reference
 from lm_model import CharacterGPT, Head, loss_of
+from lm_search import RESULTS, Search
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -27,11 +31,27 @@ from torch.optim import Optimizer
 from layca_fast import FusedLayca, layer_groups
 from layca_fast.figures.console import print_table
 
-#: Peak learning rates: what a layer turns by, in radians, under ours.
-RATES = {"layca": 0.02, "hyperball": 0.02, "adamw": 0.02}
+#: Peak learning rates: what a layer turns by, in radians, under ours. With "muon" alone nothing turns: these are Muon's
+#: own steps.
+RATES = {
+    "layca": 0.02,
+    "hyperball": 0.02,
+    "adamw": 0.02,
+    "muon": 2**-5,
+    "muon-layca": 2**-4,
+    "muon-hyperball": 2**-4,
+}
 
-#: Of the tensors that do not rotate: embeddings, norms.
+#: Of the tensors that neither rotate nor are Muon's: embeddings, norms, the head.
 OTHERS_RATE = 0.02
+
+#: Of what decays.
+WEIGHT_DECAY = 0.1
+
+
+def numbers(text: str) -> list[int]:
+    """Of "32,64": [32, 64]."""
+    return [int(number) for number in text.split(",")]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -43,17 +63,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rotate-head", action="store_true", help="the head that makes logits turns, too")
     parser.add_argument("--in-backward", action="store_true", help="step inside of backward (not adamw)")
     parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the computation")
-    for name, value in {"width": 64, "heads": 4, "layers": 2, "context": 64, "batch": 16, "seed": 0}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--width", type=numbers, default=[64], help="or several, separated by commas (default: 64)")
+    for name, value in {"heads": 4, "layers": 2, "context": 64, "batch": 16, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--log-every", type=int, default=100, help="steps per row of the table")
     parser.add_argument("--checkpoint", type=Path, help="folder to save to, and to go on from if it has a checkpoint")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--search", action="store_true", help="find the best rate of each optimizer at each width")
+    parser.add_argument("--seeds", type=int, default=1, help="of a search: how many, from --seed on (default: 1)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV of a search (default: in examples/results)")
     parsed = parser.parse_args(arguments)
     parsed.optimizer = list(RATES) if parsed.optimizer == "all" else parsed.optimizer.split(",")
     unknown = [name for name in parsed.optimizer if name not in RATES]
     if unknown:
         parser.error(f"--optimizer {','.join(unknown)}: choose from {', '.join(RATES)}, or all")
+    if parsed.lr is not None and parsed.search:
+        parser.error(f"--lr {parsed.lr}: a search tries rates of its own; leave it out")
+    if parsed.checkpoint is not None and (parsed.search or len(parsed.width) > 1):
+        parser.error(f"--checkpoint {parsed.checkpoint}: is for one width, and not for a search, whose CSV is enough")
     return parsed
 
 
@@ -84,21 +112,29 @@ def make_model(options: argparse.Namespace, text: Text, device: torch.device) ->
 
 
 def make_optimizer(name: str, model: nn.Module, options: argparse.Namespace) -> Optimizer:
-    """AdamW as language models use it; or Adam's direction, along which every matrix turns by the rate."""
+    """AdamW as language models use it; or Adam's or Muon's direction, along which every matrix turns by the rate."""
     rate, betas = options.lr or RATES[name], (0.9, 0.95)
     if name == "adamw":
         matrices = [param for param in model.parameters() if param.dim() >= 2]
         others = [param for param in model.parameters() if param.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, rate, betas)
+    uses_muon, rule = name.startswith("muon"), name.removeprefix("muon-")
     turning = layer_groups(
         model,
         lr=rate,
         others_lr=OTHERS_RATE,
         embeddings=options.rotate_embeddings,
         rotate={Head: 1 if options.rotate_head else False},
+        betas=betas,
+        **({"base": "muon", "others_base": "adam"} if uses_muon else {"base": "adam"}),
     )
-    optimizer = FusedLayca(turning, rule=name, base="adam", betas=betas)
+    if rule == "muon":
+        rule = "layca"  # of what does not rotate, without a meaning
+        for group in turning:
+            if group["rotate"]:
+                group.update(rotate=False, weight_decay=WEIGHT_DECAY)
+    optimizer = FusedLayca(turning, rule=rule)
     if options.in_backward:
         optimizer.step_in_backward()
     return optimizer
@@ -183,9 +219,8 @@ class Training:
         return self.mean(torch.stack(losses).mean())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def compare(options: argparse.Namespace, text: Text, device: torch.device) -> None:
     """Train with each optimizer in turn; the first process prints the table."""
-    options, device, text = parse(arguments), join_processes(), python_reference()
     columns: list[list[str]] = []
     for name in options.optimizer:
         training = Training(name, options, text, device)
@@ -197,7 +232,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = f"{distributed.get_world_size()} x {device.type}, {options.precision}"
         print(f"Trained on {len(text.train):,} characters of pydoc_data.topics, {where}; loss in nats per character.")
         rows = [list(row) for row in zip(labels, *columns, strict=True)]
-        print_table("Loss by step", ["step", *options.optimizer], rows)
+        print_table(f"Loss by step, width {options.width}", ["step", *options.optimizer], rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is asked for."""
+    options, device, text = parse(arguments), join_processes(), python_reference()
+
+    def of_width(width: int, **changes: Any) -> argparse.Namespace:
+        return argparse.Namespace(**{**vars(options), "width": width, **changes})
+
+    def held_out(name: str, width: int, lr: float, seed: int) -> float:
+        training = Training(name, of_width(width, lr=lr, seed=seed), text, device)
+        training.run()
+        return training.held_out_loss()
+
+    if options.search:
+        Search(options, held_out).run(RATES)
+    else:
+        for width in options.width:
+            compare(of_width(width), text, device)
     # Without it, processes that end first may take the others down.
     distributed.barrier()
     distributed.destroy_process_group()

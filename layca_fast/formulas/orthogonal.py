@@ -13,41 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import products
+from .products import EXACT
+
 #: Widths in heights from which it pays to iterate on G alone: X is then multiplied once for several iterations.
-WIDE = 2
+WIDE = 1.5
 
 #: Iterations on G before it is made anew from X: rounding errors of its small eigenvalues grow by a^2 in each.
 ITERATIONS_OF_GRAM = 3
-
-#: Types that are exact enough for that.
-EXACT = (torch.float32, torch.float64)
-
-#: Matrices of so many rows are multiplied one after the other on the CPU, where each product keeps all threads busy.
-LARGE = 128
-
-
-def _multiply(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out = left right, stack by stack."""
-    if not _one_by_one(out, left):
-        return torch.bmm(left, right, out=out)
-    for each, x, y in zip(out, left, right, strict=True):
-        torch.mm(x, y, out=each)
-    return out
-
-
-def _add_product(out: Tensor, old: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
-    """out = beta old + alpha left right, stack by stack."""
-    if not _one_by_one(out, left):
-        return torch.baddbmm(old, left, right, beta=beta, alpha=alpha, out=out)
-    for each, start, x, y in zip(out, old, left, right, strict=True):
-        torch.addmm(start, x, y, beta=beta, alpha=alpha, out=each)
-    return out
-
-
-def _one_by_one(out: Tensor, left: Tensor) -> bool:
-    # Never by the number of matrices: those that a matrix shares a stack with must not change its bits.
-    # In bfloat16 torch's batched products round otherwise than those that torch.optim.Muon is made of.
-    return out.device.type == "cpu" and (min(left.shape[1:]) >= LARGE or out.dtype not in EXACT)
 
 
 @dataclass(frozen=True)
@@ -99,30 +72,30 @@ class NewtonSchulz:
         a, b, c = self.coefficients
         gram, change = squares
         for _ in range(self.steps):
-            _multiply(gram, x, x.mT)
-            _add_product(change, gram, gram, gram, b, c)
-            _add_product(spare, x, change, x, a)
+            products.multiply_symmetric(gram, x, x.mT)
+            products.add_product_symmetric(change, gram, gram, gram, b, c)
+            products.add_product(spare, x, change, x, a)
             x, spare = spare, x
         return x
 
     def _on_gram(self, x: Tensor, spare: Tensor, squares: list[Tensor]) -> Tensor:
-        """The same: X_k = P_k ... P_1 X with P = a + b G + c G^2, and G_(k+1) = P G P, for matrices commute with P."""
+        """The same: X_k = P_k ... P_1 X with P = a + b G + c G^2, and G_(k+1) = P G P: all symmetric, all commute."""
         a, b, c = self.coefficients
         gram, factor, product, temporary = squares
         for first in range(0, self.steps, ITERATIONS_OF_GRAM):
             count = min(ITERATIONS_OF_GRAM, self.steps - first)
-            _multiply(gram, x, x.mT)
+            products.multiply_symmetric(gram, x, x.mT)
             for i in range(count):
                 polynomial = product if i == 0 else factor
-                _add_product(polynomial, gram, gram, gram, b, c)
+                products.add_product_symmetric(polynomial, gram, gram, gram, b, c)
                 polynomial.diagonal(dim1=1, dim2=2).add_(a)
                 if i > 0:
-                    _multiply(temporary, factor, product)
+                    products.multiply_symmetric(temporary, factor, product)
                     product, temporary = temporary, product
                 if i + 1 < count:
-                    _multiply(temporary, gram, polynomial)
-                    _multiply(gram, temporary, polynomial)
-            _multiply(spare, product, x)
+                    products.multiply_symmetric(temporary, gram, polynomial)
+                    products.multiply_symmetric(gram, temporary, polynomial)
+            products.multiply(spare, product, x)
             x, spare = spare, x
         return x
 

@@ -19,7 +19,7 @@ from ..state.zeros import have_zero_layers
 from .left_out import doubt
 from .others import check_others_base, head_of, split_options
 from .plan import LayerGroups, Row
-from .roles import EMBEDDINGS, Asked, asked_types, decide
+from .roles import EMBEDDINGS, Asked, asked_of, asked_types, decide
 
 OTHERS = ("train", "freeze")
 
@@ -89,11 +89,15 @@ def trainable_entries(model: nn.Module, asked: Asked) -> tuple[dict[Tensor, str]
     return trainable, [_Entry(name, param, *decide(owners[param], param, asked)) for param, name in placed.items()]
 
 
-def _set_aside(entries: Sequence[_Entry], head: Tensor | None) -> None:
-    """Move the head to the others."""
+def _set_aside(entries: Sequence[_Entry], model: nn.Module, asked: Asked) -> None:
+    """Move the head to the others, unless the caller has said of its module that it rotates."""
+    head = head_of(model)
+    owners = [module for module in model.modules() if any(param is head for param in module._parameters.values())]
+    if any(was_asked and chunks is not False for was_asked, chunks in (asked_of(each, asked) for each in owners)):
+        return
     for entry in entries:
-        if entry.param is head and entry.chunks is not None:
-            entry.chunks, entry.reason = None, "logits"
+        if entry.param is head and (entry.chunks is not None or entry.unknown is not None):
+            entry.chunks, entry.reason, entry.unknown = None, "logits", None
 
 
 def _training(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,9 +246,10 @@ def layer_groups(
         others_lr: the lr of the others; None: ``lr``, or under ``others_base`` what the optimizer says for that base.
             Only for others="train".
         others_base: the base of the others, such as "adam" beside base="muon"; None: that of ``options``. The head that
-            makes the logits, tied to an embedding or not, is then one of the others: the model's
-            ``get_output_embeddings()``; else the last Linear with as many outputs as an embedding has entries; else
-            the last Linear. Options go to the base that has them; those that both have, to ``base``.
+            makes the logits, tied to an embedding or not, is then one of the others, unless ``rotate`` names it: the
+            model's ``get_output_embeddings()``; else the last matrix of the shape of an embedding's table; else the
+            last Linear with as many outputs as an embedding has entries; else the last Linear. Options go to the base
+            that has them; those that both have, to ``base``.
         embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
         rotate: module types, or modules of the model with all inside of them, of which every tensor that is no vector,
             biases apart, rotates besides; as a dict, with the ``chunks`` of each (1, n or "all"), or False for what is
@@ -272,7 +277,7 @@ def layer_groups(
 
     trainable, entries = trainable_entries(model, asked)
     if others_base is not None:
-        _set_aside(entries, head_of(model))
+        _set_aside(entries, model, asked)
     _set_aside_vectors(entries)
     zeros = _set_aside_zeros(entries)
     rotating = [entry for entry in entries if entry.chunks is not None]

@@ -16,18 +16,26 @@ def head_of(model: nn.Module) -> Tensor | None:
     """The weight that makes the logits, or None if nothing looks like it.
 
     What the model itself calls its output embeddings (``get_output_embeddings()``, as transformers have it); else the
-    last Linear with as many outputs as an embedding has entries; else the last Linear of all, in the order of
-    definition.
+    last matrix, of whatever module that is no embedding, of the shape of an embedding's table; else the last Linear
+    with as many outputs as an embedding has entries; else the last Linear of all, in the order of definition.
     """
     for module in model.modules():
         own = getattr(module, "get_output_embeddings", None)
         head = own() if callable(own) else None
         if isinstance(getattr(head, "weight", None), Tensor):
             return head.weight  # type: ignore[no-any-return, union-attr]
-    entries = {module.num_embeddings for module in model.modules() if isinstance(module, EMBEDDINGS)}
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    heads = [module for module in linears if module.out_features in entries] or linears
-    return heads[-1].weight if heads else None
+    tables = [module.weight for module in model.modules() if isinstance(module, EMBEDDINGS)]
+    others = (module for module in model.modules() if not isinstance(module, EMBEDDINGS))
+    matrices = [param for module in others for param in nn.Module.parameters(module, recurse=False)]
+    linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    for found in (
+        [matrix for matrix in matrices if any(matrix.shape == table.shape for table in tables)],
+        [weight for weight in linears if any(weight.shape[0] == table.shape[0] for table in tables)],
+        linears,
+    ):
+        if found:
+            return found[-1]
+    return None
 
 
 def split_options(options: Mapping[str, Any], others_base: str | None) -> tuple[dict[str, Any], dict[str, Any]]:

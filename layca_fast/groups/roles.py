@@ -105,7 +105,7 @@ def asked_types(rotate: Any) -> Asked:
     return asked
 
 
-def _asked_of(module: nn.Module, asked: Asked) -> tuple[bool, int | str | None]:
+def asked_of(module: nn.Module, asked: Asked) -> tuple[bool, int | str | None]:
     """Whether the caller has decided on this module, by itself or by its type, and how."""
     if module in asked:
         return True, asked[module]
@@ -125,11 +125,11 @@ def _role(module: nn.Module, leaf: str, param: Tensor, asked: Asked) -> Role:
     if param.dim() < 2:
         return Role(None, "vector" if param.dim() == 1 else "scalar")
     if isinstance(module, ParametrizationList):
-        is_asked, chunks = _asked_of(module, asked)
+        is_asked, chunks = asked_of(module, asked)
         return Role(chunks or 1) if is_asked and chunks is not False else Role(None, "parametrized")
     stem = _RNN_SUFFIX.sub("", leaf) if isinstance(module, nn.RNNBase) else leaf
     packed = next((weights for kind, weights in WEIGHTS.items() if isinstance(module, kind)), {})
-    is_asked, chunks = _asked_of(module, asked)
+    is_asked, chunks = asked_of(module, asked)
     if chunks is False:
         return Role(None, "as rotate says")
     if is_transposed(type(module)):

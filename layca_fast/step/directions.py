@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from .backend import Backend
 
 #: Elements of the tensors that share a batch, and of the matrices that share a stack, by type of device: what all that
-#: is not matrix products needs to be fast. Larger tensors and matrices have one of their own.
+#: is not matrix products needs to be fast, and on the CPU few enough for a cache. Larger tensors and matrices have one
+#: of their own.
 WINDOW = {"cpu": 2**24}
-STACK = {"cpu": 2**22}
+STACK = {"cpu": 2**18}
 ELSEWHERE = 2**26
 
 #: Elements between tensors that begin where vectors may.

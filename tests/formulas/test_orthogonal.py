@@ -40,7 +40,9 @@ def directions_of(matrices: Tensor, dtype: torch.dtype, **options: Any) -> Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 20, 30), (1, 8, 64), (1, 1, 9), (2, 130, 400)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 16, 16), (2, 20, 30), (1, 8, 64), (1, 1, 9), (2, 130, 400), (1, 330, 340), (1, 400, 900)], ids=str
+)
 def test_singular_vectors_stay_and_singular_values_come_near_1(
     shape: tuple[int, int, int], dtype: torch.dtype, seed: int
 ) -> None:

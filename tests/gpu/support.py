@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from layca_fast import FusedLayca
 
-from ..support import params_of
+from ..support import params_of, shapes_for
 
 #: Marks of every test that needs a GPU.
 ON_GPU = [
@@ -48,7 +48,8 @@ def give(optimizer: FusedLayca, grads: Sequence[Tensor | None]) -> None:
 
 
 def ready(backend: str, shapes: Sequence[tuple[int, ...]] = SHAPES, **options: Any) -> FusedLayca:
-    """An optimizer on the GPU two steps into its run, with gradients for the next."""
+    """An optimizer on the GPU two steps into its run, with gradients for the next; of matrices where its base asks."""
+    shapes = shapes_for(options, shapes)
     optimizer = FusedLayca(on(GPU, weights(shapes)), **{"lr": 0.03, "backend": backend, **options})
     for _ in range(2):
         give(optimizer, weights(shapes))

@@ -3,7 +3,7 @@
 What of this needs no GPU is tested on CPU tensors in tests/step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from layca_fast import FusedLayca
 from layca_fast.backends import load
 from layca_fast.step.upload import SPARES
 
-from ..support import contents, copy_of, params_of, same_bits, train
+from ..support import contents, copy_of, params_of, same_bits, shapes_for, train
 from .support import GPU_BACKENDS, ON_GPU, waiting_is_an_error
 
 pytestmark = ON_GPU
@@ -23,7 +23,12 @@ pytestmark = ON_GPU
 # One that cannot run fails with its reason, and hides nothing.
 gpu_backends = pytest.mark.parametrize("backend", ["torch", *GPU_BACKENDS])
 
-OPTIONS = ({"base": "sgd", "momentum": 0.9, "dampening": 0.2}, {"base": "adam", "amsgrad": True}, {"base": "rmsprop"})
+OPTIONS = (
+    {"base": "sgd", "momentum": 0.9, "dampening": 0.2},
+    {"base": "adam", "amsgrad": True},
+    {"base": "rmsprop"},
+    {"base": "muon"},
+)
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
@@ -31,9 +36,10 @@ def random_gradients(params: Sequence[Tensor], steps: int) -> list[list[Tensor]]
     return [[torch.randn_like(param) for param in params] for _ in range(steps)]
 
 
-def gpu_params() -> list[nn.Parameter]:
+def gpu_params(base: Mapping[str, Any] = {}) -> list[nn.Parameter]:
     """Matrices on both sides of a tile, layers in one tensor, a bias, and a tensor without elements."""
-    return [nn.Parameter(torch.randn(shape, device="cuda")) for shape in ((300, 70), (9,), (6, 50, 3), (1, 7), (0, 3))]
+    shapes = shapes_for(base, ((300, 70), (9,), (6, 50, 3), (1, 7), (0, 3)))
+    return [nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
 
 
 def tensor_lr(value: float) -> Tensor:
@@ -62,7 +68,7 @@ def captured_step(optimizer: FusedLayca) -> torch.cuda.CUDAGraph:
 @every_option
 @gpu_backends
 def test_100_replays_under_a_schedule_equal_eager_steps(backend: str, options: dict[str, Any], seed: int) -> None:
-    params = gpu_params()
+    params = gpu_params(options)
     twins = [nn.Parameter(param.detach().clone()) for param in params]
     lr, other = tensor_lr(0.1), tensor_lr(0.02)
     groups = [{"params": params[:2], "lr": lr}, {"params": params[2:], "lr": other}]

@@ -14,7 +14,7 @@ from ..optimizer import test_half_training
 from ..optimizer.test_half_training import BF16, F32, GRADIENTS, SHAPES, every_base, every_half, groups_of, weights_of
 from ..state import test_halves as test_half_state
 from ..step import test_unscaling
-from ..support import random_gradients, relative_distance, same_bits
+from ..support import random_gradients, relative_distance, same_bits, shapes_for
 from .support import GPU, GPU_BACKENDS, ON_GPU, every_gpu_backend
 
 pytestmark = ON_GPU
@@ -81,7 +81,7 @@ def test_layers_of_weights_that_are_not_finite_keep_every_bit(backend: str, seed
 def test_equals_the_cpu_backend_after_50_steps(
     backend: str, base: Mapping[str, Any], dtype: torch.dtype, seed: int
 ) -> None:
-    start = [torch.randn(shape).to(dtype) for shape in SHAPES]
+    start = [torch.randn(shape).to(dtype) for shape in shapes_for(base, SHAPES)]
 
     def run(name: str, device: torch.device) -> FusedLayca:
         return FusedLayca(

@@ -15,7 +15,7 @@ from layca_fast.commands.verify import compare
 from layca_fast.formulas.options import RULES
 
 from ..backends.test_equivalence import LARGE, cases
-from ..support import contents, params_of, relative_distance, same_bits
+from ..support import contents, params_of, relative_distance, same_bits, shapes_for
 from .support import GPU, GPU_BACKENDS, ON_GPU, SHAPES, every_gpu_backend, give, on, ready, weights
 
 pytestmark = ON_GPU
@@ -25,6 +25,9 @@ TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-12}
 
 #: First dimensions that three chunks divide.
 CHUNKED = ((12, 40), (9, 5, 7), (3, 1371))
+
+#: Muon's products in one type everywhere.
+MOVING = ({"momentum": 0.9}, {"base": "adam", "amsgrad": True}, {"base": "muon", "ns_dtype": torch.float64})
 
 
 @pytest.mark.filterwarnings("ignore:weight_decay=.* is ignored")
@@ -67,7 +70,7 @@ def assert_alike(actual: FusedLayca, expected: FusedLayca, tolerance: float) -> 
 def test_equals_the_cpu_backend_after_50_steps(
     backend: str, options: dict[str, Any], rule: str, dtype: torch.dtype, chunks: int | str, seed: int
 ) -> None:
-    start = weights(SHAPES if chunks == 1 else CHUNKED, dtype)
+    start = weights(shapes_for(options, SHAPES if chunks == 1 else CHUNKED), dtype)
     more = {"rule": rule, "chunks": chunks, **options}
     ours = FusedLayca(on(GPU, start), 0.03, backend=backend, **more)
     theirs = FusedLayca(on(CPU, start), 0.03, backend="cpu", **more)
@@ -79,10 +82,11 @@ def test_equals_the_cpu_backend_after_50_steps(
     assert_alike(ours, theirs, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"base": "adam"}, {"base": "lion"}], ids=str)
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"base": "adam"}, {"base": "lion"}, {"base": "muon"}], ids=str)
 @every_gpu_backend
 def test_the_same_inputs_give_the_same_bits(backend: str, options: dict[str, Any], seed: int) -> None:
-    start, grads = weights(((1024, 1025), *SHAPES)), [weights(((1024, 1025), *SHAPES)) for _ in range(5)]
+    shapes = [(1024, 1025), *shapes_for(options, SHAPES)]
+    start, grads = weights(shapes), [weights(shapes) for _ in range(5)]
 
     def run() -> list[Any]:
         optimizer = FusedLayca(on(GPU, start), 0.03, backend=backend, **options)
@@ -156,10 +160,11 @@ def test_a_tensor_without_a_gradient_is_left_alone(backend: str, seed: int) -> N
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations((*GPU_BACKENDS, "torch", "cpu"), 3)), ids="-".join)
-@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"base": "adam", "amsgrad": True}], ids=str)
+@pytest.mark.parametrize("options", MOVING, ids=str)
 def test_a_run_may_move_from_backend_to_backend(order: tuple[str, ...], options: dict[str, Any], seed: int) -> None:
     """The state is the same whichever made it."""
-    start = weights()
+    shapes = shapes_for(options, SHAPES)
+    start = weights(shapes)
     stays = FusedLayca(on(CPU, start), 0.03, backend="cpu", **options)
     moves, values, state = stays, start, None
     for backend in order:
@@ -167,7 +172,7 @@ def test_a_run_may_move_from_backend_to_backend(order: tuple[str, ...], options:
         if state is not None:
             moves.load_state_dict({**moves.state_dict(), "state": state["state"]})
         for _ in range(4):
-            grads = weights()
+            grads = weights(shapes)
             for optimizer in (stays, moves):
                 give(optimizer, grads)
                 optimizer.step()

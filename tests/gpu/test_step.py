@@ -11,7 +11,7 @@ from layca_fast import FusedLayca, backends
 from layca_fast.backends import choose
 from layca_fast.commands.cases import BASE_OPTIONS
 
-from ..support import contents, params_of, same_bits
+from ..support import contents, directs, params_of, same_bits
 from .support import (
     GPU,
     GPU_BACKENDS,
@@ -30,6 +30,10 @@ from .support import (
 pytestmark = [*ON_GPU, pytest.mark.filterwarnings("default")]
 
 every_base = pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
+
+#: Directions of whole matrices are products, and their norms: torch launches and allocates for those.
+elementwise_bases = pytest.mark.parametrize("options", [each for each in BASE_OPTIONS if not directs(each)], ids=str)
+directing_bases = pytest.mark.parametrize("options", [each for each in BASE_OPTIONS if directs(each)], ids=str)
 
 #: About 50 ms of the GPU's clock.
 A_WHILE = 100_000_000
@@ -103,7 +107,7 @@ def test_a_rate_on_the_gpu_is_not_read_by_the_host(backend: str, seed: int) -> N
     assert same_bits(contents(ours), contents(theirs))
 
 
-@every_base
+@elementwise_bases
 @every_gpu_backend
 def test_nothing_is_allocated_after_the_first_step(backend: str, options: dict[str, Any], seed: int) -> None:
     optimizer = ready(backend, **options)
@@ -114,7 +118,21 @@ def test_nothing_is_allocated_after_the_first_step(backend: str, options: dict[s
     assert torch.cuda.memory_stats(GPU)["allocation.all.allocated"] == before
 
 
-@every_base
+@directing_bases
+@every_gpu_backend
+def test_directions_leave_nothing_allocated(backend: str, options: dict[str, Any], seed: int) -> None:
+    """And need little for a moment: the norms of a stack, no copy of a matrix."""
+    optimizer = ready(backend, ((1024, 1024),), **options)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(GPU)
+    before = torch.cuda.memory_allocated(GPU)
+    for _ in range(3):
+        optimizer.step()
+    assert torch.cuda.memory_allocated(GPU) == before
+    assert torch.cuda.max_memory_allocated(GPU) - before < 1024 * 1024
+
+
+@elementwise_bases
 @every_gpu_backend
 def test_the_number_of_launches_does_not_depend_on_that_of_tensors(
     backend: str, options: dict[str, Any], seed: int

@@ -124,3 +124,18 @@ def test_a_head_is_what_the_model_says_or_the_last_linear(seed: int) -> None:
     model = Language(tied=False)
     model.get_output_embeddings = lambda: model.hidden
     assert resting(layer_groups(model, base="muon", others_base="adam"))["hidden.weight"] == "logits"
+
+
+@pytest.mark.parametrize("asked", [None, 1, False])
+def test_a_head_of_a_type_of_its_own_is_found_by_its_shape(asked: int | None, seed: int) -> None:
+    """Not the last Linear in its stead, which is hidden; what the caller says of the head counts."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(11, 8))
+
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), Head())
+    groups = layer_groups(model, base="muon", others_base="adam", rotate={} if asked is None else {Head: asked})
+    hidden = {"2.weight": 1, "3.weight": 1}
+    assert turning(groups) == {**hidden, **({"4.weight": 1} if asked else {})}

@@ -115,12 +115,13 @@ def test_the_constructor_refuses(case: BadTensor, named: bool, seed: int) -> Non
     assert same_bits(copy_of(good), before)
 
 
+@pytest.mark.parametrize("base", ["sgd", "muon"])
 @pytest.mark.parametrize("case", BAD_PARAMETERS, **ids)
-def test_a_new_group_is_refused_and_the_run_goes_on(case: BadTensor, seed: int) -> None:
+def test_a_new_group_is_refused_and_the_run_goes_on(case: BadTensor, base: str, seed: int) -> None:
     optimizer = running()
     before = contents(optimizer)
     with pytest.raises(case.error, match=f"parameter 'new' ?.*{case.message}"):
-        optimizer.add_param_group({"params": [("fine", parameter(2, 2)), ("new", case.make())]})
+        optimizer.add_param_group({"params": [("fine", parameter(2, 2)), ("new", case.make())], "base": base})
     assert len(optimizer.param_groups) == 1
     assert same_bits(contents(optimizer), before)
     optimizer.step()
@@ -193,12 +194,14 @@ BAD_GRADIENTS = (
 
 @pytest.mark.parametrize("steps_before", [0, 2], ids=["first step", "third step"])
 @pytest.mark.parametrize("case", BAD_GRADIENTS, **ids)
+@pytest.mark.parametrize("base", ["sgd", "muon"])
 @native_backends
-def test_a_gradient_that_does_not_fit(backend: str, case: BadGradient, steps_before: int, seed: int) -> None:
+def test_a_gradient_that_does_not_fit(backend: str, base: str, case: BadGradient, steps_before: int, seed: int) -> None:
     """The parameters before and after it in the batch must not move either."""
-    params = [parameter(2, 5, backend=backend), parameter(4, 3, backend=backend), parameter(5, backend=backend)]
+    last = (5, 1) if base == "muon" else (5,)
+    params = [parameter(2, 5, backend=backend), parameter(4, 3, backend=backend), parameter(*last, backend=backend)]
     named = zip(("first", "matrix", "last"), params, strict=True)
-    optimizer = FusedLayca(named, 0.1, momentum=0.9, backend=backend)
+    optimizer = FusedLayca(named, 0.1, base=base, momentum=0.9, backend=backend)
     train(optimizer, random_gradients(params, steps_before))
     for param in params:
         param.grad = torch.randn_like(param)

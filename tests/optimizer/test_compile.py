@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from layca_fast import FusedLayca
+from layca_fast import FusedLayca, layer_groups
 from layca_fast.state.compensation import HALVES
 
 from ..support import contents, native_backends, same_bits
@@ -67,12 +67,20 @@ STEPS = {
 }
 
 
-def pair(backend: str, as_tensor: bool, dtype: torch.dtype = torch.float32) -> list[tuple[nn.Module, FusedLayca]]:
+def pair(
+    backend: str, as_tensor: bool, dtype: torch.dtype = torch.float32, base: str = "adam"
+) -> list[tuple[nn.Module, FusedLayca]]:
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
     models = (model, copy.deepcopy(model))
     rates = [torch.tensor(0.1) if as_tensor else 0.1 for _ in models]
+    if base == "muon":
+        groups = [
+            layer_groups(each, lr, base=base, others_base="adam", others_lr=lr)
+            for each, lr in zip(models, rates, strict=True)
+        ]
+        return [(each, FusedLayca(of, backend=backend)) for each, of in zip(models, groups, strict=True)]
     return [
-        (each, FusedLayca(each.parameters(), lr, base="adam", backend=backend))
+        (each, FusedLayca(each.parameters(), lr, base=base, backend=backend))
         for each, lr in zip(models, rates, strict=True)
     ]
 
@@ -83,14 +91,17 @@ def set_rate(optimizer: FusedLayca, rate: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-        group["betas"] = (0.9 - rate, 0.99)
+        group.update({"betas": (0.9 - rate, 0.99)} if "betas" in group else {"momentum": 0.9 - rate})
 
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["lr float", "lr tensor"])
 @pytest.mark.parametrize("make", STEPS.values(), ids=STEPS.keys())
+@pytest.mark.parametrize("base", ["adam", "muon"])
 @native_backends
-def test_a_new_lr_compiles_nothing_again(backend: str, make: Callable[[str], Step], as_tensor: bool, seed: int) -> None:
-    (model, optimizer), (twin, plain) = pair(backend, as_tensor)
+def test_a_new_lr_compiles_nothing_again(
+    backend: str, base: str, make: Callable[[str], Step], as_tensor: bool, seed: int
+) -> None:
+    (model, optimizer), (twin, plain) = pair(backend, as_tensor, base=base)
     compiled = make("eager")
     graphs = []
     for number in range(6):

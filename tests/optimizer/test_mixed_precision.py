@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layca_fast import FusedLayca
+from layca_fast import FusedLayca, layer_groups
 
 from ..support import contents, copy_of, native_backends, params_of, same_bits, train
 
@@ -27,7 +27,12 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 5))
 
 
-BASES = ({"base": "sgd", "momentum": 0.9}, {"base": "adam"}, {"base": "lion"})
+BASES = (
+    {"base": "sgd", "momentum": 0.9},
+    {"base": "adam"},
+    {"base": "lion"},
+    {"base": "muon", "others_base": "adam", "others_lr": 0.01},
+)
 
 
 @pytest.mark.parametrize("options", BASES, ids=str)
@@ -42,14 +47,14 @@ def test_autocast_converges_as_float32_does(
     finals = []
     for autocast in (False, True):
         model = copy.deepcopy(start)
-        optimizer = FusedLayca(
-            model.parameters(), 0.05, backend=backend, unscale_in_step=unscale_in_step and autocast, **options
-        )
+        unscales = unscale_in_step and autocast
+        optimizer = FusedLayca(layer_groups(model, 0.05, **options), backend=backend, unscale_in_step=unscales)
+        rates = [group["lr"] for group in optimizer.param_groups]
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=autocast)
         losses = []
         for number in range(100):
-            for group in optimizer.param_groups:
-                group["lr"] = 0.05 * (1 - number / 100)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - number / 100)
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
                 loss = nn.functional.cross_entropy(model(inputs), labels)

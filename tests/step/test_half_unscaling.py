@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from layca_fast import FusedLayca
 from layca_fast.state.compensation import HALVES
 
-from ..support import contents, copy_of, native_backends, parameter, random_gradients, same_bits, train
+from ..support import contents, copy_of, native_backends, parameter, random_gradients, same_bits, shapes_for, train
 from .test_unscaling import OPTIONS, scaler_for, set_scaled, states, with_overflow
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -34,7 +34,7 @@ def groups_of(params: Sequence[Tensor]) -> list[dict[str, Any]]:
 def check_unscaling(
     backend: str, options: dict[str, Any], dtype: torch.dtype, types: Sequence[torch.dtype | None], **more: Any
 ) -> None:
-    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in SHAPES]
+    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in shapes_for(options, SHAPES)]
     twins = [Parameter(param.detach().clone()) for param in params]
     for param in (*params, *twins):
         param.grad_dtype = None
@@ -65,7 +65,7 @@ def check_unscaling(
 @pytest.mark.parametrize("capturable", [False, True], ids=["eager", "capturable"])
 @pytest.mark.parametrize("state_dtype", [None, BF16], ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS[1:4], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS[1:4], OPTIONS[-1]], ids=str)
 @native_backends
 def test_the_standard_paths_bits(
     backend: str,
