@@ -16,7 +16,10 @@ from .trial import Trial
 
 def run_trial(seed: int, number: int, verbose: bool = False) -> tuple[int, str | None]:
     """How many steps were taken, and what went wrong, or None."""
-    steps, trial = 0, Trial(seed, number)
+    steps = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trial = Trial(seed, number)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -25,6 +25,8 @@ class Draw:
 
     seed: int
     number: int
+    #: Whether momentum may be dampened.
+    dampens: bool = True
     choose: random.Random = field(init=False)
     generator: torch.Generator = field(init=False)
 
@@ -78,7 +80,8 @@ def draw_base(draw: Draw) -> dict[str, Any]:
     # Muon takes matrices only, which are not what is drawn.
     base = choice([name for name in BASES if name != "muon"])
     if base == "sgd":
-        options = {"momentum": choice((0.0, 0.5, 0.9)), "dampening": choice((0.0, 0.0, 0.3))}
+        dampening = choice((0.0, 0.0, 0.3))
+        options = {"momentum": choice((0.0, 0.5, 0.9)), "dampening": dampening if draw.dampens else 0.0}
         if options["momentum"] and not options["dampening"]:
             options["nesterov"] = choice((False, True))
     elif base == "sgd_amom":

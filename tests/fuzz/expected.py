@@ -153,7 +153,11 @@ def _is_undecided(before: Before, grad: Tensor) -> bool:
         for layer, direction in zip(weights, steps, strict=True):
             length = float(direction.norm())
             sine = float(orthogonal_part(layer, direction).norm()) / length if length else 0.0
-            if length and SMALLEST_SINE / 20 < sine < SMALLEST_SINE * 20:
+            least, most = SMALLEST_SINE / 20, SMALLEST_SINE * 20
+            if before.eps > SMALLEST_SINE:
+                # Rounded to a short type, not even a parallel step stays one.
+                least, most = 0.0, PLAIN * before.eps
+            if length and least <= sine < most:
                 return True
             # As float32 such a step, or its square, is not told from none.
             if 0 < length < (1e-290 if before.dtype == torch.float64 else 1e-33):

@@ -56,12 +56,10 @@ class Trial:
         self.draw = Draw(seed, number)
         self.log: list[str] = []
         draw = self.draw
-        groups = draw_groups(draw)
         self.unscales = draw.chance(0.1)
-        if self.unscales:
-            # Which gradient is the first, the state alone can tell there: not if it was zero.
-            for group in groups:
-                group.pop("dampening", None)
+        # Which gradient is the first, the state alone can tell there: not if it was zero.
+        draw.dampens = not self.unscales
+        groups = draw_groups(draw)
         names = draw.choose.choice((("cpu", "torch"), ("torch", "cpu")))
         # A tensor that the cpu backend does not take as it lies takes the torch backend under "auto".
         names = tuple("auto" if name == "cpu" else name for name in names)
