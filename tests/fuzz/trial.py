@@ -1,6 +1,6 @@
 """One trial: two optimizers on two backends, and the reference, through random steps with events between them."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
+from layca_fast.formulas.bases import FORMULAS
 from layca_fast.state.compensation import HALVES
 
 from ..support import copy_of, same_bits
@@ -52,8 +53,8 @@ def _gradient(draw: Draw, param: Tensor, plain: bool) -> Tensor | None:
 class Trial:
     """``run()`` yields once after each step; raises :class:`Disagreement`, or whatever a step or an event raised."""
 
-    def __init__(self, seed: int, number: int) -> None:
-        self.draw = Draw(seed, number)
+    def __init__(self, seed: int, number: int, formulas: Collection[str] = tuple(FORMULAS)) -> None:
+        self.draw = Draw(seed, number, formulas=formulas)
         self.log: list[str] = []
         draw = self.draw
         self.unscales = draw.chance(0.1)
