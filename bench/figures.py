@@ -10,23 +10,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from layca_fast.figures.style import STYLE
+
 from .rows import Row, latest, shortened
 from .runner import COPY
 
-STYLE: Mapping[Any, Any] = {
-    "font.size": 8,
+#: The package's, with smaller ticks, and SVG files that are the same at every run.
+BENCH_STYLE: Mapping[Any, Any] = {
+    **STYLE,
     "axes.titlesize": 8.5,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.labelsize": 7,
     "ytick.labelsize": 7.5,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "legend.fontsize": 7,
-    "legend.frameon": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "layca_fast",
 }
@@ -122,7 +118,7 @@ def save_ratios(path: Path, rows: Sequence[Row], base: str, models: Sequence[str
         for value in (row.ratio_median, row.ratio_q1, row.ratio_q3)
     ]
     limits = (0.7 * min(*edges, 1.0), 2.2 * max(edges))
-    with matplotlib.rc_context(dict(STYLE)):
+    with matplotlib.rc_context(dict(BENCH_STYLE)):
         figure = Figure(figsize=(WIDTH, 1.15 + 0.185 * len(names)), layout="constrained")
         panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
         for axes, (model, column) in zip(panels, columns.items(), strict=True):
@@ -172,7 +168,7 @@ def save_scaling(path: Path, by_weights: Sequence[Row], by_tensors: Sequence[Row
     for name, rows in (("weights", by_weights), ("tensors", by_tensors)):
         if not any(row.median_ms is not None for row in rows):
             raise ValueError(f"no row has times for the sweep over the number of {name}")
-    with matplotlib.rc_context(dict(STYLE)):
+    with matplotlib.rc_context(dict(BENCH_STYLE)):
         figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         _lines(left, by_weights, "parameters", "weights")

@@ -11,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..monitor import RotationMonitor
+from .advice import advise_rate
 from .recorder import Recorder, Writers
 
 
@@ -25,7 +26,8 @@ class RotationCallback(TrainerCallback):  # type: ignore[misc]
     ``rotation_monitor.pt`` (of sharded models one file per process), and a run that resumes from the checkpoint of that
     step in ``output_dir`` (of a trial, in its folder), or from that in
     ``TrainingArguments(resume_from_checkpoint=...)``, goes on with them; where there is none it starts anew, with a
-    warning. Writers are called, on the first process, whenever the Trainer logs and at the end.
+    warning. Writers are called, on the first process, whenever the Trainer logs and at the end. Warns where ``lr=None``
+    has chosen a rate that is too small for the length of the training.
 
     Args:
         writers: of :mod:`layca_fast.writers`; or a function that makes them for each training that this callback sees,
@@ -42,6 +44,7 @@ class RotationCallback(TrainerCallback):  # type: ignore[misc]
         return self._recorder.monitor
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        advise_rate([kwargs.get("optimizer")], state.max_steps)
         step, saved = state.global_step, None
         if step > 0:
             # A model with shards is known by the files that it left.

@@ -9,6 +9,7 @@ except ImportError:
     from pytorch_lightning import Callback
 
 from ..monitor import RotationMonitor
+from .advice import advise_rate
 from .recorder import Recorder, Writers
 
 
@@ -21,7 +22,8 @@ class RotationCallback(Callback):  # type: ignore[misc]
 
     The initial weights are those when training starts. They and the records go into Lightning's checkpoints, and a
     resumed run goes on with them; not those of sharded models, whose processes have different shards: these start anew,
-    with a warning. Writers are called, on the first process, at the end of each epoch and of the training.
+    with a warning. Writers are called, on the first process, at the end of each epoch and of the training. Warns where
+    ``lr=None`` has chosen a rate that is too small for the length of the training.
 
     Args:
         writers: of :mod:`layca_fast.writers`; or a function that makes them for each training that this callback sees,
@@ -40,6 +42,7 @@ class RotationCallback(Callback):  # type: ignore[misc]
         return self._recorder.monitor
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        advise_rate(trainer.optimizers, trainer.estimated_stepping_batches)
         self._recorder.start(pl_module, trainer.global_step, self._saved)
         self._saved = {}
 

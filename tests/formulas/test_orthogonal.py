@@ -97,17 +97,20 @@ def test_plain_steps_are_those_of_torch(backend: str, options: Mapping[str, Any]
     gradients = random_gradients(ours, 5)
     train(optimizer, gradients)
     train(other, gradients)
+    errors: list[tuple[float, float]] = []
     for i, (mine, their, start) in enumerate(zip(ours, theirs, starts, strict=True)):
         exact, state = start.detach().double(), {}
         for row in gradients:
             reference_step(
                 exact, row[i].double(), state, lr=0.02, base="muon", rotate=False, weight_decay=0.1, **options
             )
-        # A single rounding of the norm, one way or the other, is a part of 2**-8 of what was gone.
-        allowed = max(2 * norm_of(their.double() - exact), 2**-7 * norm_of(their - start))
-        assert norm_of(mine.double() - exact) <= allowed
+        gone = norm_of(start.double() - exact)
+        errors.append((norm_of(mine.double() - exact) / gone, norm_of(their.double() - exact) / gone))
         buffers = optimizer.state[mine]["momentum_buffer"], other.state[their]["momentum_buffer"]
         assert relative_distance(*buffers) <= 1e-6
+    # Of a single matrix either may be the lucky one: what a small one loses hangs on the rounding of its norm.
+    own, torchs = zip(*errors, strict=True)
+    assert max(own) <= 2 * max(torchs)
 
 
 def test_names_and_defaults_are_those_of_torch() -> None:

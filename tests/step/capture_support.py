@@ -1,6 +1,6 @@
 """Replays without a GPU, for the tests of captured steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from layca_fast import FusedLayca
 from layca_fast.step.batch import Batch
 from layca_fast.step.unscaling import LossScale
 from layca_fast.step.upload import Mirror
+
+from ..support import contents, params_of, same_bits, train
 
 
 def record(optimizer: FusedLayca, capturing: Callable[[bool], None]) -> Callable[[], None]:
@@ -41,3 +43,20 @@ def record(optimizer: FusedLayca, capturing: Callable[[bool], None]) -> Callable
             batch.call(backend)()
 
     return replay
+
+
+def compare_replays(
+    captured: FusedLayca, eager: FusedLayca, rows: Iterable[Sequence[Tensor]], capturing: Callable[[bool], None]
+) -> Iterator[None]:
+    """Step both with every row of gradients, ``captured`` by a recording of its first; same bits after each."""
+    replay = None
+    for row in rows:
+        for param, grad in zip(params_of(captured), row, strict=True):
+            param.grad.copy_(grad)
+        if replay is None:
+            replay = record(captured, capturing)
+        else:
+            replay()
+        train(eager, [row])
+        assert same_bits(contents(captured), contents(eager))
+        yield

@@ -28,7 +28,7 @@ from ..support import (
     shapes_for,
     train,
 )
-from .capture_support import record
+from .capture_support import compare_replays, record
 
 OPTIONS = (
     {"base": "sgd", "momentum": 0.9, "nesterov": True},
@@ -63,16 +63,8 @@ def test_replayed_steps_follow_a_schedule_as_eager_ones_do(
     """The rates are filled in place, the gradients too, and the host is not asked again."""
     captured, eager = pair(backend, options)
     schedules = [lr_scheduler.CosineAnnealingLR(each, T_max=7, eta_min=1e-3) for each in (captured, eager)]
-    replay, steps = None, 10 if backend == "triton" else 100
-    for row in random_gradients(params_of(eager), steps):
-        for param, grad in zip(params_of(captured), row, strict=True):
-            param.grad.copy_(grad)
-        if replay is None:
-            replay = record(captured, capturing)
-        else:
-            replay()
-        train(eager, [row])
-        assert same_bits(contents(captured), contents(eager))
+    rows = random_gradients(params_of(eager), 10 if backend == "triton" else 100)
+    for _ in compare_replays(captured, eager, rows, capturing):
         for schedule in schedules:
             schedule.step()
     rates = [[float(group["lr"]) for group in each.param_groups] for each in (captured, eager)]

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from layca_fast import Curves, RotationMonitor
+from layca_fast import Curves, FusedLayca, RotationMonitor
 from layca_fast.callbacks import huggingface
 from layca_fast.callbacks import lightning as for_lightning
 from layca_fast.monitor.curves import QUANTITIES
@@ -168,3 +169,42 @@ def test_importing_layca_fast_imports_no_trainer() -> None:
     packages = {name.partition(".")[0] for name in printed.split()}
     assert "layca_fast" in packages
     assert not packages & {"lightning", "pytorch_lightning", "transformers", "tensorboard", "matplotlib"}
+
+
+class Recommended(Module):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return FusedLayca(self.model.parameters(), base="adam")
+
+
+def test_a_short_training_at_the_recommended_rate_is_told_of_it(tmp_path: Path, seed: int) -> None:
+    """The callbacks know how long it will be; who has chosen a rate, or trains long, is left alone."""
+    batches = list(torch.randn(STEPS, 3, 6))
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", devices=1, callbacks=[for_lightning.RotationCallback()], **quiet
+    )
+    with pytest.warns(UserWarning, match=f"lr=None recommends .*'adam'.* only {STEPS} steps: .*lr=3\\*\\*-3"):
+        trainer.fit(Recommended(nn.Linear(6, 5)), DataLoader(batches, batch_size=None))
+
+    weight = nn.Parameter(torch.randn(3, 4))
+    cases = [
+        (FusedLayca([weight], base="adam"), 999, 1),
+        (FusedLayca([weight], base="adam"), 1000, 0),
+        (FusedLayca([weight], 3**-5, base="adam"), 10, 0),
+        (FusedLayca([weight]), 10, 0),
+        (FusedLayca([weight], base="muon"), 10, 0),
+        (torch.optim.Adam([weight]), 10, 0),
+    ]
+    for optimizer, steps, count in cases:
+        state = TrainerState(max_steps=steps)
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+        callback = huggingface.RotationCallback()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            callback.on_train_begin(arguments, state, TrainerControl(), model=nn.Linear(4, 3), optimizer=optimizer)
+        assert sum("lr=None recommends" in str(each.message) for each in caught) == count, (optimizer, steps)

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from layca_fast import FusedLayca, layer_groups
 
-VOCABULARY, PERIOD, LENGTH, BATCH, STEPS = 24, 60, 16, 16, 200
+VOCABULARY, PERIOD, LENGTH, BATCH, STEPS = 24, 60, 16, 16, 300
 
 #: Of AdamW, the best of a few.
 PLAIN_LR = 3e-3
@@ -31,10 +31,12 @@ def sentences(count: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def mean_loss(model: nn.Module, data: list[dict[str, Tensor]]) -> float:
-    tokens = torch.stack([each["input_ids"] for each in data[:64]])
+def accuracy(model: nn.Module, data: list[dict[str, Tensor]]) -> float:
+    """The part of tokens that is predicted right, in fractions."""
+    tokens = torch.stack([each["input_ids"] for each in data[:640]])
     with torch.no_grad():
-        return float(model(input_ids=tokens, labels=tokens).loss)
+        best = model(input_ids=tokens).logits.argmax(2)
+    return float((best[:, :-1] == tokens[:, 1:]).float().mean())
 
 
 def trained(make: Callable[[nn.Module], Optimizer], start: int) -> float:
@@ -48,7 +50,7 @@ def trained(make: Callable[[nn.Module], Optimizer], start: int) -> float:
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         scheduler.step()
-    return mean_loss(model, data)
+    return accuracy(model, data)
 
 
 def in_trainer(folder: Path, start: int) -> float:
@@ -71,13 +73,14 @@ def in_trainer(folder: Path, start: int) -> float:
     names = {name for group in trainer.optimizer.param_groups for name in group["param_names"]}
     assert names == {name for name, _ in model.named_parameters()}
     model.eval()
-    return mean_loss(model, data)
+    return accuracy(model, data)
 
 
 def test_gpt2_ends_where_adamw_does_by_groups_and_in_the_trainer(tmp_path: Path, seed: int) -> None:
-    """Within a tenth of a nat; where head and embedding rotate, as before there were groups, it is far from there."""
+    """Within a point, at the rate for short runs; the one for long runs, lr=None, is far from there."""
     theirs = trained(lambda model: AdamW(model.parameters(), lr=PLAIN_LR), seed)
+    assert theirs > 0.8
     by_groups = trained(lambda model: FusedLayca(layer_groups(model), lr=3**-3, base="adam"), seed)
-    assert by_groups <= theirs + 0.1
-    assert in_trainer(tmp_path, seed) <= theirs + 0.1
-    assert trained(lambda model: FusedLayca(model.parameters(), lr=3**-3, base="adam"), seed) > theirs + 0.5
+    assert by_groups >= theirs - 0.01
+    assert in_trainer(tmp_path, seed) >= theirs - 0.01
+    assert trained(lambda model: FusedLayca(layer_groups(model), base="adam"), seed) < theirs - 0.05

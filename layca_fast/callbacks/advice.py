@@ -1,0 +1,31 @@
+"""What a callback knows and the optimizer does not: how long the training will be."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from ..formulas.bases import BASES, RATE_OF_AVERAGE, RATE_OF_ONE_STEP, recommended_rate
+from ..optimizer import FusedLayca
+
+#: Below so many steps the measured runs of docs/learning_rate.md ("Short runs") did best near 3**-3.
+SHORT_RUN = 1000
+
+
+def advise_rate(optimizers: Iterable[Any], total_steps: float) -> None:
+    """Warn where ``lr=None`` has recommended a rate that is too small for a training of ``total_steps`` steps."""
+    if not 0 < total_steps < SHORT_RUN:
+        return
+    for optimizer in optimizers:
+        while not isinstance(optimizer, FusedLayca) and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        if not isinstance(optimizer, FusedLayca) or not optimizer._lr_is_recommended:
+            continue
+        rates = {group["base"]: recommended_rate(BASES[group["base"]], group) for group in optimizer.param_groups}
+        slow = [base for base, rate in rates.items() if rate == RATE_OF_AVERAGE]
+        if slow:
+            warnings.warn(
+                f"lr=None recommends 3**-5 = {RATE_OF_AVERAGE:.2g} under base={slow[0]!r}, and this training has only "
+                f"{int(total_steps)} steps: such short ones did best near lr=3**-3 = {RATE_OF_ONE_STEP:.2g} "
+                "(docs/learning_rate.md, short runs)",
+                stacklevel=3,
+            )
