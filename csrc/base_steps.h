@@ -198,7 +198,9 @@ struct Adam : Counted {
 
   template <class T>
   static LAYCA_INLINE void advance(T grad, T* state, const T* options) {
-    state[0] = running_mean(state[0], grad, options[0]);
+    // Where all the weight is on the gradient (beta1 = 0), x - mean + mean has lost what is small beside the mean.
+    const T kept = state[0] * T(options[0] < T(1));
+    state[0] = running_mean(kept, grad, options[0]);
     state[1] = running_square(state[1], grad, options[1], options[2]);
     if (amsgrad) state[2] = state[1] > state[2] ? state[1] : state[2];
   }

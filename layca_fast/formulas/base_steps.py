@@ -127,7 +127,9 @@ def adam_prepare(count, options):
 
 
 def adam_advance(grad, state, options):
-    return running_mean(state[0], grad, options[0]), running_square(state[1], grad, options[1], options[2])
+    # Where all the weight is on the gradient (beta1 = 0), new - old + old has lost what is small beside the old.
+    kept = state[0] * (options[0] < 1.0)
+    return running_mean(kept, grad, options[0]), running_square(state[1], grad, options[1], options[2])
 
 
 def adam_step(grad, state, options):

@@ -97,7 +97,15 @@ def _read_json_lines(path: Path, table: _Table, at: Callable[[int], None]) -> No
 
 
 def _read_csv(path: Path, table: _Table, at: Callable[[int], None]) -> None:
-    lines = csv.reader(_whole_lines(path), strict=True)
+    end, end_of_header = "", ""
+
+    def noting_ends() -> Iterator[str]:
+        nonlocal end
+        for line in _whole_lines(path):
+            end = line[-2:] if line.endswith("\r\n") else "\n"
+            yield line
+
+    lines = csv.reader(noting_ends(), strict=True)
     places: Mapping[str, int] | None = None
     while True:
         at(lines.line_num + 1)
@@ -107,11 +115,15 @@ def _read_csv(path: Path, table: _Table, at: Callable[[int], None]) -> None:
         if not cells:
             continue
         if places is None:
+            end_of_header = end
             places = {name: place for place, name in enumerate(cells)}
             lacking = {"step", "layer", *QUANTITIES}.difference(places)
             if lacking:
                 raise ValueError(f"there are no columns {sorted(lacking)}")
             width, order = len(cells), [places[name] for name in QUANTITIES]
+        elif end != end_of_header:
+            # What is left of a number that was cut is a number.
+            raise ValueError(f"it ends with {end!r}, and the header with {end_of_header!r}: it was cut or edited")
         elif len(cells) != width:
             raise ValueError(f"{len(cells)} cells where there are {width} columns: {_quoted(','.join(cells))}")
         else:

@@ -17,7 +17,7 @@ from ..messages import describe, labelled
 from .checks import check_memory, count_layers
 from .contents import check_complete, check_contents
 from .entries import drop_empty
-from .layout import is_vector, scalar_device
+from .layout import scalar_device
 from .members import OUR_STATES
 from .others import OUR_OPTIONS
 from .regroup import follow_groups
@@ -101,12 +101,6 @@ def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             check_contents(name, value, param, label, layers)
             if not is_ours:
                 continue
-            if name == "radius" and "rotate" in group and group["rotate"] is None and is_vector(param):
-                raise ValueError(
-                    f"state_dict: {describe(label, param)} has a radius, so it turned when it was saved, and "
-                    "rotate=None does not turn vectors (at most one dimension longer than 1): set rotate=True in "
-                    "its saved group to turn all of that, or delete 'radius' from its saved state to stop"
-                )
             expected = {"radius": (layers,), "step": ()}.get(name, tuple(param.shape))
             if tuple(value.shape) != expected:
                 raise ValueError(

@@ -249,6 +249,19 @@ def test_options_of_adam_may_change_mid_run(backend: str, seed: int) -> None:
     assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_backend
+def test_without_averaging_the_mean_is_the_gradient(backend: str, dtype: torch.dtype, seed: int) -> None:
+    """To the bit, as torch has it, however large the gradient before it was: betas=(0, ...) is what GANs take."""
+    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in SHAPES]
+    optimizer = FusedLayca(params, LR, base="adam", betas=(0.0, 0.9), backend=backend)
+    for scale in (1.0, 1e-9, 1e-3):
+        gradients = [scale * gradient for gradient in random_gradients(params, 1)[0]]
+        train(optimizer, [gradients])
+        for param, gradient in zip(params_of(optimizer), gradients, strict=True):
+            assert torch.equal(optimizer.state[param]["exp_avg"], gradient)
+
+
 @native_backends
 def test_a_base_that_begins_mid_run_begins_its_own_count(backend: str, seed: int) -> None:
     """Adam's corrections are for moments of zero, whatever another base has counted before it."""

@@ -9,14 +9,21 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+from layca_fast.formulas.bases import FORMULAS
 
 from .trial import Trial
 
 
-def run_trial(seed: int, number: int, verbose: bool = False) -> tuple[int, str | None]:
+def run_trial(
+    seed: int, number: int, formulas: Collection[str] = FORMULAS, verbose: bool = False
+) -> tuple[int, str | None]:
     """How many steps were taken, and what went wrong, or None."""
-    steps, trial = 0, Trial(seed, number)
+    steps = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trial = Trial(seed, number, formulas)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -35,18 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20_000, help="stop after so many (default 20000)")
     parser.add_argument("--seed", type=int, help="of all that is random (default: a new one, printed)")
     parser.add_argument("--trial", type=int, help="only the trial of this number, with all that led to its end")
+    parser.add_argument("--formulas", nargs="+", metavar="NAME", choices=FORMULAS, help=f"of {list(FORMULAS)}")
     parser.add_argument("--failures", type=int, default=10, help="stop after so many trials that failed (default 10)")
     args = parser.parse_args(argv)
     seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
     print(f"==> Fuzzing with --seed {seed}", flush=True)
+    chosen = f" --formulas {' '.join(args.formulas)}" if args.formulas else ""
     start, steps, number, failed = time.monotonic(), 0, args.trial or 0, 0
     told = start
     while steps < args.steps and failed < args.failures:
-        taken, complaint = run_trial(seed, number, verbose=args.trial is not None)
+        taken, complaint = run_trial(seed, number, args.formulas or FORMULAS, verbose=args.trial is not None)
         steps += taken
         if complaint is not None:
             failed += 1
-            print(f"{complaint}\n    again: python -m tests.fuzz --seed {seed} --trial {number}", flush=True)
+            print(f"{complaint}\n    again: python -m tests.fuzz --seed {seed} --trial {number}{chosen}", flush=True)
         number += 1
         if args.trial is not None:
             break

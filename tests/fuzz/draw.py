@@ -1,6 +1,7 @@
 """What a trial starts from: random tensors in random memory layouts, and param groups under random options."""
 
 import random
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from layca_fast.formulas.bases import BASES
+from layca_fast.formulas.bases import BASES, FORMULAS
+from layca_fast.formulas.options import find_base
+from layca_fast.state.checks import check_matrices
 from layca_fast.state.compensation import HALVES
 
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -25,12 +28,21 @@ class Draw:
 
     seed: int
     number: int
+    #: Whether momentum may be dampened.
+    dampens: bool = True
+    #: The names of those that the base steps are drawn of.
+    formulas: Collection[str] = tuple(FORMULAS)
     choose: random.Random = field(init=False)
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
         self.choose = random.Random(f"{self.seed}/{self.number}")
         self.generator = torch.Generator().manual_seed(self.choose.getrandbits(60))
+
+    @property
+    def directs(self) -> bool:
+        """Whether all that may be drawn takes whole matrices."""
+        return all(FORMULAS[name].direct is not None for name in self.formulas)
 
     def chance(self, probability: float) -> bool:
         return self.choose.random() < probability
@@ -40,7 +52,7 @@ class Draw:
 
 
 def draw_shape(draw: Draw) -> tuple[int, ...]:
-    dims = draw.choose.choice((0, 1, 1, 2, 2, 2, 2, 3, 4))
+    dims = draw.choose.choice((2, 2, 3, 4) if draw.directs else (0, 1, 1, 2, 2, 2, 2, 3, 4))
     shape = [draw.choose.choice((1, 2, 3, 4, 5, 7)) for _ in range(dims)]
     if dims and draw.chance(0.03):
         shape[draw.choose.randrange(dims)] = 0
@@ -72,13 +84,30 @@ def draw_parameter(draw: Draw) -> Parameter:
     return Parameter(laid_out(value, draw.choose.choice(LAYOUTS)))
 
 
-def draw_base(draw: Draw) -> dict[str, Any]:
-    """A base with its own options."""
+def draw_base(draw: Draw, params: Sequence[Parameter], chunks: int | str) -> dict[str, Any]:
+    """A base with its own options, which takes these tensors cut in this way."""
+    while True:
+        options = _draw_any_base(draw)
+        group = {**BASES[options["base"]].options, **options, "chunks": chunks}
+        if find_base(group["base"]).formula(group).name in draw.formulas and _all_fit(params, group):
+            return options
+
+
+def _all_fit(params: Sequence[Parameter], group: Mapping[str, Any]) -> bool:
+    try:
+        for param in params:
+            check_matrices(param, group, "")
+    except ValueError:
+        return False
+    return True
+
+
+def _draw_any_base(draw: Draw) -> dict[str, Any]:
     choice = draw.choose.choice
-    # Muon takes matrices only, which are not what is drawn.
-    base = choice([name for name in BASES if name != "muon"])
+    base = choice(list(BASES))
     if base == "sgd":
-        options = {"momentum": choice((0.0, 0.5, 0.9)), "dampening": choice((0.0, 0.0, 0.3))}
+        dampening = choice((0.0, 0.0, 0.3))
+        options = {"momentum": choice((0.0, 0.5, 0.9)), "dampening": dampening if draw.dampens else 0.0}
         if options["momentum"] and not options["dampening"]:
             options["nesterov"] = choice((False, True))
     elif base == "sgd_amom":
@@ -91,6 +120,10 @@ def draw_base(draw: Draw) -> dict[str, Any]:
     elif base == "adam":
         options = {"betas": choice(((0.9, 0.999), (0.5, 0.8), (0.0, 0.9), (0.9, 0.0))), "eps": choice((1e-8, 1e-3))}
         options["amsgrad"] = choice((False, True))
+    elif base == "muon":
+        options = {"momentum": choice((0.0, 0.5, 0.95)), "nesterov": choice((False, True)), "eps": choice((1e-7, 1e-3))}
+        options |= {"ns_steps": choice((1, 3, 5)), "ns_dtype": choice((None, torch.float64))}
+        options["adjust_lr"] = choice((None, "original", "match_rms_adamw"))
     else:
         options = {"betas": choice(((0.9, 0.99), (0.5, 0.3)))}
     return {"base": base, **options}
@@ -104,12 +137,13 @@ def draw_options(draw: Draw, params: list[Parameter]) -> dict[str, Any]:
     """The options of a param group for these tensors."""
     choice = draw.choose.choice
     divisors = [n for n in (2, 3, 7) if all(param.dim() > 0 and len(param) % n == 0 for param in params)]
+    chunks = 1 if draw.directs else choice((1, 1, "all", *divisors))
     return {
-        **draw_base(draw),
+        **draw_base(draw, params, chunks),
         "lr": draw_rate(draw),
         "rule": choice(("layca", "layca", "hyperball")),
         "rotate": choice((None, None, None, True, False)),
-        "chunks": choice((1, 1, "all", *divisors)),
+        "chunks": chunks,
         "radius": choice(("initial", "initial", "current")),
         "weight_decay": choice((0.0, 0.0, 0.1)),
         "maximize": choice((False, False, True)),

@@ -75,7 +75,8 @@ def set_option(draw: Draw, both: Both) -> None:
 
 def set_own_options(draw: Draw, both: Both) -> None:
     """Of the same base."""
-    index, new = _group_index(draw, both), draw_base(draw)
+    index = _group_index(draw, both)
+    new = draw_base(draw, both[0].groups[index]["params"], both[0].groups[index]["chunks"])
     for party in both:
         group = party.groups[index]
         if group["base"] == new["base"]:
@@ -84,7 +85,8 @@ def set_own_options(draw: Draw, both: Both) -> None:
 
 def set_base(draw: Draw, both: Both) -> None:
     """Another base begins anew."""
-    index, new = _group_index(draw, both), draw_base(draw)
+    index = _group_index(draw, both)
+    new = draw_base(draw, both[0].groups[index]["params"], both[0].groups[index]["chunks"])
     for party in both:
         group = party.groups[index]
         if group["base"] == new["base"]:

@@ -50,6 +50,19 @@ class Before:
         return torch.finfo(torch.bfloat16 if short else self.compute_dtype).eps / 2
 
     @property
+    def directs(self) -> bool:
+        """Whether the step is a direction of whole matrices."""
+        return self.formula.direct is not None
+
+    @property
+    def step_eps(self) -> float:
+        """How far rounding takes the step, in parts of its norm: an iteration multiplies what is small by so much."""
+        if not self.directs:
+            return 0.0
+        growth = float(self.group["ns_coefficients"][0] ** self.group["ns_steps"])
+        return growth * (1e-14 if self.group["ns_dtype"] == torch.float64 else self.eps)
+
+    @property
     def is_rounded(self) -> bool:
         """Whether 16 bits are all that is kept of the weights."""
         return self.dtype in HALVES and self.group["compensate"] is False
@@ -85,7 +98,7 @@ def _run(
         ours["radius"] = [value or None for value in state["radius"].tolist()]
     options = {name: changed.get(name, group[name]) for name in find_base(group["base"]).options}
     more = {name: group[name] for name in ("rule", "radius", "weight_decay", "maximize")}
-    chunks = group["chunks"] if weight.dim() > 0 and before.turns else 1
+    chunks = group["chunks"] if weight.dim() > 0 and (before.turns or before.directs) else 1
     after = weight.clone(memory_format=torch.contiguous_format)
     rate = float(group["lr"])
     reference_step(
@@ -144,6 +157,8 @@ def _is_undecided(before: Before, grad: Tensor) -> bool:
     known = {name: value.clone() for name, value in state.items() if name in before.formula.states}
     if before.formula.counts_steps and known:
         known["step"] = int(state["step"])  # type: ignore[assignment]
+    if before.directs:
+        options["chunks"] = group["chunks"]
     step = finite(BASES[group["base"]](signed, known, **options))
     if before.turns:
         count = 1
@@ -153,7 +168,11 @@ def _is_undecided(before: Before, grad: Tensor) -> bool:
         for layer, direction in zip(weights, steps, strict=True):
             length = float(direction.norm())
             sine = float(orthogonal_part(layer, direction).norm()) / length if length else 0.0
-            if length and SMALLEST_SINE / 20 < sine < SMALLEST_SINE * 20:
+            least, most = SMALLEST_SINE / 20, SMALLEST_SINE * 20
+            if max(before.eps, before.step_eps) > SMALLEST_SINE:
+                # Rounded to a short type, or by many operations, not even a parallel step stays one.
+                least, most = 0.0, PLAIN * max(before.eps, before.step_eps)
+            if length and least <= sine < most:
                 return True
             # As float32 such a step, or its square, is not told from none.
             if 0 < length < (1e-290 if before.dtype == torch.float64 else 1e-33):
@@ -192,6 +211,8 @@ class Expected:
         start = self.before.weight if name == "weight" else self.before.state.get(name, expected)
         size = max(float(expected.norm()), float(start.nan_to_num().norm()))
         allowed = PLAIN * (eps * size + self.before.floor * math.sqrt(actual.numel()))
+        if name == "weight" and self.before.directs:
+            allowed += PLAIN * self.before.step_eps * _distance(expected, torch.where(start.isfinite(), start, 0.0))
         return distance <= allowed or distance <= allowed + self._bounds()[name] or math.isnan(self._bounds()[name])
 
     def complain(self, weight: Tensor, entry: Mapping[str, Any]) -> str | None:

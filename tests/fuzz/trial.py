@@ -1,6 +1,6 @@
 """One trial: two optimizers on two backends, and the reference, through random steps with events between them."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
+from layca_fast.formulas.bases import FORMULAS
 from layca_fast.state.compensation import HALVES
 
 from ..support import copy_of, same_bits
@@ -52,16 +53,14 @@ def _gradient(draw: Draw, param: Tensor, plain: bool) -> Tensor | None:
 class Trial:
     """``run()`` yields once after each step; raises :class:`Disagreement`, or whatever a step or an event raised."""
 
-    def __init__(self, seed: int, number: int) -> None:
-        self.draw = Draw(seed, number)
+    def __init__(self, seed: int, number: int, formulas: Collection[str] = tuple(FORMULAS)) -> None:
+        self.draw = Draw(seed, number, formulas=formulas)
         self.log: list[str] = []
         draw = self.draw
-        groups = draw_groups(draw)
         self.unscales = draw.chance(0.1)
-        if self.unscales:
-            # Which gradient is the first, the state alone can tell there: not if it was zero.
-            for group in groups:
-                group.pop("dampening", None)
+        # Which gradient is the first, the state alone can tell there: not if it was zero.
+        draw.dampens = not self.unscales
+        groups = draw_groups(draw)
         names = draw.choose.choice((("cpu", "torch"), ("torch", "cpu")))
         # A tensor that the cpu backend does not take as it lies takes the torch backend under "auto".
         names = tuple("auto" if name == "cpu" else name for name in names)

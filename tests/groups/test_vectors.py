@@ -12,7 +12,17 @@ from torch.nn.utils.parametrize import ParametrizationList
 from layca_fast import FusedLayca, attach, layer_groups
 from layca_fast.reference import reference_step
 
-from ..support import every_backend, params_of, random_gradients, relative_distance, resting, train, turning
+from ..support import (
+    clones,
+    every_backend,
+    params_of,
+    random_gradients,
+    relative_distance,
+    resting,
+    same_bits,
+    train,
+    turning,
+)
 
 VECTORS = ((), (1,), (5,), (5, 1), (1, 5), (1, 1), (7, 1, 1), (1, 7, 1), (1, 1, 1, 3))
 MATRICES = ((2, 2), (5, 2), (1, 5, 2), (3, 1, 4), (2, 1, 1, 2))
@@ -64,14 +74,24 @@ def test_the_plan_says_so(seed: int) -> None:
     assert "no: vector" in str(layer_groups(model))
 
 
-def test_a_radius_of_a_vector_is_refused_where_it_would_be_dropped(seed: int) -> None:
-    """It turned when it was saved, by rotate=True, and would not."""
-    optimizer = FusedLayca([("gain", Parameter(torch.randn(5, 1)))], 0.1, rotate=True)
-    train(optimizer, random_gradients(params_of(optimizer), 1))
-    saved = optimizer.state_dict()
-    saved["param_groups"][0]["rotate"] = None
-    with pytest.raises(ValueError, match=r"'gain'.*has a radius.*rotate=True"):
-        FusedLayca([("gain", Parameter(torch.randn(5, 1)))], 0.1).load_state_dict(saved)
+@every_backend
+def test_a_vector_that_has_stopped_turning_resumes(backend: str, seed: int) -> None:
+    """Its checkpoint holds the radius that it goes back to when it turns again."""
+    params = [Parameter(torch.randn(5, 1)), Parameter(torch.randn(3, 4))]
+    optimizer = FusedLayca(clones(params), 0.1, momentum=0.9, rotate=True, backend=backend)
+    rows = random_gradients(params, 9)
+    train(optimizer, rows[:3])
+    optimizer.param_groups[0]["rotate"] = None
+    train(optimizer, rows[3:5])
+    resumed = FusedLayca(clones(params_of(optimizer)), 0.1, momentum=0.9, backend=backend)
+    resumed.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, resumed):
+        train(each, rows[5:7])
+        each.param_groups[0]["rotate"] = True
+        train(each, rows[7:])
+        assert float(params_of(each)[0].detach().norm()) == pytest.approx(float(params[0].detach().norm()), rel=1e-6)
+    for ours, theirs in zip(params_of(optimizer), params_of(resumed), strict=True):
+        assert same_bits(ours, theirs)
 
 
 def parametrized() -> nn.Sequential:

@@ -24,8 +24,8 @@ KINDS = {
     "thread": ("stress_driver",),
 }
 
-#: What --short builds the stress of threads for: no states and three of them, steps made again and steps kept.
-FEW = {"sgd": "Sgd", "adam_amsgrad": "Adam<true>", "rmsprop_centered_momentum": "RmsProp<true, true>"}
+#: What --short builds: formulas of no states and of three, with steps that are made again and steps that are kept.
+FEW = {"sgd": "Sgd", "adam_amsgrad": "Adam<true>"}
 
 OPTIONS = {
     # Python and torch keep memory until the end of the process.
@@ -62,8 +62,8 @@ def library(name: str) -> str:
 
 
 def check(kind: str, folder: Path, short: bool) -> None:
-    formulas = FEW if short and kind == "thread" else None
-    print(f"==> Building for the {kind} sanitizer (minutes)", flush=True)
+    formulas = FEW if short else None
+    print(f"==> Building for the {kind} sanitizer{'' if short else ' (minutes)'}", flush=True)
     build(kind, folder, formulas)
     for formula in formulas or FORMULAS:
         if kind == "address":
@@ -74,9 +74,9 @@ def check(kind: str, folder: Path, short: bool) -> None:
     # C++'s own library must be there when the sanitizer looks for what throws.
     preload = f"{library('libasan.so')} {library('libubsan.so')} {library('libstdc++.so')}"
     (module,), (emulator,) = folder.glob("_cpu.*.so"), folder.glob("_cuda_emulator.*.so")
-    steps = "300" if short else "20000"
-    for modules in ([module], [module, emulator]):
-        under = [sys.executable, "-m", "tests.sanitize.under", *modules, "--", "--steps", steps]
+    fuzzed = ["--formulas", *FEW] if short else []
+    for modules, steps in (([module], "200" if short else "5000"), ([module, emulator], "100" if short else "2000")):
+        under = [sys.executable, "-m", "tests.sanitize.under", *modules, "--", "--steps", steps, *fuzzed]
         run(under, LD_PRELOAD=preload)
 
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"{sorted(unknown)}: choose of {list(KINDS)}")
     for kind in args.kinds or KINDS:
-        folder = args.folder / kind
+        folder = args.folder / (f"{kind}-short" if args.short else kind)
         folder.mkdir(parents=True, exist_ok=True)
         try:
             check(kind, folder, args.short)

@@ -21,7 +21,7 @@ def emulate(emulator: ModuleType) -> None:
     """Let tensors on the CPU take the CUDA backend, which runs on its emulator."""
     import torch
 
-    from layca_fast import backends
+    from layca_fast.backends import PREFERENCE
     from layca_fast.backends.cuda import BACKEND, CudaBackend
 
     BACKEND._views.native = emulator
@@ -29,7 +29,7 @@ def emulate(emulator: ModuleType) -> None:
     CudaBackend.refuses = lambda self, device: None  # type: ignore[method-assign]
     torch.cuda.device = lambda device: nullcontext()  # type: ignore[assignment, misc]
     torch.cuda.current_stream = lambda *_: SimpleNamespace(cuda_stream=0)  # type: ignore[assignment]
-    backends.PREFERENCE["cpu"] = ("cuda", "torch")
+    PREFERENCE["cpu"] = ("cuda", "torch")
 
 
 def main() -> int:

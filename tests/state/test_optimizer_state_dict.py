@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-#: Full state dicts without any state are refused by torch itself, of torch.optim.SGD as well.
+#: Full state dicts without any state are refused by torch itself: see below.
 CASES = [
     (maker, through)
     for maker in MAKERS
@@ -86,6 +86,25 @@ def test_a_run_resumes_bit_for_bit(maker: str, through: str, one_process: None, 
         train(each, rows[2:])
     assert same_bits(contents(resumed), contents(optimizer))
     assert same_bits(resumed.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("through", ["full", "broadcast"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda model: SGD(model.parameters(), lr=0.1), MAKERS["FusedLayca, nothing rotates"]],
+    ids=["torch.optim.SGD", "FusedLayca"],
+)
+def test_torch_refuses_full_states_without_any_tensor(
+    make: Callable[[nn.Module], Optimizer], through: str, one_process: None, seed: int
+) -> None:
+    """Its own SGD's, too. Where a later torch loads them, CASES shall hold them."""
+    model, options = network(), StateDictOptions(strict=True, **OPTIONS[through])
+    optimizer = make(model)
+    train(optimizer, random_gradients(params_of(optimizer), 1))
+    optimizer.zero_grad()
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    with pytest.raises(AssertionError, match="Expected device to be set"):
+        set_optimizer_state_dict(model, make(model), saved, options=options)
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
