@@ -67,8 +67,11 @@ def test_the_angle_is_atan_lr(backend: str, seed: int, shape: tuple[int, int], l
         before = after
 
 
-@pytest.mark.parametrize("backend", NATIVE)
-def test_the_norm_is_kept_over_10000_steps(backend: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("backend", "steps"),
+    [("cpu", 10_000), ("torch", 2000), pytest.param("torch", 10_000, marks=pytest.mark.exhaustive)],
+)
+def test_the_norm_is_kept_over_thousands_of_steps(backend: str, steps: int, seed: int) -> None:
     whole, cut = (torch.randn(8, 25).requires_grad_() for _ in range(2))
     groups = [{"params": [whole], "momentum": 0.9}, {"params": [cut], "base": "sgd_amom", "chunks": 4}]
     optimizer = FusedLayca(groups, lr=0.05, backend=backend)
@@ -78,7 +81,7 @@ def test_the_norm_is_kept_over_10000_steps(backend: str, seed: int) -> None:
         return torch.stack([layer.norm() for layer in layers])
 
     before, noise = norms(), torch.randn(100, 8, 25)
-    for step in range(10_000):
+    for step in range(steps):
         whole.grad = cut.grad = noise[step % 100]
         optimizer.step()
     torch.testing.assert_close(norms(), before, rtol=2e-7, atol=0)

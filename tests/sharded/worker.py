@@ -1,6 +1,7 @@
 """Runs cases of sharded training on real processes: ``python -m tests.sharded.worker FOLDER SEED``.
 
-For each world size in turn it forks that many processes, which run every case of that size; so torch is imported once.
+For each world size in turn it forks that many processes, which run every case of that size; so torch is imported once,
+with the parts of it that it would import at the first step of each process.
 What a case raised, if anything, is in FOLDER/outcomes.json, by world size, case and rank. Cases of later world sizes
 find in FOLDER what earlier ones left.
 """
@@ -14,9 +15,13 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
+import torch.onnx
 
-from ..support import HANGS
+from layca_fast.backends import load
+
+from ..support import BACKENDS, HANGS
 from . import changes, checkpoints, directions, exchanges, in_backward, killed, layers, training  # noqa: F401  (they add their cases)
 from .support import Place, cases_of, start
 
@@ -47,6 +52,8 @@ def run(rank: int, world: int, folder: Path, seed: int) -> None:
 
 def main() -> None:
     folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+    for name in BACKENDS:
+        load(name).missing()
     fork = multiprocessing.get_context("fork")
     for world in WORLDS:
         processes = [fork.Process(target=run, args=(rank, world, folder, seed)) for rank in range(world)]

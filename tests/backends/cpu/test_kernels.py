@@ -22,7 +22,7 @@ INSTRUCTION_SETS = import_module("layca_fast._cpu").instruction_sets
 LR = 0.05
 
 #: Shapes that end in the middle of a lane, a block, a tile and a piece; the largest fits in no core's cache.
-SHAPES = ((1,), (15,), (16, 1), (33,), (7, 73), (8, 513), (4097,), (3, 30_011), (1_300_021,), (64, 64), (5, 5))
+SHAPES = ((1,), (15,), (16, 1), (33,), (7, 73), (8, 513), (4097,), (3, 30_011), (650_021,), (64, 64), (5, 5))
 
 
 ROWS = rows_by_formula(lr=LR)
