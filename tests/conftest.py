@@ -74,6 +74,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         spare_repeated_work()
     mark_beyond_pairs(items)
+    if not torch.cuda.is_available():
+        leave_one_of_each(items)
+
+
+def leave_one_of_each(items: list[pytest.Item]) -> None:
+    """Of tests that all need a GPU, one of each function says so in ``make test``; the others in the exhaustive ones."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            function = item.path, getattr(item, "originalname", item.name)
+            if function in seen:
+                item.add_marker(pytest.mark.exhaustive)
+            seen.add(function)
 
 
 def pytest_collection_finish() -> None:

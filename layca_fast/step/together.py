@@ -132,9 +132,21 @@ class Together:
                 exchange.make_room()
 
     def take(self, loss_scale: LossScale | None, capturing: bool, settle: Callable[[Backend, Batch], None]) -> None:
-        """Step every batch, and settle those that were begun, also where something raises."""
-        for window in self._windows:
-            self._take(window, loss_scale, capturing, settle)
+        """Step every batch, and settle those that were begun, also where something raises.
+
+        Raises RuntimeError, which says so, where some windows have been stepped and another could not.
+        """
+        for number, window in enumerate(self._windows):
+            try:
+                self._take(window, loss_scale, capturing, settle)
+            except Exception as error:
+                if number == 0:
+                    raise
+                raise RuntimeError(
+                    f"the step failed half-way: {number} of {len(self._windows)} windows of shared layers have taken "
+                    "it, and the next may have taken a part of it, so that a second try would step them twice. Go on "
+                    f"from a checkpoint. What failed: {type(error).__name__}: {error}"
+                ) from error
 
     def _take(
         self,
