@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Everything imported and collected stays: looking through it for garbage would take a tenth of the time."""
+    """Everything imported and collected stays: to look through it for garbage finds nothing, however often."""
     gc.collect()
     gc.freeze()
 

@@ -59,7 +59,7 @@ def muon_along_either_dimension_is_that_of_whole_matrices(place: Place) -> None:
     """With as many collectives as there may be, and each matrix made once."""
     backwards = DeviceMesh("cpu", list(reversed(range(place.world))))
     for placement, mesh in ((Shard(0), place.mesh()), (Shard(1), place.mesh()), (Shard(0), backwards)):
-        for backend in ("cpu", "torch"):
+        for backend in ("cpu", "torch") if place.world == 2 else ("cpu",):
             plain, sharded = twins(mesh, [placement], backend=backend)
             run((plain, sharded))
             for one, other in zip(params_of(sharded), params_of(plain), strict=True):
@@ -95,7 +95,7 @@ def two_dimensions(mesh: DeviceMesh) -> Sequence[Sequence[Placement]]:
 def muon_on_a_mesh_of_two_dimensions_is_that_of_whole_matrices(place: Place) -> None:
     """Two all-to-alls along each dimension that shards, however many tensors it shards how."""
     mesh = init_device_mesh("cpu", (2, place.world // 2))
-    for placements in two_dimensions(mesh):
+    for placements in two_dimensions(mesh)[:: 1 if place.world == 4 else 3]:
         plain, sharded = twins(mesh, placements)
         run((plain, sharded))
         assert off(params_of(sharded), params_of(plain)) < 1e-5

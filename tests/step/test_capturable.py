@@ -63,7 +63,7 @@ def test_replayed_steps_follow_a_schedule_as_eager_ones_do(
     """The rates are filled in place, the gradients too, and the host is not asked again."""
     captured, eager = pair(backend, options)
     schedules = [lr_scheduler.CosineAnnealingLR(each, T_max=7, eta_min=1e-3) for each in (captured, eager)]
-    rows = random_gradients(params_of(eager), 10 if backend == "triton" else 100)
+    rows = random_gradients(params_of(eager), 5 if backend == "triton" else 100)
     for _ in compare_replays(captured, eager, rows, capturing):
         for schedule in schedules:
             schedule.step()
