@@ -14,6 +14,7 @@ from ..messages import labelled
 from ..optimizer import FusedLayca
 from ..state.entries import drop_empty, with_all_entries
 from ..state.loading import check_radii, follow_attached, keep_options, shield_radii, unshield_radii
+from ..state.modes import out_of_inference
 from ..step.hooks import is_nested, lacks_hooks
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
 
@@ -111,13 +112,19 @@ class Handle:
     def _fitting_shadow(self, optimizer: Optimizer) -> Shadow:
         groups = plan_groups(optimizer, self._options, self._steps + 1)
         if self._shadow is None or not self._shadow.fits(groups):
-            self._shadow = Shadow(optimizer, groups, self._shadow)
+            with out_of_inference():
+                self._shadow = Shadow(optimizer, groups, self._shadow)
         self._shadow.take_rates(groups)
         return self._shadow
 
     def _before_load(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        before = optimizer.param_groups
         saved = follow_attached(optimizer, saved)
-        check_radii(optimizer, saved)
+        try:
+            check_radii(optimizer, saved)
+        except ValueError:
+            optimizer.param_groups = before
+            raise
         return shield_radii(keep_options(optimizer, saved, OPTIONS))
 
     def _after_load(self, optimizer: Optimizer) -> None:

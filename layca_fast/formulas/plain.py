@@ -3,6 +3,7 @@
 from collections.abc import Mapping, MutableMapping
 from decimal import Decimal
 from numbers import Integral, Real
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,9 @@ def plain(value: Any) -> Any:
     if type(value) in _PLAIN or isinstance(value, Tensor):
         return value
     if type(value) in (tuple, list):
-        return type(value)(map(plain, value))
+        made = list(map(plain, value))
+        # A list that somebody else holds, too, stays the same object.
+        return value if all(map(is_, made, value)) else type(value)(made)
     if hasattr(value, "dtype") and hasattr(value, "tolist") and getattr(value, "ndim", 2) <= 1:
         # numpy need not be there. What holds objects gives them back as they are.
         found = value.tolist()

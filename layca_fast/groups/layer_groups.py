@@ -290,13 +290,14 @@ def layer_groups(
         groups.append({"params": [(entry.name, entry.param) for entry in rest], "rotate": False, **own, **theirs})
     _check_complete(groups, trainable)
     left_out = sum(not param.requires_grad for param in model.parameters())
-    if others == "freeze":
-        _freeze(rest, zeros)
 
     turning = sum(entry.param.numel() for entry in rotating)
     message = doubt(model, turning, [(entry.unknown, entry.param) for entry in rest if entry.unknown is not None])
     if message is not None:
+        # Where warnings are errors, nothing is frozen yet.
         warn_caller(message)
+    if others == "freeze":
+        _freeze(rest, zeros)
     factor_of = dict(zip((entry.param for entry in rotating), factors, strict=True))
     group_of = {param: group for group in groups for _, param in group["params"]}
     rows = [

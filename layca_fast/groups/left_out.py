@@ -4,20 +4,17 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ..state.layout import is_vector
+
 #: The part of the weights that may be left out before it is worth a word: position embeddings and the like are less.
 SPARED = 0.1
-
-
-def _is_matrix(tensor: Tensor) -> bool:
-    """Whether it has more than one entry in two dimensions or more: it may be a layer."""
-    return sum(size > 1 for size in tensor.shape) >= 2
 
 
 def doubt(model: nn.Module, turning: int, unknown: Sequence[tuple[type[nn.Module], Tensor]]) -> str | None:
     """What to warn of; ``turning``: how many weights rotate; ``unknown``: tensors that nobody has decided on."""
     counts: dict[type[nn.Module], list[int]] = {}
     for kind, tensor in unknown:
-        if _is_matrix(tensor):
+        if not is_vector(tensor):
             counts.setdefault(kind, []).append(tensor.numel())
     weights = sum(map(sum, counts.values()))
     if turning > 0 and weights <= SPARED * (turning + weights):

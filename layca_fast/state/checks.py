@@ -157,10 +157,10 @@ def count_layers(param: Tensor, chunks: int | str, label: str) -> int:
 def check_matrices(param: Tensor, group: Mapping[str, Any], label: str) -> None:
     """Raise ValueError where a layer of ``param`` is no matrix and the base of its group directs matrices only.
 
-    Or where ``chunks`` does not divide it. Lazy parameters, which have no shape yet, pass.
+    Or where ``chunks`` does not divide it.
     """
     base = find_base(group["base"])
-    if base.formula(group).direct is None or torch.nn.parameter.is_lazy(param):
+    if base.formula(group).direct is None:
         return
     chunks = group["chunks"]
     if param.dim() < 2:

@@ -33,7 +33,8 @@ class Grouped(Optimizer):
         """Add a group, as any torch optimizer does; the group's own options are checked before it is added.
 
         A group without an lr of its own takes the optimizer's, times the group's ``lr_factor`` if it has one (a finite
-        number >= 0; :func:`layca_fast.layer_groups` sets it). Keys that are no option of its base are kept as they are.
+        number >= 0; :func:`layca_fast.layer_groups` sets it). Keys that are no option of its base are kept, numbers and
+        arrays of numpy among them as Python's own.
         Where some groups name their parameters and others do not, those get the names "group.index".
         """
         if not isinstance(param_group, dict):

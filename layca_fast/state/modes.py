@@ -1,6 +1,7 @@
 """Modes of torch that watch what is done to tensors, and what kernels that write by addresses must tell them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -38,3 +39,14 @@ def announce(tensors: Iterable[Tensor]) -> None:
     """Let every mode see that these are about to be written, by a copy of each to itself, which changes no bit."""
     for tensor in tensors:
         tensor.copy_(tensor)
+
+
+@contextmanager
+def out_of_inference() -> Iterator[None]:
+    """For making what is kept from step to step: what inference mode makes, no step outside of it may write to."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    # To leave inference mode switches gradients on.
+    with torch.inference_mode(False), torch.no_grad():
+        yield

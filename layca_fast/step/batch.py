@@ -16,6 +16,7 @@ from ..formulas.bases import Formula
 from ..formulas.tables import Coefficient, Column, Count
 from ..state.compensation import compute_dtype
 from ..state.layout import scalar_device
+from ..state.modes import out_of_inference
 from ..state.sharding import is_sharded, local_of
 from ..state.slot import Slot
 from .hypers import Hyperparameters
@@ -196,7 +197,8 @@ class Batch(Structure):
         """
         table = self._tensor_mirror
         if self._scaled is None and loss_scale is not None:
-            self._scaled = ScaledTables(self.tensors, self.hypers, self._await_first_gradients())
+            with out_of_inference():
+                self._scaled = ScaledTables(self.tensors, self.hypers, self._await_first_gradients())
         if self._scaled is not None:
             # The device has modified these.
             table.forget(Column.GRAD)
@@ -254,6 +256,11 @@ class Batch(Structure):
             self._settled = not any(slot.fresh for slot in self.slots)
             self._set_hyper_rows()
         self.grads, self._grad_addresses = [None] * len(self.slots), None
+
+    @property
+    def is_one_call(self) -> bool:
+        """Whether the backend takes the step in one call, so that a compiled one takes all of it or none."""
+        return self.learned is None
 
     @property
     def is_delicate(self) -> bool:

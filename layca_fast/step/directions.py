@@ -222,6 +222,10 @@ class Directed(Batch):
         return tuple(self.directions().values())
 
     @property
+    def is_one_call(self) -> bool:
+        return False
+
+    @property
     def is_delicate(self) -> bool:
         # Between its halves Python looks for signals.
         return True

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..formulas.bases import BASES
+from ..state.modes import out_of_inference
 from ..state.reduction import Groups, Reduction
 from ..state.slot import Slot
 from .backend import Backend
@@ -100,7 +101,8 @@ class _Share:
             return
         if indices not in self._stills:
             # Of one pattern of missing gradients only: each takes memory.
-            self._stills = {indices: _Still(self.batch, indices, self._backend)}
+            with out_of_inference():
+                self._stills = {indices: _Still(self.batch, indices, self._backend)}
         self.still = self._stills[indices]
         self.still.measure(loss_scale, capturing)
         self.batch.dots.index_copy_(0, self.still.rows, self.still.batch.dots)

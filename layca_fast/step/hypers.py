@@ -119,7 +119,12 @@ class Hyperparameters:
         same = rates.keys() == self._recorded.keys() and all(rates[row] is self._recorded[row] for row in rates)
         return same or not self._is_recorded
 
+    @property
+    def last_rates(self) -> Tensor:
+        """The rotation rates of the last step, (rows,) on the device."""
+        return self._last_rates if self._has_last_rates else self.table[:, Hyper.LR]
+
     def lr_of(self, slot: "Slot") -> Tensor:
         """The rotation rate of ``slot`` in the last step, 0-d on the device."""
         row = next(row for row, (group, _) in enumerate(self._groups) if group is slot.group)
-        return self._last_rates[2 * row] if self._has_last_rates else self.table[2 * row, Hyper.LR]
+        return self.last_rates[2 * row]

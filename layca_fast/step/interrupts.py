@@ -2,8 +2,9 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -40,7 +41,15 @@ def uninterrupted() -> Iterator[None]:
                 signal.signal(number, wait)
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in dict.fromkeys(number for number, _ in waiting):
-            handlers[number](number, next(frame for each, frame in waiting if each == number))
+        _call_all([partial(signal.signal, number, handler) for number, handler in handlers.items()])
+        first = dict(reversed(waiting))
+        _call_all([partial(handlers[number], number, frame) for number, frame in reversed(first.items())])
+
+
+def _call_all(calls: Sequence[Callable[[], Any]]) -> None:
+    """Call each of them, in order, also where one raises: most handlers do."""
+    if calls:
+        try:
+            calls[0]()
+        finally:
+            _call_all(calls[1:])

@@ -85,20 +85,28 @@ class LearnedRadii:
         self.batch.dots.zero_()
         backend.measure(self.batch)
 
-    def factors(self) -> Tensor:
-        """What each radius is to be multiplied by, (layers,) float64, once the dots of both batches are complete."""
+    def factors(self, rates: Tensor | None = None) -> Tensor:
+        """What each radius is to be multiplied by, (layers,) float64, once the dots of both batches are complete.
+
+        ``rates``: the learning rates of all rows of the table of hyperparameters, None for those that it holds.
+        """
         n2 = self._all.dots.index_select(0, self.rows)[:, 0]
         _, radial, square = self.batch.dots.unbind(1)
         cosine = radial / (n2.sqrt() * square.sqrt())
         cosine = torch.where(cosine.isfinite(), cosine, 0.0).clamp(-1.0, 1.0)
-        hypers = self._all.hypers.index_select(0, self._hyper_rows)
-        rate = (hypers[:, Hyper.RADIUS_LR] * hypers[:, Hyper.LR]).clamp(max=LARGEST_RATE)
+        rates = self._all.hypers[:, Hyper.LR] if rates is None else rates
+        rate = (self._all.hypers[:, Hyper.RADIUS_LR] * rates).index_select(0, self._hyper_rows).clamp(max=LARGEST_RATE)
         return torch.exp(-rate * cosine)
 
-    def all_factors(self) -> Tensor:
+    def all_factors(self, rates: Tensor | None = None) -> Tensor:
         """:meth:`factors` among those of all layers of the batch, 1 for those that do not learn: (layers,)."""
         factors = torch.ones_like(self._all.dots[:, 0])
-        return factors.index_copy_(0, self.rows, self.factors())
+        return factors.index_copy_(0, self.rows, self.factors(rates))
+
+    def last_factors(self) -> Tensor:
+        """What the last step has multiplied the radii of all layers of the batch by: (layers,)."""
+        factors = self.all_factors(self._all.hyperparameters.last_rates)
+        return _of_moving(self._all, factors)
 
     def step(self, backend: Backend) -> None:
         """The step of the batch and of its radii, once both have been refreshed."""
@@ -113,12 +121,16 @@ class LearnedRadii:
         scale_moving(self._all, self.all_factors())
 
 
+def _of_moving(batch: Batch, factors: Tensor) -> Tensor:
+    return torch.where(batch.coefficients[:, Coefficient.MODE] == KEEP, 1.0, factors)
+
+
 def scale_moving(batch: Batch, factors: Tensor) -> None:
     """Multiply the radii of layers that move, and the norms that their coefficients lead to: both in place.
 
     ``factors``: (layers,). Radii that are not learned stay.
     """
-    factors = torch.where(batch.coefficients[:, Coefficient.MODE] == KEEP, 1.0, factors)
+    factors = _of_moving(batch, factors)
     # The new weights are linear in a and b, in every mode.
     batch.coefficients[:, Coefficient.A : Coefficient.B + 1].mul_(factors.unsqueeze(1))
     parts = factors.split([slot.layers for slot in batch.slots])

@@ -58,7 +58,8 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
 
 def _written(batch: Batch) -> list[Tensor]:
     """All that a step on the present gradients writes to, beside the batch's own tables."""
-    taken = [slot for slot, grad in zip(batch.slots, batch.grads, strict=True) if grad is not None]
+    # As they were given: where matrices have directions, the slots of the batch itself know no state.
+    taken = [slot for slot, grad in zip(batch.given, batch.given_grads, strict=True) if grad is not None]
     own = [each for slot in taken for each in (slot.step, slot.radius, slot.remainder) if each is not None]
     return [*(slot.param for slot in taken), *(state for slot in taken for state in slot.states), *own]
 

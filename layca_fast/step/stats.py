@@ -23,7 +23,8 @@ class RotationStats:
     "layca", atan2(lr sin(phi), 1 - lr cos(phi)) under "hyperball", with phi the angle between weights and step.
     ``cosine``: of the angle between weights and base step, before the step. ``step_norm``: of the base step. ``norm``:
     of the weights, before the step. ``radius``: the norm that steps restore (0: not yet set), of tensors that do not
-    rotate their own. ``drift``: norm / radius - 1, what storing the weights has cost since the last step.
+    rotate their own. ``drift``: norm / radius - 1, what storing the weights has cost since the last step. Of a learned
+    radius ``radius`` is what this step has made of it, and ``drift`` compares with what it was before.
 
     Counted since the optimizer was made: ``non_finite`` elements that counted as zero (of the gradient, which under
     rmsprop, adagrad and adam is one, too, where its square overflows; of state or step), steps with ``no_direction`` to
@@ -71,8 +72,11 @@ class StepStats(dict[Tensor, RotationStats]):
         return aligned(columns, rows)
 
 
-def _stats_of(batch: Batch, slot: Slot, rows: slice, name: str) -> RotationStats:
-    """The stats of ``slot``, which has these ``rows`` in the batch's per-layer tables."""
+def _stats_of(batch: Batch, slot: Slot, rows: slice, name: str, factors: Tensor | None) -> RotationStats:
+    """The stats of ``slot``, which has these ``rows`` in the batch's per-layer tables.
+
+    ``factors``: what the step has multiplied the radii of the batch by, None for 1.
+    """
     if slot.piece.layers == 0:
         rows = slice(rows.start, rows.start)
     n2, d, q = batch.dots[rows].unbind(1)
@@ -87,7 +91,8 @@ def _stats_of(batch: Batch, slot: Slot, rows: slice, name: str) -> RotationStats
         turned = torch.where(kept, 0.0, torch.atan2(across, along))
         if slot.group["radius"] != "current":
             radius = slot.radius.clone()
-            drift = torch.where(radius > 0, norm / radius - 1, 0.0)
+            before = radius if factors is None else radius / factors[rows]
+            drift = torch.where(radius > 0, norm / before - 1, 0.0)
     counts = batch.counts[rows].clone()
     return RotationStats(
         name=name,
@@ -114,9 +119,13 @@ def _joined(parts: Sequence[RotationStats]) -> RotationStats:
 def rotation_stats(plans: Iterable[Iterable[tuple[Batch, Slot, slice]]], names: Mapping[Tensor, str]) -> StepStats:
     """The stats of every parameter that ``plans`` step, each given as its slots with their batch and rows in it."""
     stats = StepStats()
+    factors: dict[Batch, Tensor] = {}
     for slots in plans:
         found: dict[Tensor, list[RotationStats]] = {}
         for batch, slot, rows in slots:
-            found.setdefault(slot.owner, []).append(_stats_of(batch, slot, rows, names.get(slot.owner, "")))
+            if batch.learned is not None and batch not in factors:
+                factors[batch] = batch.learned.last_factors()
+            name = names.get(slot.owner, "")
+            found.setdefault(slot.owner, []).append(_stats_of(batch, slot, rows, name, factors.get(batch)))
         stats.update({param: _joined(parts) for param, parts in found.items()})
     return stats

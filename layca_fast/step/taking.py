@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from operator import methodcaller
 from typing import TYPE_CHECKING
 
+from ..state.modes import out_of_inference
 from .backend import Backend
 from .batch import Batch
 from .interrupts import uninterrupted
@@ -21,10 +22,11 @@ _call = methodcaller("__call__")
 def reserve(pairs: Sequence[Pair], together: "Together | None" = None) -> None:
     """Before anything is modified: take the memory that the step needs. Raises MemoryError where there is none."""
     try:
-        for backend, batch in pairs:
-            batch.make_room(backend)
-        if together is not None:
-            together.make_room()
+        with out_of_inference():
+            for backend, batch in pairs:
+                batch.make_room(backend)
+            if together is not None:
+                together.make_room()
     except MemoryError as error:
         raise MemoryError(
             "there is no memory for the step's tables; nothing was modified: free some, and step again"
@@ -62,7 +64,7 @@ def _take(pairs: Sequence[Pair], calls: Sequence[Callable[[], object]], taken: l
         taken.extend(map(_call, calls))
     except Exception as error:
         # A signal that waited for compiled code to return has found the step whole.
-        if len(taken) == len(pairs) or (not taken and pairs[0][0].is_native):
+        if len(taken) == len(pairs) or (not taken and pairs[0][0].is_native and pairs[0][1].is_one_call):
             raise
         count = sum(len(batch.slots) for _, batch in pairs[: len(taken)])
         rest = len(pairs[len(taken)][1].slots)

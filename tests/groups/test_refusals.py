@@ -1,6 +1,7 @@
 """What layer_groups refuses: each with the name, the value and the way out, and with nothing modified."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -130,3 +131,17 @@ def test_rmsprops_own_alpha_is_not_taken_for_layer_wise_rates() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     with pytest.raises(ValueError, match=r"alpha=0\.9 with base='rmsprop'.*FusedLayca\(layer_groups"):
         layer_groups(model, base="rmsprop", alpha=0.9)
+
+
+def test_a_warning_that_is_an_error_freezes_nothing(seed: int) -> None:
+    class Unknown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.small = Parameter(torch.randn(9, 9)), nn.Linear(2, 2)
+
+    model = Unknown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="Unknown"):
+            layer_groups(model, others="freeze")
+    assert all(param.requires_grad for param in model.parameters())

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -243,3 +244,16 @@ def test_the_plan_of_groups_without_names_is_the_same(seed: int) -> None:
     ]
     with pytest.raises(ValueError, match=r"names='no' is unknown.*False, True"):
         layer_groups(model, names="no")
+
+
+def test_lists_in_groups_stay_the_objects_that_they_were(seed: int) -> None:
+    """Whoever has put one there goes on writing to it; only numbers that checkpoints cannot hold are replaced."""
+    history, betas = [1, "two", [3.0]], [0.5, 0.9]
+    group = {"params": [parameter(4, 3)], "history": history, "betas": betas}
+    optimizer = FusedLayca([group], 0.1, base="adam")
+    train(optimizer, random_gradients(params_of(optimizer), 2))
+    assert optimizer.param_groups[0]["history"] is history
+    assert optimizer.param_groups[0]["betas"] is betas
+    optimizer.param_groups[0]["betas"] = [numpy.float64(0.5), 0.9]
+    train(optimizer, random_gradients(params_of(optimizer), 1))
+    assert [type(beta) for beta in optimizer.param_groups[0]["betas"]] == [float, float]

@@ -182,15 +182,16 @@ def test_an_inference_parameter_is_refused_before_anything_moves(backend: str, s
     assert torch.equal(first, before)
 
 
+@pytest.mark.parametrize("options", [{"base": "adam"}, {"base": "muon"}, {"base": "sgd", "radius": "learned"}], ids=str)
 @every_backend
-def test_state_of_inference_mode_goes_on_outside_of_it(backend: str, seed: int) -> None:
+def test_state_of_inference_mode_goes_on_outside_of_it(options: dict[str, Any], backend: str, seed: int) -> None:
     """A checkpoint that was loaded there, or a first step that was taken there."""
     weights = [torch.randn(6, 4), torch.randn(5, 3)]
     rows = random_gradients(weights, 4)
     ends = []
     for where in ("nowhere", "load", "step"):
         params = clones(weights)
-        optimizer = FusedLayca(params, 0.1, base="adam", backend=backend)
+        optimizer = FusedLayca(params, 0.1, **options, backend=backend)
         with torch.inference_mode(mode=where == "step"):
             train(optimizer, rows[:2])
         with torch.inference_mode(mode=where == "load"):
@@ -199,3 +200,37 @@ def test_state_of_inference_mode_goes_on_outside_of_it(backend: str, seed: int) 
         ends.append([param.detach() for param in params])
     assert same_bits(ends[1], ends[0])
     assert same_bits(ends[2], ends[0])
+
+
+@native_backends
+def test_unscaling_that_began_in_inference_mode_goes_on_outside_of_it(backend: str, seed: int) -> None:
+    weights = [torch.randn(6, 4)]
+    rows = random_gradients(weights, 4)
+    ends = []
+    for inside in (False, True):
+        (param,) = clones(weights)
+        optimizer = FusedLayca([param], 0.1, momentum=0.9, unscale_in_step=True, backend=backend)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step, (grad,) in enumerate(rows):
+            optimizer.zero_grad()
+            scaler.scale((param * grad).sum()).backward()
+            with torch.inference_mode(mode=inside and step % 2 == 0):
+                scaler.step(optimizer)
+            scaler.update()
+        ends.append([param.detach()])
+    assert same_bits(*ends)
+
+
+def test_an_attached_step_of_inference_mode_goes_on_outside_of_it(seed: int) -> None:
+    weights = [torch.randn(6, 4), torch.randn(5)]
+    rows = random_gradients(weights, 4)
+    ends = []
+    for inside in (False, True):
+        params = clones(weights)
+        optimizer = torch.optim.SGD(params, 0.1)
+        attach(optimizer)
+        with torch.inference_mode(mode=inside):
+            train(optimizer, rows[:2])
+        train(optimizer, rows[2:])
+        ends.append([param.detach() for param in params])
+    assert same_bits(*ends)

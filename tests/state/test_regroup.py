@@ -145,6 +145,20 @@ def test_a_refused_checkpoint_leaves_the_groups_as_they_were(seed: int) -> None:
     assert not other.state
 
 
+def test_a_refused_checkpoint_of_an_attached_optimizer_leaves_the_groups_as_they_were(seed: int) -> None:
+    model, optimizer = trained(MAKERS["attached"], True, seed)
+    _, other = again(MAKERS["attached"], model, True)
+    saved = copy.deepcopy(optimizer.state_dict())
+    key = next(key for key, state in saved["state"].items() if "radius" in state)
+    saved["state"][key]["radius"].fill_(float("nan"))
+    groups, before = other.param_groups, [group["param_names"] for group in other.param_groups]
+    assert before != [group["param_names"] for group in saved["param_groups"]]
+    with pytest.raises(ValueError, match="'radius' holds nan"):
+        other.load_state_dict(saved)
+    assert other.param_groups is groups
+    assert [group["param_names"] for group in groups] == before
+
+
 def test_groups_that_do_not_match_are_refused_with_the_cause(seed: int) -> None:
     """Without names on one side, or with other names, nothing can be put right."""
     model, optimizer = trained(MAKERS["momentum"], True, seed)

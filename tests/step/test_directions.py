@@ -278,8 +278,10 @@ def test_ns_dtype_is_bfloat16_on_gpus_and_wider_elsewhere() -> None:
 
 
 def test_closures_and_schedulers(seed: int) -> None:
+    """The bits of steps on gradients that are set by hand, at rates and momenta that are."""
     param = parameter(5, 4)
-    optimizer = FusedLayca([param], 0.1, base="muon")
+    (other,) = clones([param])
+    optimizer, by_hand = (FusedLayca([each], 0.1, base="muon") for each in (param, other))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=5)
 
     def closure() -> Tensor:
@@ -288,9 +290,15 @@ def test_closures_and_schedulers(seed: int) -> None:
         loss.backward()
         return loss.detach()
 
-    start, norm = closure(), norm_of(param)
+    norm, momenta = norm_of(param), set()
     for _ in range(4):
-        assert optimizer.step(closure) is not None
+        by_hand.param_groups[0].update({name: optimizer.param_groups[0][name] for name in ("lr", "momentum")})
+        momenta.add(optimizer.param_groups[0]["momentum"])
+        loss = (other.detach() - 1).square().sum()
+        other.grad = 2 * (other.detach() - 1)
+        assert optimizer.step(closure) == loss
+        by_hand.step()
         schedule.step()
-    assert closure() < start
+        assert same_bits([param.detach()], [other.detach()])
+    assert len(momenta) > 1
     assert norm_of(param) == pytest.approx(norm, rel=1e-6)

@@ -15,9 +15,11 @@ from torch.nn import Parameter
 from layca_fast import FusedLayca
 from layca_fast.backends import load
 from layca_fast.backends.cpu import CpuBackend
+from layca_fast.formulas.orthogonal import NewtonSchulz
 from layca_fast.step import plan as plans
 from layca_fast.step.batch import Batch
 from layca_fast.step.interrupts import uninterrupted
+from layca_fast.step.learned_radius import LearnedRadii
 
 from ..support import clones, contents, native_backends, parameter, params_of, random_gradients, same_bits, train
 
@@ -280,3 +282,49 @@ def test_a_plan_that_cannot_be_made_leaves_no_state(monkeypatch: pytest.MonkeyPa
     with pytest.raises(Injected):
         train(optimizer, random_gradients(params_of(optimizer), 1))
     assert not optimizer.state
+
+
+def test_every_signal_that_has_waited_is_delivered() -> None:
+    """Also where what handles another raises, as that of Ctrl-C does; each in the order in which they came."""
+    seen: list[int] = []
+
+    def raising(number: int, frame: Any) -> None:
+        seen.append(number)
+        raise Interrupt
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def send_all() -> None:
+        with uninterrupted():
+            for number in numbers:
+                signal.raise_signal(number)
+
+    before = {number: signal.signal(number, raising) for number in numbers}
+    try:
+        with pytest.raises(Interrupt):
+            send_all()
+        assert seen == list(numbers)
+        assert all(signal.getsignal(number) is raising for number in numbers)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("where", [(NewtonSchulz, "run"), (LearnedRadii, "factors")], ids=["direct", "radii"])
+@native_backends
+def test_a_failure_between_the_stages_of_a_step_is_told(
+    where: tuple[type, str], backend: str, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """The momentum has moved by then, whatever the backend: a second try would advance it twice."""
+    param = parameter(6, 4)
+    optimizer = FusedLayca([param], 0.1, base="muon", radius="learned", backend=backend)
+    train(optimizer, random_gradients([param], 1))
+    before = optimizer.state[param]["momentum_buffer"].clone()
+
+    def failing(*_: Any) -> None:
+        raise MemoryError("no")
+
+    monkeypatch.setattr(*where, failing)
+    with pytest.raises(RuntimeError, match=r"the step failed half-way.*MemoryError: no"):
+        train(optimizer, random_gradients([param], 1))
+    assert not torch.equal(optimizer.state[param]["momentum_buffer"], before)

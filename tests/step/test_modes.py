@@ -248,3 +248,15 @@ def test_params_stay_listed(seed: int) -> None:
     with Watching() as mode:
         optimizer.step()
     assert params_of(optimizer)[1].untyped_storage().data_ptr() not in mode.written
+
+
+@native_backends
+def test_dispatch_modes_see_the_momentum_that_directions_are_made_of(backend: str, seed: int) -> None:
+    param = parameter(4, 3, backend=backend)
+    optimizer = FusedLayca([param], 0.1, base="muon", backend=backend)
+    train(optimizer, random_gradients([param], 2))
+    (param.grad,) = random_gradients([param], 1)[0]
+    with Watching() as mode:
+        optimizer.step()
+    for tensor in (param, *optimizer.state[param].values()):
+        assert tensor.untyped_storage().data_ptr() in mode.written

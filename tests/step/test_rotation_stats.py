@@ -244,3 +244,26 @@ def test_handing_over_a_new_rate_does_not_change_the_last_step(
         turned = [values(stats[each], "angle") for each in (param, other)]
         assert turned == [pytest.approx([math.atan(each)], **EXACT) for each in rates]
         assert rates == pytest.approx([0.07 / 2**number, 0.2 / 2**number])
+
+
+@every_backend
+@pytest.mark.parametrize("base", ["sgd", "muon"])
+def test_the_drift_of_a_learned_radius_is_not_what_it_has_learned(base: str, backend: str, seed: int) -> None:
+    """Only what somebody did to the weights since the last step."""
+    learned, fixed = (parameter(6, 5, backend=backend, dtype=torch.float64) for _ in range(2))
+    groups = [{"params": [learned], "radius": "learned", "chunks": 3}, {"params": [fixed]}]
+    optimizer = FusedLayca(groups, 0.1, base=base, backend=backend)
+    for drift in (0.0, 0.5):
+        for param in (learned, fixed):
+            param.grad = torch.randn_like(param) + param.detach()
+        with torch.no_grad():
+            learned[:2] *= 1 + drift
+        optimizer.step()
+        stats = optimizer.rotation_stats()
+        assert values(stats[learned], "drift") == pytest.approx([drift, 0.0, 0.0], rel=1e-12, abs=1e-14)
+        assert values(stats[fixed], "drift") == pytest.approx([0.0], **EXACT)
+        norms = [float(part.norm()) for part in learned.detach().chunk(3)]
+        assert values(stats[learned], "radius") == pytest.approx(norms, **EXACT)
+        assert all(
+            abs(norm / radius - 1) > 1e-3 for norm, radius in zip(values(stats[learned], "norm"), norms, strict=True)
+        )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerControl, TrainerState, TrainingArguments
 
@@ -196,10 +197,15 @@ def test_a_short_training_at_the_recommended_rate_is_told_of_it(tmp_path: Path, 
         (FusedLayca([weight], base="adam"), 999, 1),
         (FusedLayca([weight], base="adam"), 1000, 0),
         (FusedLayca([weight], 3**-5, base="adam"), 10, 0),
+        (FusedLayca([{"params": [weight], "lr": 3**-3}], base="adam"), 10, 0),
+        (FusedLayca([{"params": [weight], "lr_factor": 0.5}], base="adam"), 10, 1),
         (FusedLayca([weight]), 10, 0),
         (FusedLayca([weight], base="muon"), 10, 0),
         (torch.optim.Adam([weight]), 10, 0),
     ]
+    warming_up = FusedLayca([weight], base="adam")
+    lr_scheduler.LambdaLR(warming_up, lambda step: step / 10)
+    cases.append((warming_up, 10, 1))
     for optimizer, steps, count in cases:
         state = TrainerState(max_steps=steps)
         arguments = TrainingArguments(str(tmp_path), use_cpu=True)
