@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def leave_one_of_each(items: list[pytest.Item]) -> None:
-    """Of tests that all need a GPU, one of each function says so in ``make test``; the others in the exhaustive ones."""
+    """Of tests that all need a GPU, one of each function is skipped in ``make test``; the others beside the exhaustive."""
     seen = set()
     for item in items:
         if item.get_closest_marker("gpu") is not None:
@@ -116,7 +116,7 @@ def _global_settings() -> dict[str, Any]:
         "gradients enabled": torch.is_grad_enabled(),
         "default dtype": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)],
+        "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
     }
 
 

@@ -108,7 +108,7 @@ def test_goes_in_the_right_direction_with_every_scheduler(info: Any, given: Any,
             (-loss if kwargs.get("maximize") else loss).backward()
             losses.append(float(loss.detach()))
             # Most go down at once; some schedules first go up.
-            if len(losses) > 12 and min(losses[1:]) < losses[0]:
+            if len(losses) > 6 and min(losses[1:]) < losses[0]:
                 break
             optimizer.step()
             for scheduler in made:

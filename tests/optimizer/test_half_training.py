@@ -195,7 +195,7 @@ def test_weights_turn_by_what_is_asked(backend: str, dtype: torch.dtype, lr: flo
 
 @pytest.mark.filterwarnings("ignore:compensate=False")
 @pytest.mark.parametrize(("lr", "most"), [(1e-3, 0.6), (1e-4, 0.25)])
-@native_backends
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("torch", marks=pytest.mark.exhaustive)])
 def test_without_compensation_bfloat16_loses_the_rotation(backend: str, lr: float, most: float, seed: int) -> None:
     """As the documentation says: rounded to nearest, a weight stays where a step is less than half an ulp of it."""
     turned = turned_in_a_plane(BF16, lr, backend, compensate=False)

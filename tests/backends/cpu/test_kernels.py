@@ -87,7 +87,7 @@ def test_bits_depend_neither_on_threads_nor_on_the_schedule(
     formula: str, dtype: torch.dtype, seed: int, threads: None
 ) -> None:
     outcomes = []
-    for count in (1, 2, 3, 5):
+    for count in (1, 2, 5):
         torch.set_num_threads(count)
         fused, verbs = (random_batch(formula, dtype, seed) for _ in range(2))
         for _ in range(2):
