@@ -2,7 +2,6 @@
 
 import csv
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,11 +36,10 @@ def test_every_goal_is_measured_and_written(
         assert 0 < float(row["q1"]) <= float(row["value"]) <= float(row["q3"])
         assert row["what"] != "part of the step that is no product" or float(row["value"]) < 1
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("heavyball Muon", "pytorch_optimizer Muon", "torch Muon"))
-    # Whether a goal is met hangs on the machine; whether a peer runs, on what is installed.
+    # In the quick run heavyball, which compiles for a minute, is told to be left out.
+    assert all(word in printed for word in ("heavyball Muon", "not run", "pytorch_optimizer Muon", "torch Muon"))
+    # Which of them hangs on the machine.
     assert re.search("met|MISSED", printed)
-    missing = [name for name in ("heavyball", "pytorch_optimizer") if find_spec(name) is None]
-    assert ("not run" in printed) == bool(missing)
 
 
 def test_the_step_by_hand_is_muons(seed: int) -> None:
