@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def leave_one_of_each(items: list[pytest.Item]) -> None:
-    """Of tests that all need a GPU, one of each function is skipped in ``make test``, the rest beside the exhaustive."""
+    """Of tests that all need a GPU, `make test` skips one of each function, and the exhaustive tests the rest."""
     seen = set()
     for item in items:
         if item.get_closest_marker("gpu") is not None:
