@@ -6,9 +6,8 @@ same tensors.
 """
 
 import argparse
-import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -16,7 +15,7 @@ from layca_fast.figures.console import print_table
 
 from .providers import FLOOR, OURS, Provider, providers, yardstick
 from .ratios import new_file, positive
-from .rows import environment, quartiles, round_ratios
+from .rows import environment, quartiles, round_ratios, write
 from .runner import COPY, Contestant, Copy, Model, interleave
 from .shapes import MODELS
 
@@ -213,12 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results += on_two_threads("GPT-2 small", args.rounds, args.limit)
     show(results)
     if args.out is not None:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
-            writer.writeheader()
-            for each in results:
-                cells = asdict(each).items()
-                writer.writerow({name: f"{cell:.4g}" if isinstance(cell, float) else cell for name, cell in cells})
+        write(args.out, results, Result)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ and what a step is made of is not looked at.
 """
 
 import argparse
-import csv
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -20,7 +19,7 @@ from .muon_steps import BY_HAND, OURS, OURS_16, PLAIN, TORCH, OneProduct, Watche
 from .plan import sift
 from .providers import Provider
 from .ratios import new_file, positive
-from .rows import environment, quartiles, round_ratios
+from .rows import environment, quartiles, round_ratios, write
 from .runner import Contestant, Model, interleave
 from .shapes import Shape, gpt2_small
 
@@ -153,12 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results += measure(model, args.rounds, args.limit, args.quick, device)
     show(results)
     if args.out is not None:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
-            writer.writeheader()
-            for each in results:
-                cells = asdict(each).items()
-                writer.writerow({name: f"{cell:.4g}" if isinstance(cell, float) else cell for name, cell in cells})
+        write(args.out, results, Result)
 
 
 if __name__ == "__main__":

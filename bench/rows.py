@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,10 +99,10 @@ def round_ratios(over: Sequence[float], under: Sequence[float]) -> tuple[float, 
     return quartiles([ours / theirs for ours, theirs in zip(over, under, strict=True)])
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """Write ``rows`` to a new CSV file, numbers to five digits."""
+def write(path: Path, rows: Iterable[Any], kind: Any = Row) -> None:
+    """Write ``rows``, dataclasses of one ``kind``, to a new CSV file, numbers to five digits."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
         writer.writeheader()
         for row in rows:
             cells = asdict(row).items()
