@@ -158,7 +158,8 @@ def slices(tensor: Tensor, chunks: Any) -> list[Tensor]:
     the last two dimensions at each index of the others, ("matrices", n) for each of these in n; "columns" for slices
     of one of the second dimension, ("columns", ...) for others. A layer of columns has the dimension that is cut first.
     """
-    kind, how = (chunks, None) if isinstance(chunks, str) else ("", chunks)
+    kind: str = chunks if isinstance(chunks, str) else ""
+    how: Any = None if kind else chunks
     if isinstance(chunks, (tuple, list)) and isinstance(chunks[0], str):
         kind, how = chunks
     if kind == "matrices":

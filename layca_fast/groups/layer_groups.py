@@ -260,8 +260,8 @@ def layer_groups(
             that has them; those that both have, to ``base``.
         embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
         rotate: module types, or modules of the model with all inside of them, of which every tensor that is no vector,
-            biases apart, rotates besides; as a dict, with the ``chunks`` of each (as FusedLayca takes them), or False for what
-            is not to rotate, such as a head without normalisation. Also for the types above.
+            biases apart, rotates besides; as a dict, with the ``chunks`` of each (as FusedLayca takes them), or False
+            for what is not to rotate, such as a head without normalisation. Also for the types above.
         names: whether the groups name their parameters, for messages. Then torch's own optimizers take no group without
             names later, as callbacks add them that unfreeze layers (FusedLayca does): pass False for those.
         options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0

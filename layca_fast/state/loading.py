@@ -263,7 +263,7 @@ def with_chunks(optimizer: Optimizer, saved: dict[str, Any], chunks: Any) -> dic
 
 
 def without_chunks(saved: dict[str, Any], before: Sequence[Mapping[str, Any]], chunks: Any) -> dict[str, Any]:
-    """The state_dict ``saved`` without what :func:`with_chunks` has put in, for an optimizer of the groups ``before``."""
+    """The state_dict ``saved`` without what :func:`with_chunks` has put in, for an optimizer of groups ``before``."""
     if any("chunks" in group for group in before):
         return saved
     groups = [

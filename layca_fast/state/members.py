@@ -299,7 +299,9 @@ def members(
 
 def _stored_well(cut: Cut | None) -> str:
     if cut is not None and cut.turned:
-        return "store it with its columns one after the other, torch.nn.Parameter(weight.mT.contiguous().mT) of a matrix"
+        return (
+            "store it with its columns one after the other, torch.nn.Parameter(weight.mT.contiguous().mT) of a matrix"
+        )
     return "make the parameter contiguous"
 
 

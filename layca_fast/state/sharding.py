@@ -171,7 +171,7 @@ def _runs_of_layers(cut: Cut, ranges: Sequence[tuple[int, int]], is_part: bool) 
         places = list(zip(lead, ranges, strict=False))
         is_here = all(begin <= index < stop for index, (begin, stop) in places)
         low, high = (start, end) if is_here else (0, 0)
-        here = (*(index - begin for index, (begin, _) in places), slice(None))
+        here: tuple[int | slice, ...] = (*(index - begin for index, (begin, _) in places), slice(None))
         for count, index in ((low, _NOTHING), (high - low, here), (size - high, _NOTHING)):
             if count:
                 yield Piece(first, count * each, index, is_part, cut.turned)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class RotationStats:
         for part, name in enumerate(given):
             # Of a stack, that part of all matrices.
             first = (part - self.parts.first) % len(given)
-            tensors = {each: getattr(self, each)[first :: len(given)] for each in _TENSORS}
+            tensors: dict[str, Any] = {each: getattr(self, each)[first :: len(given)] for each in _TENSORS}
             yield f"{self.name}[{name}]", replace(self, **tensors)
 
 
@@ -139,7 +140,8 @@ def _joined(parts: Sequence[RotationStats]) -> RotationStats:
     """The stats of a tensor whose layers are in several slots, in their order."""
     if len(parts) == 1:
         return parts[0]
-    return replace(parts[0], **{name: torch.cat([getattr(each, name) for each in parts]) for name in _TENSORS})
+    joined: dict[str, Any] = {name: torch.cat([getattr(each, name) for each in parts]) for name in _TENSORS}
+    return replace(parts[0], **joined)
 
 
 def rotation_stats(plans: Iterable[Iterable[tuple[Batch, Slot, slice]]], names: Mapping[Tensor, str]) -> StepStats:
