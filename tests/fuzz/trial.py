@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from layca_fast import FusedLayca
 from layca_fast.formulas.bases import FORMULAS
-from layca_fast.state.compensation import HALVES
+from layca_fast.state.compensation import HALVES, fits
 
 from ..support import copy_of, same_bits
 from .draw import Draw, draw_groups, laid_out
@@ -143,8 +143,11 @@ class Trial:
                 if param.grad is None or skips or param.numel() == 0:
                     expected.append(None)
                     continue
-                weight = first.optimizer.effective_weight(param)
-                before = before_step(param, weight, state.get(param, {}), group)
+                entry = state.get(param, {})
+                # A remainder that the group no longer asks for is dropped before the step, not after it.
+                whole = fits(entry.get("remainder"), param, group)
+                weight = first.optimizer.effective_weight(param) if whole else param
+                before = before_step(param, weight, entry, group)
                 grad = param.grad.to(before.compute_dtype) / scale
                 expected.append(expected_of(before, grad))
         self.log.append(f"step {[None if p.grad is None else p.grad.flatten()[:3].tolist() for p in first.params]}")
