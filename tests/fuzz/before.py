@@ -32,8 +32,9 @@ class Before:
     @property
     def eps(self) -> float:
         """Half a unit in the last place of what the step is computed in, whatever its results are stored in."""
-        # The reference has no more digits than float64, and the closed form has other roundings.
-        return 1e-14 if self.dtype == torch.float64 else torch.finfo(self.compute_dtype).eps / 2
+        unit = torch.finfo(self.compute_dtype).eps
+        # The reference has no more digits than float64, so that it is off by as much itself.
+        return unit if self.dtype == torch.float64 else unit / 2
 
     @property
     def directs(self) -> bool:
@@ -50,7 +51,7 @@ class Before:
         if not self.directs:
             return 0.0
         growth = float(self.group["ns_coefficients"][0] ** self.group["ns_steps"])
-        iterated = 1e-14 if self.group["ns_dtype"] == torch.float64 else self.eps
+        iterated = torch.finfo(torch.float64).eps if self.group["ns_dtype"] == torch.float64 else self.eps
         return growth * max(iterated, self.eps if self.group["nesterov"] else 0.0)
 
     @property

@@ -81,8 +81,8 @@ class Expected:
     """What the reference makes of a step, and :meth:`complain`, which says what is wrong with what was made of it.
 
     ``tally`` counts the tensors that were compared, and why some were not: ``undecided``, where rounding decides which
-    way the step goes; ``ill-conditioned``, where roundings of its inputs change the result by all of its norm;
-    ``overflowing`` float16. Beside these, those whose step is ``small``: within what rounding may do.
+    way the step goes; ``ill-conditioned``, where roundings of its inputs change the weights by as much as the step does,
+    or all of a state; ``overflowing`` float16. Beside these, those whose step is ``small``: within what rounding may do.
     """
 
     before: Before
@@ -122,9 +122,9 @@ class Expected:
             self.tally["undecided state"] += 1
             return None
         allowed += CONDITIONED * self._state_slack()[name]
-        if distance > allowed:
+        if not distance <= allowed:
             return f"{complaint}: off by {distance:.3g}, allowed {allowed:.3g}"
-        self.tally["ill-conditioned state"] += allowed > float(expected.norm())
+        self.tally["ill-conditioned state"] += not allowed < float(expected.norm())
         return None
 
     def _is_state_undecided(self, name: str) -> bool:
@@ -190,7 +190,7 @@ class Expected:
             moved = reference(before, inputs["weight"], inputs["grad"], before.state, inputs["state"]).weight
             slack = max(slack, _distance(torch.where(fine, moved, 0.0).nan_to_num(), expected, torch.float64))
         allowed += CONDITIONED * slack
-        if distance > allowed:
+        if not distance <= allowed:
             size = float(expected.norm())
             return f"{complaint}: off by {distance:.3g} of {size:.3g}, moved {way:.3g}, allowed {allowed:.3g}"
         self.tally["ill-conditioned"] += allowed > max(way, PLAIN * before.eps * float(expected.norm()))
