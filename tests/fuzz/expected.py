@@ -80,10 +80,10 @@ def _is_near_zero(difference: Tensor, terms: Tensor, eps: float) -> bool:
 class Expected:
     """What the reference makes of a step, and :meth:`complain`, which says what is wrong with what was made of it.
 
-    ``tally`` counts the tensors that were compared, and those of them of which nothing can be said: ``undecided``, where
-    rounding decides which way the step goes; ``ill-conditioned``, where roundings of the inputs change the weights by as
-    much as the step does, or all of a state; ``overflowing`` float16. Of those whose step is ``small``, within what
-    rounding may do, no more is known than that they stay where they are.
+    ``tally`` counts the tensors that were compared, and those of them of which nothing can be said: ``undecided``,
+    where rounding decides which way the step goes; ``ill-conditioned``, where roundings of the inputs change the
+    weights by as much as the step does, or all of a state; ``overflowing`` float16. Of those whose step is ``small``,
+    within what rounding may do, no more is known than that they stay where they are.
     """
 
     before: Before
