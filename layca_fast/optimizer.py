@@ -52,8 +52,13 @@ class FusedLayca(Grouped):
         radius: the norm that a layer is put back to after each step: "initial", its norm before the first step that
             moved it; "current", its norm before the step; or "learned", which begins as "initial" and follows the
             gradient, R <- R exp(-radius_lr lr c) with c = <w, g> / (|w| |g|): for layers whose norm the output depends
-            on. It costs one more pass over weights and gradients.
+            on. It costs one more pass over weights and gradients. Or the norm itself: a number, or a function that
+            makes it of the layer's shape, a ``torch.Size`` of (rows, all else). The first step that moves the layer
+            leads there. A change counts after :meth:`reset_radius`.
         radius_lr: the rate of learned radii, as a multiple of lr; their product counts as 1 at most.
+        joins_at: the norm from which on a layer rotates: a number, or a function of the layer's shape as for radius.
+            Until its norm is that large a layer takes plain base steps, without weight decay, so it may begin at zero;
+            the norm at which it joins is then its radius. 0: from the start.
         weight_decay: decoupled decay of the tensors that do not rotate. Ignored, with a warning, where they do.
         maximize: ascend instead of descend.
         compensate: whether bfloat16 and float16 parameters keep the rest of their bits in the state ``remainder``, 2
@@ -75,7 +80,8 @@ class FusedLayca(Grouped):
 
     Every other argument may be set per param group. State per tensor: what torch's optimizer of that name keeps
     (``momentum_buffer``, ``exp_avg``, ``step``, ...), with ``step`` where the tensor is; and ``radius``, float64 of
-    shape (layers,), 0 until a step moves the layer, where the tensor rotates; and ``remainder``, raw 16-bit integers in
+    shape (layers,), where the tensor rotates: 0 until a step moves the layer, or, below 0, the norm that the first one
+    will lead to, or that the layer waits for; and ``remainder``, raw 16-bit integers in
     a tensor of its type, where it is compensated: see :meth:`effective_weight`. Under rotate=False each base takes the
     step of torch's optimizer, with decoupled weight decay (so adam is AdamW).
 
@@ -91,8 +97,9 @@ class FusedLayca(Grouped):
         rule: str = "layca",
         rotate: bool | None = None,
         chunks: int | str = 1,
-        radius: str = "initial",
+        radius: str | float | Callable[[torch.Size], float] = "initial",
         radius_lr: float = 9.0,
+        joins_at: float | Callable[[torch.Size], float] = 0.0,
         weight_decay: float = 0.0,
         maximize: bool = False,
         compensate: bool | None = None,
@@ -118,6 +125,7 @@ class FusedLayca(Grouped):
             "chunks": chunks,
             "radius": radius,
             "radius_lr": radius_lr,
+            "joins_at": joins_at,
             "weight_decay": weight_decay,
             "maximize": maximize,
             "compensate": compensate,

@@ -3,18 +3,20 @@
 import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from ..formulas.plain import with_plain
 from ..messages import labelled
 from ..optimizer import FusedLayca
 from ..state.entries import drop_empty, with_all_entries
 from ..state.loading import check_radii, follow_attached, keep_options, shield_radii, unshield_radii
 from ..state.modes import out_of_inference
+from ..state.radii import without_functions
 from ..step.hooks import is_nested, lacks_hooks
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
 
@@ -121,7 +123,7 @@ class Handle:
         before = optimizer.param_groups
         saved = follow_attached(optimizer, saved)
         try:
-            check_radii(optimizer, saved)
+            check_radii(optimizer, saved, self._options)
         except ValueError:
             optimizer.param_groups = before
             raise
@@ -132,7 +134,8 @@ class Handle:
         drop_empty(optimizer.state)
 
     def _after_save(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-        return with_all_entries(optimizer, saved)
+        saved = with_all_entries(optimizer, saved)
+        return {**saved, "param_groups": [without_functions(group) for group in saved["param_groups"]]}
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -169,7 +172,8 @@ def attach(
     rotate: bool | None = None,
     *,
     chunks: int | str = 1,
-    radius: str = "initial",
+    radius: str | float | Callable[[torch.Size], float] = "initial",
+    joins_at: float | Callable[[torch.Size], float] = 0.0,
     backend: str = "auto",
 ) -> Handle:
     """Make any torch optimizer turn its layers by exactly atan(lr) per step, in the direction of its own step.
@@ -182,13 +186,14 @@ def attach(
     Args:
         optimizer: any torch.optim.Optimizer whose ``step`` needs no closure. Its rotating parameters are float32 or
             float64 and dense. Its lr becomes the rotation rate too: a rotating layer turns by atan(lr) radians.
-        rule: as in FusedLayca, like the next four.
+        rule: as in FusedLayca, like the next five.
         rotate: which tensors rotate: True, False, or None for those with two or more dimensions longer than 1.
         chunks: layers per rotating tensor: equal slices of its first dimension, or "all" for one per slice.
-        radius: "initial" or "current", the norm that each step restores.
+        radius: the norm that each step restores: "initial", "current", a number, or a function of the layer's shape.
+        joins_at: the norm from which on a layer rotates: until then it takes the optimizer's own steps.
         backend: "auto", "cpu", "triton", "cuda" or "torch".
 
-    A param group's own "rule", "rotate", "chunks", "radius" or "backend" wins over the argument.
+    A param group's own "rule", "rotate", "chunks", "radius", "joins_at" or "backend" wins over the argument.
 
     State: ``optimizer.state[param]["radius"]``, float64 of shape (layers,), kept with its type by load_state_dict. A
     state loaded without radii takes them from the weights at the next step.
@@ -220,7 +225,9 @@ def attach(
             here, or, for parameters and options that changed since and layers whose weights are all zero, at the step.
     """
     _check_optimizer(optimizer)
-    options = {"rule": rule, "rotate": rotate, "chunks": chunks, "radius": radius, "backend": backend}
+    options = with_plain(
+        {"rule": rule, "rotate": rotate, "chunks": chunks, "radius": radius, "joins_at": joins_at, "backend": backend}
+    )
     check_turning(plan_groups(optimizer, options))
     return Handle(optimizer, options)
 

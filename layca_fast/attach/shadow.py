@@ -32,7 +32,7 @@ from ..step.plan import Plan
 from ..step.watch import Layouts
 
 #: What a param group may say for itself; where it does not, the arguments of ``attach`` hold.
-OPTIONS = ("rule", "rotate", "chunks", "radius", "backend")
+OPTIONS = ("rule", "rotate", "chunks", "radius", "joins_at", "backend")
 
 #: Elements per exchange of weights and copies: what stays in a CPU's cache; enough for one launch to fill a GPU.
 BLOCK_ON_CPU, BLOCK_ELSEWHERE = 2**18, 2**22

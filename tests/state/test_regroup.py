@@ -5,14 +5,14 @@ those that were saved: the run goes on as it was, bit for bit, or is refused by 
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -172,13 +172,6 @@ def test_groups_that_do_not_match_are_refused_with_the_cause(seed: int) -> None:
     saved["param_groups"][0]["param_names"][0] = "gone.weight"
     with pytest.raises(ValueError, match=r"lacks \['inner\.weight'\], and \['gone\.weight'\] are not in this"):
         other.load_state_dict(saved)
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

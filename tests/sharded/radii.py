@@ -1,0 +1,61 @@
+"""Radii that groups give, and layers that join the sphere later, where layers are shared out: as of whole ones."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.nn import Parameter
+
+from layca_fast import FusedLayca
+
+from .layers import check_alike
+from .support import Place, draw, give, on, params_of, shared, whole
+
+#: (shape, placement, chunks): cut layers, uneven and empty shards, whole layers.
+LAYERS: Sequence[tuple[tuple[int, ...], Placement, int | str]] = (
+    ((7, 5), Shard(0), 1),
+    ((5, 3, 4), Shard(1), 1),
+    ((2, 6), Shard(0), 1),
+    ((6, 5), Shard(0), 3),
+    ((12, 3), Shard(0), "all"),
+    ((5, 4), Shard(0), "all"),
+    ((8, 4), Shard(1), "all"),
+)
+
+
+def pair(place: Place, zero: bool = False, **options: Any) -> tuple[FusedLayca, FusedLayca]:
+    """An optimizer of whole tensors, and one of their shards."""
+    plain, shards = [], []
+    for shape, placement, chunks in LAYERS:
+        param = Parameter(torch.zeros(shape) if zero else torch.randn(shape))
+        plain.append({"params": [param], "chunks": chunks})
+        shards.append({"params": [Parameter(shared(param, place.mesh(), [placement]))], "chunks": chunks})
+    return FusedLayca(plain, 0.05, **options), FusedLayca(shards, 0.05, **options)
+
+
+@on(1, 2, 3, 4)
+def given_radii_are_those_of_whole_layers(place: Place) -> None:
+    seen = []
+
+    def spectral(shape: torch.Size) -> float:
+        seen.append(tuple(shape))
+        return math.sqrt(shape[0] / shape[1])
+
+    for backend in ("cpu", "torch"):
+        plain, sharded = pair(place, radius=spectral, momentum=0.9, backend=backend)
+        expected = [(7, 5), (5, 12), (2, 6), (2, 5), (1, 3), (1, 4), (1, 4)]
+        for number in range(3):
+            grads = draw(params_of(plain))
+            give(plain, grads)
+            assert number > 0 or seen == expected
+            seen.clear()
+            give(sharded, grads)
+            assert number > 0 or seen == expected
+            seen.clear()
+        check_alike(plain, sharded)
+        for param, (rows, columns) in zip(params_of(sharded), expected, strict=True):
+            radius = sharded.state[param]["radius"]
+            assert isinstance(radius, DTensor)
+            torch.testing.assert_close(whole(radius), torch.full_like(whole(radius), math.sqrt(rows / columns)))
