@@ -97,8 +97,8 @@ def check_joins_at(norm: Any, radius: Any) -> None:
         raise ValueError(f"joins_at={norm!r}: must be finite and >= 0 (0: every layer rotates from the start)")
     if waits({"joins_at": norm}) and not isinstance(radius, str):
         raise ValueError(
-            f"radius={radius!r} with joins_at={norm!r}: a layer that waits keeps the norm at which it joins; leave "
-            "radius='initial'"
+            f"radius={radius!r} with joins_at={norm!r}: a layer that waits keeps the norm at which it joins; put "
+            "radius='initial' into its group"
         )
 
 

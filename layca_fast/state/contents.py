@@ -71,8 +71,9 @@ def check_contents(
     if name == "radius" and least < 0 and not may_be_ahead:
         raise ValueError(
             f"state_dict: 'radius' holds {least:g} for {where}: that of a layer that waits for this norm (joins_at), "
-            "or has yet to be put to it, in a group that asks for neither. Make the groups as for the run that was "
-            "saved"
+            "or has yet to be put to it, in a group that asks for neither. layer_groups(zeros='rotate-later') makes "
+            "groups that wait of layers that are all zero: make the groups before the weights are loaded, as for the "
+            "run that was saved"
         )
     low = 0.0 if name in SQUARES else -math.inf
     if not (least >= low and math.isfinite(least) and math.isfinite(largest)):

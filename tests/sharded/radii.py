@@ -59,3 +59,43 @@ def given_radii_are_those_of_whole_layers(place: Place) -> None:
             radius = sharded.state[param]["radius"]
             assert isinstance(radius, DTensor)
             torch.testing.assert_close(whole(radius), torch.full_like(whole(radius), math.sqrt(rows / columns)))
+
+
+@on(1, 2, 3, 4)
+def layers_join_the_sphere_at_the_step_of_whole_ones(place: Place) -> None:
+    """All processes agree on which layers wait, shards without elements or gradients among them."""
+    seen = set()
+    for backend, options in (("cpu", {"momentum": 0.9}), ("torch", {"base": "adam"})):
+        plain, sharded = pair(place, zero=True, joins_at=0.6, backend=backend, **options)
+        for _ in range(5):
+            grads = draw(params_of(plain))
+            give(plain, grads)
+            give(sharded, grads)
+            check_alike(plain, sharded)
+            seen.update((plain.state[param]["radius"] > 0).all().item() for param in params_of(plain))
+        for param, theirs in zip(params_of(sharded), params_of(plain), strict=True):
+            assert torch.equal(whole(sharded.state[param]["radius"]) < 0, plain.state[theirs]["radius"] < 0)
+    assert seen == {False, True}
+
+
+@on(2, 3)
+def sixteen_bits_and_missing_gradients_join_alike(place: Place) -> None:
+    whole_param = Parameter(torch.zeros(7, 5, dtype=torch.bfloat16))
+    shard = Parameter(shared(whole_param, place.mesh(), [Shard(0)]))
+    plain, sharded = (FusedLayca([param], 0.05, joins_at=0.5) for param in (whole_param, shard))
+    for number in range(6):
+        grad = torch.randn(7, 5).bfloat16()
+        # The last process has no gradient in every second step: what it has counts as zeros.
+        lacks = number % 2 == 1
+        local = shared(grad, place.mesh(), [Shard(0)])
+        rows = [piece.shape[0] for piece in grad.chunk(place.world)]
+        if lacks:
+            grad[sum(rows[: place.world - 1]) :] = 0
+        whole_param.grad = grad
+        shard.grad = None if lacks and place.rank == place.world - 1 else local
+        plain.step()
+        sharded.step()
+    assert float(plain.state[whole_param]["radius"]) > 0
+    torch.testing.assert_close(
+        whole(sharded.state[shard]["radius"]), plain.state[whole_param]["radius"], rtol=1e-5, atol=0
+    )
