@@ -25,6 +25,7 @@ from .state.members import ignored_decay, rotates
 from .state.structure import check_entries
 from .step.capture import is_capturing
 from .step.interrupts import uninterrupted
+from .step.norms import NormDrifts, checked_plans, last_drifts, present_drifts
 from .step.plan import Plan
 from .step.stats import StepStats, rotation_stats
 from .step.unscaling import LossScale
@@ -275,6 +276,43 @@ class FusedLayca(Grouped):
         if message is not None:
             self._warned_of_types = True
             warn_caller(message)
+
+    @torch.no_grad()
+    def check_norms(self, above: float | None = None, *, at: str = "step") -> NormDrifts:
+        """How far the norm of every rotating layer is from its radius, by name: the guard against foreign writes.
+
+        A step restores the norms, so what somebody else has done to the weights shows before it only. ``at`` says which
+        weights are looked at. "step": those that the last step has found, before it moved them, by the norms that it
+        has measured; costs next to nothing, so call it after every step. Where that step had no gradient for a tensor,
+        it is the last that had. "now": the present ones, in one pass over them: for after a resume.
+
+        Norms are compared with the state ``radius``, of learned radii with what it was before that step. NaN where that
+        says nothing: under radius="current", which keeps any norm it finds, of a layer that waits (``joins_at``) or has
+        no radius yet, and at the step that leads to a given radius.
+
+        Does not wait for a device unless ``above`` is given or the result read. Of sharded layers all processes call it
+        together, and each has all layers: one float64 all-reduce per mesh dimension for "now", at most one for "step".
+
+        Args:
+            above: raise :class:`layca_fast.NormDriftError` where a layer is farther than this from its radius, as
+                norm / radius - 1. 1e-3 is far above what rounding does, also in 16 bits.
+            at: "step" or "now".
+
+        Raises:
+            NormDriftError: as ``above`` says; ValueError for arguments that are none; RuntimeError where ``at="step"``
+                and no step was taken since the optimizer was made, loaded, or given other groups.
+        """
+        check_choice({"at": at}, "at", ("step", "now"))
+        names = {param: name for _, name, param in named(self.param_groups)}
+        if at == "now":
+            drifts = present_drifts(self.param_groups, self.state, names)
+        else:
+            plans = [] if self._plan is None or self._stale else [self._plan]
+            plans += [] if self._in_backward is None else self._in_backward.plans
+            drifts = last_drifts(checked_plans(plans), self.param_groups, names)
+        if above is not None:
+            drifts.raise_if(above)
+        return drifts
 
     def rotation_stats(self) -> StepStats:
         """What the last step did to each tensor, a dict by parameter; empty before the first. ``print`` shows a table.

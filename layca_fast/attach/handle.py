@@ -10,14 +10,16 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from ..formulas.options import check_choice
 from ..formulas.plain import with_plain
-from ..messages import labelled
+from ..messages import labelled, named
 from ..optimizer import FusedLayca
 from ..state.entries import drop_empty, with_all_entries
 from ..state.loading import check_radii, follow_attached, keep_options, shield_radii, unshield_radii
 from ..state.modes import out_of_inference
 from ..state.radii import without_functions
 from ..step.hooks import is_nested, lacks_hooks
+from ..step.norms import NormDrifts, checked_plans, last_drifts, present_drifts
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
 
 #: Our key among the hooks. torch numbers hooks per process, so a number that came with a pickle could be given again.
@@ -49,6 +51,7 @@ class Handle:
         self._options = dict(options)
         self._shadow: Shadow | None = None
         self._steps = 0
+        self._was_loaded = False
         for hooks, method in _HOOKS.items():
             getattr(optimizer, hooks)[_KEY] = getattr(self, method)
         # The user's own hooks after a step or a load then see what this one has made of it.
@@ -71,6 +74,30 @@ class Handle:
             detach(optimizer)
             self._shadow = None
 
+    @torch.no_grad()
+    def check_norms(self, above: float | None = None, *, at: str = "step") -> NormDrifts:
+        """How far the norm of every rotating layer is from its radius: :meth:`layca_fast.FusedLayca.check_norms`.
+
+        RuntimeError where the handle was removed.
+        """
+        check_choice({"at": at}, "at", ("step", "now"))
+        optimizer = self._optimizer()
+        if optimizer is None or _handle_of(optimizer) is not self:
+            raise RuntimeError(
+                "check_norms: this handle was removed, and nothing turns the optimizer's layers any more"
+            )
+        names = {param: name for _, name, param in named(optimizer.param_groups)}
+        if at == "now":
+            drifts = present_drifts(plan_groups(optimizer, self._options), optimizer.state, names)
+        else:
+            shadow = None if self._was_loaded else self._shadow
+            plans = [] if shadow is None or shadow.plan is None else [shadow.plan]
+            aliases = {} if shadow is None else {alias: names[param] for param, alias in shadow.pairs if param in names}
+            drifts = last_drifts(checked_plans(plans), [] if shadow is None else shadow.groups, aliases)
+        if above is not None:
+            drifts.raise_if(above)
+        return drifts
+
     def __enter__(self) -> "Handle":
         return self
 
@@ -84,7 +111,7 @@ class Handle:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._optimizer = weakref.ref(state["optimizer"])
         self._options, self._steps = state["options"], state.get("steps", 0)
-        self._shadow = None
+        self._shadow, self._was_loaded = None, False
 
     def _state_of_optimizer(self) -> dict[str, Any]:
         optimizer = self._optimizer()
@@ -110,6 +137,7 @@ class Handle:
         if not is_nested(self):
             self._fitting_shadow(optimizer).turn(optimizer)
             self._steps += 1
+            self._was_loaded = False
 
     def _fitting_shadow(self, optimizer: Optimizer) -> Shadow:
         groups = plan_groups(optimizer, self._options, self._steps + 1)
@@ -132,6 +160,7 @@ class Handle:
     def _after_load(self, optimizer: Optimizer) -> None:
         unshield_radii(optimizer)
         drop_empty(optimizer.state)
+        self._was_loaded = True
 
     def _after_save(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         saved = with_all_entries(optimizer, saved)

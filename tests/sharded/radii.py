@@ -4,14 +4,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.nn import Parameter
 
-from layca_fast import FusedLayca
+from layca_fast import FusedLayca, NormDriftError, RotationMonitor
 
 from .layers import check_alike
-from .support import Place, draw, give, on, params_of, shared, whole
+from .support import Place, counting, draw, give, on, params_of, shared, whole
 
 #: (shape, placement, chunks): cut layers, uneven and empty shards, whole layers.
 LAYERS: Sequence[tuple[tuple[int, ...], Placement, int | str]] = (
@@ -99,3 +100,55 @@ def sixteen_bits_and_missing_gradients_join_alike(place: Place) -> None:
     torch.testing.assert_close(
         whole(sharded.state[shard]["radius"]), plain.state[whole_param]["radius"], rtol=1e-5, atol=0
     )
+
+
+@on(1, 2, 3, 4)
+def a_norm_that_one_process_has_changed_is_found_by_all(place: Place) -> None:
+    """By the names of its layers, whichever lie here; and as of whole layers."""
+    options = {"momentum": 0.9, "backend": "cpu"}
+    plain, sharded = pair(place, **options)
+    with pytest.raises(RuntimeError, match="no step was taken yet"):
+        sharded.check_norms()
+    for _ in range(2):
+        grads = draw(params_of(plain))
+        give(plain, grads)
+        give(sharded, grads)
+        for at in ("step", "now"):
+            with counting() as sums:
+                assert abs(sharded.check_norms(at=at).worst()[1]) < 1e-6
+            assert len(sums) == (place.world > 1)
+    # In the first row, which one process has, or each a part of.
+    for ours, theirs in zip(params_of(sharded), params_of(plain), strict=True):
+        with torch.no_grad():
+            whole_one = theirs.detach().clone()
+            whole_one[0].mul_(0.5)
+            theirs.copy_(whole_one)
+            ours.copy_(shared(whole_one, ours.device_mesh, ours.placements))
+    for at in ("now", "step"):
+        expected, found = plain.check_norms(at=at), sharded.check_norms(at=at)
+        assert list(found) == list(expected)
+        for name, drift in expected.items():
+            torch.testing.assert_close(found[name], drift, rtol=1e-5, atol=1e-6)
+        assert sorted(found.above(1e-3)) == sorted(expected.above(1e-3))
+        with pytest.raises(NormDriftError, match=r"layers have not the norm of their radius.*\[0\]"):
+            sharded.check_norms(above=1e-3, at=at)
+        if at == "now":
+            grads = draw(params_of(plain))
+            give(plain, grads)
+            give(sharded, grads)
+
+
+@on(2, 3)
+def a_monitor_raises_on_every_process_at_the_step(place: Place) -> None:
+    weight = shared(torch.randn(5, 4), place.mesh(), [Shard(0)])
+    optimizer = FusedLayca([("weight", Parameter(weight))], 0.1)
+    monitor = RotationMonitor(optimizer, check_norms=1e-3)
+    for number in range(3):
+        give(optimizer, [torch.randn(5, 4)])
+        if number < 2:
+            monitor.record()
+        if number == 1 and place.rank == 0:
+            with torch.no_grad():
+                params_of(optimizer)[0].to_local().mul_(0.5)
+    with pytest.raises(NormDriftError, match="weight -"):
+        monitor.record()
