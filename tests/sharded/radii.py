@@ -36,7 +36,7 @@ def pair(place: Place, zero: bool = False, **options: Any) -> tuple[FusedLayca, 
     return FusedLayca(plain, 0.05, **options), FusedLayca(shards, 0.05, **options)
 
 
-@on(1, 2, 3, 4)
+@on(3, exhaustive=(1, 2, 4))
 def given_radii_are_those_of_whole_layers(place: Place) -> None:
     seen = []
 
@@ -62,7 +62,7 @@ def given_radii_are_those_of_whole_layers(place: Place) -> None:
             torch.testing.assert_close(whole(radius), torch.full_like(whole(radius), math.sqrt(rows / columns)))
 
 
-@on(1, 2, 3, 4)
+@on(2, exhaustive=(1, 3, 4))
 def layers_join_the_sphere_at_the_step_of_whole_ones(place: Place) -> None:
     """All processes agree on which layers wait, shards without elements or gradients among them."""
     seen = set()
@@ -79,7 +79,7 @@ def layers_join_the_sphere_at_the_step_of_whole_ones(place: Place) -> None:
     assert seen == {False, True}
 
 
-@on(2, 3)
+@on(3, exhaustive=(2,))
 def sixteen_bits_and_missing_gradients_join_alike(place: Place) -> None:
     whole_param = Parameter(torch.zeros(7, 5, dtype=torch.bfloat16))
     shard = Parameter(shared(whole_param, place.mesh(), [Shard(0)]))
@@ -102,7 +102,7 @@ def sixteen_bits_and_missing_gradients_join_alike(place: Place) -> None:
     )
 
 
-@on(1, 2, 3, 4)
+@on(3, exhaustive=(1, 2, 4))
 def a_norm_that_one_process_has_changed_is_found_by_all(place: Place) -> None:
     """By the names of its layers, whichever lie here; and as of whole layers."""
     options = {"momentum": 0.9, "backend": "cpu"}
@@ -138,7 +138,7 @@ def a_norm_that_one_process_has_changed_is_found_by_all(place: Place) -> None:
             give(sharded, grads)
 
 
-@on(2, 3)
+@on(2, exhaustive=(3,))
 def a_monitor_raises_on_every_process_at_the_step(place: Place) -> None:
     weight = shared(torch.randn(5, 4), place.mesh(), [Shard(0)])
     optimizer = FusedLayca([("weight", Parameter(weight))], 0.1)
