@@ -94,18 +94,17 @@ def _run(
     ours: dict[str, Any] = {name: state[name].clone() for name in known}
     count = int(state["step"]) if before.formula.counts_steps and known else 0
     ours["step"] = count
-    if "radius" in state and group["radius"] != "current":
-        ours["radius"] = [value or None for value in state["radius"].tolist()]
+    if "radius" in state:
+        # Below 0 nothing is reached yet.
+        ours["radius"] = [value if value > 0 else None for value in state["radius"].tolist()]
     options = {name: changed.get(name, group[name]) for name in find_base(group["base"]).options}
-    more = {name: group[name] for name in ("rule", "radius", "weight_decay", "maximize")}
+    more = {name: group[name] for name in ("rule", "radius", "joins_at", "weight_decay", "maximize")}
     chunks = group["chunks"] if weight.dim() > 0 and (before.turns or before.directs) else 1
     after = weight.clone(memory_format=torch.contiguous_format)
     rate = float(group["lr"])
     reference_step(
         after, grad, ours, lr=rate, base=group["base"], rotate=before.turns, chunks=chunks, **more, **options
     )
-    if "radius" in state and group["radius"] == "current":
-        ours["radius"] = state["radius"].tolist()
     # Adam's alone counts its steps here.
     ours["step"] = count + 1
     return after, ours
@@ -239,7 +238,7 @@ class Expected:
             )
         if before.turns:
             pairs = zip(entry["radius"].tolist(), self.state["radius"], strict=True)
-            same = all(math.isclose(found, asked or 0.0, rel_tol=1e-9) for found, asked in pairs)
+            same = all(math.isclose(max(found, 0.0), asked or 0.0, rel_tol=1e-9) for found, asked in pairs)
             if not same and not _is_undecided(before, self.grad):
                 return f"radius is {entry['radius'].tolist()}, expected {self.state['radius']}"
         return None
