@@ -149,9 +149,9 @@ class Handle:
 
     def _before_load(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         before = optimizer.param_groups
-        saved = follow_attached(optimizer, saved)
+        saved = follow_attached(optimizer, saved, self._options)
         try:
-            check_radii(optimizer, saved, self._options)
+            check_radii(optimizer, saved)
         except ValueError:
             optimizer.param_groups = before
             raise

@@ -99,7 +99,7 @@ def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             if is_ours:
                 check_memory(value, f"state_dict: the state {name!r} of {label}")
             layers = count_layers(param, group.get("chunks", 1), label) if name == "radius" else 1
-            check_contents(name, value, param, label, layers, group)
+            check_contents(name, value, param, label, layers)
             if not is_ours:
                 continue
             expected = {"radius": (layers,), "step": ()}.get(name, tuple(param.shape))
@@ -196,21 +196,20 @@ class _Shielded:
     tensor: Tensor
 
 
-def check_radii(optimizer: Optimizer, saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise ValueError, for another optimizer than ours to load, for a saved radius that no run can have left.
-
-    ``defaults``: the options of groups that say nothing.
-    """
-    for group, label, param, state in _pairs(optimizer, saved):
+def check_radii(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError, for another optimizer than ours to load, for a saved radius that no run can have left."""
+    for _, label, param, state in _pairs(optimizer, saved):
         if isinstance(state, Mapping):
             radius = state.get("radius")
             if isinstance(radius, Tensor):
                 check_memory(radius, f"state_dict: the state 'radius' of {label}")
-            check_contents("radius", radius, param, label, 1, {**defaults, **group})
+            check_contents("radius", radius, param, label, 1)
 
 
-def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+def follow_attached(optimizer: Optimizer, saved: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """:func:`follow_groups` for another optimizer than ours, whose groups may be replaced; what it should load.
+
+    ``defaults``: the options of groups that say nothing.
 
     A checkpoint without radii is that of the plain optimizer, whose groups say nothing of what rotates.
     """
@@ -218,7 +217,7 @@ def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, An
     saved = {**saved, "state": _without_placeholders(saved["state"])}
     if any(isinstance(each, Mapping) and "radius" in each for each in saved["state"].values()):
         before = optimizer.param_groups
-        groups, saved = follow_groups(optimizer, saved)
+        groups, saved = follow_groups(optimizer, saved, defaults)
         saved = {**saved, "param_groups": with_functions(before, groups, saved["param_groups"])}
         optimizer.param_groups = groups
     return saved
