@@ -39,8 +39,8 @@ def sgd_amom(grad: Tensor, state: dict[str, Tensor], momentum: float = 0.9) -> T
 
 def _average(state: dict[str, Any], name: str, value: Tensor, decay: float) -> Tensor:
     """Advance the exponential moving average of ``value`` that ``state[name]`` holds, from 0, and return it."""
-    average: Tensor = decay * state.get(name, torch.zeros_like(value)) + (1 - decay) * value
-    state[name] = average
+    state[name] = decay * state.get(name, torch.zeros_like(value)) + (1 - decay) * value
+    average: Tensor = state[name]
     return average
 
 
@@ -59,15 +59,15 @@ def rmsprop(
     step = finite(grad / (spread.sqrt() + eps))
     if momentum == 0:
         return step
-    buffer: Tensor = momentum * state.get("momentum_buffer", torch.zeros_like(grad)) + step
-    state["momentum_buffer"] = buffer
+    state["momentum_buffer"] = momentum * state.get("momentum_buffer", torch.zeros_like(grad)) + step
+    buffer: Tensor = state["momentum_buffer"]
     return buffer
 
 
 def adagrad(grad: Tensor, state: dict[str, Any], eps: float = 1e-10, initial_accumulator_value: float = 0.0) -> Tensor:
     """The step of torch.optim.Adagrad without lr_decay: g over the root of the sum of all g^2 so far."""
-    total: Tensor = state.get("sum", torch.full_like(grad, initial_accumulator_value)) + grad.square()
-    state["sum"] = total
+    state["sum"] = state.get("sum", torch.full_like(grad, initial_accumulator_value)) + grad.square()
+    total: Tensor = state["sum"]
     return grad / (total.sqrt() + eps)
 
 
@@ -83,8 +83,8 @@ def adam(
     mean = _average(state, "exp_avg", grad, betas[0]) / (1 - betas[0] ** state["step"])
     square = _average(state, "exp_avg_sq", grad.square(), betas[1])
     if amsgrad:
-        square = torch.maximum(state.get("max_exp_avg_sq", square), square)
-        state["max_exp_avg_sq"] = square
+        state["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", square), square)
+        square = state["max_exp_avg_sq"]
     step: Tensor = mean / ((square / (1 - betas[1] ** state["step"])).sqrt() + eps)
     return step
 
