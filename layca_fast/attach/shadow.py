@@ -66,6 +66,7 @@ def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any], step: int = 0
             )
         options = {name: option(optimizer, theirs, name, defaults[name]) for name in OPTIONS}
         ours = {**_AS_IT_IS, **options, "lr": theirs["lr"], "params": theirs["params"]}
+        ours["chunk_names"] = option(optimizer, theirs, "chunk_names", None)
         if "param_names" in theirs:
             ours["param_names"] = theirs["param_names"]
         if ours["radius"] == "learned":
