@@ -156,7 +156,7 @@ class Handle:
 
     def _before_load(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         before = optimizer.param_groups
-        saved = follow_attached(optimizer, saved)
+        saved = follow_attached(optimizer, saved, self.options)
         try:
             check_radii(optimizer, saved, before, self.options)
         except ValueError:

@@ -38,7 +38,8 @@ class _Entry:
     chunks: Chunks | None
     reason: str
     unknown: type[nn.Module] | None = None
-    joins_at: float = 0.0
+    joins_at: Any = 0.0
+    joins_from: float = 0.0
 
     @property
     def layers(self) -> int:
@@ -129,7 +130,7 @@ def _set_aside_vectors(entries: Iterable[_Entry]) -> None:
 def _rotating_groups(
     entries: Sequence[_Entry], factors: Sequence[float], lr: float | Tensor | None, options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    groups: dict[tuple[float, Chunks | None, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, Chunks | None, Any], dict[str, Any]] = {}
     # Nothing decays on a sphere: another optimizer's own default must not step in.
     shared = {**options, "weight_decay": 0.0} if "weight_decay" in options else options
     for entry, factor in zip(entries, factors, strict=True):
@@ -313,7 +314,7 @@ def layer_groups(
         Row(
             *(entry.name, tuple(entry.param.shape), entry.layers, factor_of.get(entry.param), entry.reason),
             **_training(group_of[entry.param]),
-            joins_at=entry.joins_at,
+            joins_at=entry.joins_from,
         )
         for entry in entries
     ]

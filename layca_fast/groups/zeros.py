@@ -43,14 +43,16 @@ def set_aside_zeros(entries: "Sequence[_Entry]", joins_at: Any) -> "list[_Entry]
         if joins_at is None:
             entry.chunks = entry.unknown = None
         else:
-            # As a number, which checkpoints keep: groups that are made again on trained weights follow it.
             group = {"radius": "initial", "joins_at": joins_at}
             starts = starting_radii(entry.param, group, entry.cut, f"parameter {entry.name!r}") or (0.0,)
-            entry.joins_at = -starts[0]
+            # A number where it is one, which checkpoints keep: groups made again on trained weights follow it.
+            entry.joins_at = -starts[0] if len(set(starts)) == 1 else joins_at
+            entry.reason += "" if len(set(starts)) == 1 else f", other parts up to {-min(starts):.4g}"
+            entry.joins_from = -max(starts)
     return moved if joins_at is None else []
 
 
-def rotating_later(joins_at: float, options: Mapping[str, Any]) -> dict[str, Any]:
+def rotating_later(joins_at: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """What more there is in the group of what rotates from a norm on: its radius is that norm, whatever others have."""
     if joins_at == 0:
         return {}

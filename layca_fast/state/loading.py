@@ -104,7 +104,7 @@ def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             cut = cut_of(param, group.get("chunks", 1), label) if name == "radius" else None
             # Of unequal layers one may be as large as all.
             equal = cut.layers if cut is not None and cut.is_even else 1
-            check_contents(name, value, param, label, equal, group)
+            check_contents(name, value, param, label, equal)
             if not is_ours:
                 continue
             expected = {"radius": (1 if cut is None else cut.layers,), "step": ()}.get(name, tuple(param.shape))
@@ -216,16 +216,18 @@ def check_radii(
         for param in group["params"]
     }
     check_same_layers(_pairs(optimizer, saved), ours.get, lambda theirs: option(optimizer, theirs, "chunks", None))
-    for group, label, param, state in _pairs(optimizer, saved):
+    for _, label, param, state in _pairs(optimizer, saved):
         if isinstance(state, Mapping):
             radius = state.get("radius")
             if isinstance(radius, Tensor):
                 check_memory(radius, f"state_dict: the state 'radius' of {label}")
-            check_contents("radius", radius, param, label, 1, {**options, **group})
+            check_contents("radius", radius, param, label, 1)
 
 
-def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+def follow_attached(optimizer: Optimizer, saved: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """:func:`follow_groups` for another optimizer than ours, whose groups may be replaced; what it should load.
+
+    ``defaults``: the options of groups that say nothing.
 
     A checkpoint without radii is that of the plain optimizer, whose groups say nothing of what rotates.
     """
@@ -233,7 +235,7 @@ def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, An
     saved = {**saved, "state": _without_placeholders(saved["state"])}
     if any(isinstance(each, Mapping) and "radius" in each for each in saved["state"].values()):
         before = optimizer.param_groups
-        groups, saved = follow_groups(optimizer, saved)
+        groups, saved = follow_groups(optimizer, saved, defaults)
         saved = {**saved, "param_groups": with_functions(before, groups, saved["param_groups"])}
         optimizer.param_groups = groups
     return saved

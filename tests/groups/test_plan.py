@@ -92,6 +92,18 @@ def test_zero_tensors_may_rotate_from_a_norm_on(norm: Any, seed: int) -> None:
     assert float(optimizer.state[model[1].in_proj_weight]["radius"][1]) == -expected[1]
 
 
+def test_unequal_parts_may_wait_for_norms_of_their_own(seed: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 6, bias=False))
+    nn.init.zeros_(model[0].weight)
+    options = {"rotate": {nn.Linear: (4, 2)}, "zeros": "rotate-later", "joins_at": lambda shape: 0.5 * shape[0]}
+    groups = layer_groups(model, **options)
+    assert "from norm 1 on, as 2 layers: one of its 2 layers is all zero, other parts up to 2" in str(groups)
+    optimizer = FusedLayca(groups, 1e-3)
+    model[0].weight.grad = torch.randn(6, 4)
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["radius"].tolist() == [-2.0, -1.0]
+
+
 def test_freezing_keeps_the_others_bit_for_bit_whatever_sets_their_lr(seed: int) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
     model(torch.randn(5, 4)).square().sum().backward()
