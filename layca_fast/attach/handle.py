@@ -7,16 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ..messages import labelled
 from ..optimizer import FusedLayca
+from ..state.effective import effective_weight
 from ..state.entries import drop_empty, with_all_entries
-from ..state.loading import check_radii, follow_attached, keep_options, shield_radii, unshield_radii
+from ..state.loading import ATTACHED, check_attached, follow_attached, keep_options, shield, unshield
 from ..state.modes import out_of_inference
 from ..step.hooks import is_nested, lacks_hooks
+from .halves import is_half, narrowed
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
+from .stand_in import StandIn
 
 #: Our key among the hooks. torch numbers hooks per process, so a number that came with a pickle could be given again.
 _KEY: Any = "layca_fast"
@@ -75,6 +79,11 @@ class Handle:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
+    def effective_weight(self, param: Tensor) -> Tensor:
+        """The float32 weight that a 16-bit ``param`` and its remainder stand for, as that of FusedLayca."""
+        optimizer = self._optimizer()
+        return effective_weight(param, {} if optimizer is None else optimizer.state.get(param, {}))
+
     # Weights and plan are made again at the next step: a copy of the optimizer has parameters of its own.
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self._optimizer(), "options": self._options, "steps": self._steps}
@@ -97,16 +106,28 @@ class Handle:
     # To compile what the hooks do on the host would gain nothing, and be done again for every new lr.
     @_disable_dynamo
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not is_nested(self):
-            self._fitting_shadow(optimizer).keep(optimizer)
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if is_nested(self):
+            return None
+        shadow = self._keep(optimizer)
+        if not shadow.needs_stand_in(optimizer):
+            return None
+        return StandIn(optimizer, lambda: self._keep(optimizer).fill()).arguments(args, kwargs)
+
+    def _keep(self, optimizer: Optimizer) -> Shadow:
+        shadow = self._fitting_shadow(optimizer)
+        shadow.keep(optimizer)
+        return shadow
 
     @_disable_dynamo
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Some optimizers put new memory under a parameter while they step, and hooks may have changed lr.
         if not is_nested(self):
-            self._fitting_shadow(optimizer).turn(optimizer)
+            stand_in = StandIn.of(args)
+            if stand_in is not None:
+                stand_in.hand_over()
+            self._fitting_shadow(optimizer).turn(optimizer, {} if stand_in is None else stand_in.weights)
             self._steps += 1
 
     def _fitting_shadow(self, optimizer: Optimizer) -> Shadow:
@@ -121,14 +142,14 @@ class Handle:
         before = optimizer.param_groups
         saved = follow_attached(optimizer, saved)
         try:
-            check_radii(optimizer, saved)
+            check_attached(optimizer, saved)
         except ValueError:
             optimizer.param_groups = before
             raise
-        return shield_radii(keep_options(optimizer, saved, OPTIONS))
+        return shield(optimizer, keep_options(optimizer, saved, OPTIONS))
 
     def _after_load(self, optimizer: Optimizer) -> None:
-        unshield_radii(optimizer)
+        unshield(optimizer)
         drop_empty(optimizer.state)
 
     def _after_save(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
@@ -234,5 +255,8 @@ def detach(optimizer: Optimizer) -> None:
     del optimizer.__dict__["__getstate__"]
     for _, _, param in labelled(optimizer.param_groups):
         state = optimizer.state.get(param, {})
-        if state.pop("radius", None) is not None and not state:
+        had = [state.pop(name, None) is not None for name in ATTACHED]
+        if is_half(param) and had[ATTACHED.index("remainder")]:
+            state.update(narrowed(state, param))
+        if any(had) and not state:
             del optimizer.state[param]

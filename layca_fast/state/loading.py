@@ -6,6 +6,7 @@ parameter is, so the tensors are put back as they were saved once torch is done.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,13 +16,17 @@ from torch.optim import Optimizer
 from ..formulas.options import find_base
 from ..messages import describe, labelled
 from .checks import check_memory, count_layers
+from .compensation import HALVES
 from .contents import check_complete, check_contents
 from .entries import drop_empty
 from .layout import scalar_device
 from .members import OUR_STATES
 from .others import OUR_OPTIONS
 from .regroup import follow_groups
-from .structure import check_saved
+from .structure import check_saved, mapped
+
+#: What we keep in the state of another optimizer that we turn.
+ATTACHED = ("radius", "remainder")
 
 
 def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, Tensor, Any]]:
@@ -193,14 +198,21 @@ class _Shielded:
     tensor: Tensor
 
 
-def check_radii(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError, for another optimizer than ours to load, for a saved radius that no run can have left."""
+def check_attached(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError, for another optimizer than ours to load, for saved states of ours that no run can have left."""
     for _, label, param, state in _pairs(optimizer, saved):
-        if isinstance(state, Mapping):
-            radius = state.get("radius")
-            if isinstance(radius, Tensor):
-                check_memory(radius, f"state_dict: the state 'radius' of {label}")
-            check_contents("radius", radius, param, label, 1)
+        if not isinstance(state, Mapping):
+            continue
+        for name in ATTACHED:
+            value = state.get(name)
+            if isinstance(value, Tensor):
+                check_memory(value, f"state_dict: the state {name!r} of {label}")
+            check_contents(name, value, param, label, 1)
+            if name == "remainder" and value is not None and value.shape != param.shape:
+                raise ValueError(
+                    f"state_dict: {name!r} has shape {tuple(value.shape)}, but {describe(label, param)} needs "
+                    f"{tuple(param.shape)}: load it into an optimizer of the model that it was saved from"
+                )
 
 
 def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
@@ -215,26 +227,36 @@ def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, An
     return saved
 
 
-def shield_radii(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The state_dict ``saved`` with its radii shielded from torch's casts, for another optimizer than ours to load.
+def shield(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The state_dict ``saved`` with what keeps its type shielded from torch's casts, for another optimizer to load.
 
-    Restoring them afterwards from ``saved`` would be wrong where a user's hook renumbers the parameters.
+    Our keys, and where there are 16-bit parameters all states beside them, which are of float32 weights. Restoring them
+    afterwards from ``saved`` would be wrong where a user's hook renumbers the parameters.
     """
-    state = {
-        key: {**each, "radius": _Shielded(each["radius"])}
-        if isinstance(each, Mapping) and isinstance(each.get("radius"), Tensor)
-        else each
-        for key, each in saved["state"].items()
-    }
-    return {**saved, "state": state}
+    all_of_it = any(param.dtype in HALVES for _, _, param in labelled(optimizer.param_groups))
+
+    def shielded(each: Any) -> Any:
+        if not isinstance(each, Mapping) or not any(isinstance(each.get(name), Tensor) for name in ATTACHED):
+            return each
+        names = (each.keys() - {"step"}) if all_of_it else ATTACHED
+        return {name: mapped(value, Tensor, _Shielded) if name in names else value for name, value in each.items()}
+
+    return {**saved, "state": {key: shielded(each) for key, each in saved["state"].items()}}
 
 
-def unshield_radii(optimizer: Optimizer) -> None:
-    """Take the shields of :func:`shield_radii` off the loaded state, in place."""
+def unshield(optimizer: Optimizer) -> None:
+    """Take the shields of :func:`shield` off the loaded state, in place, with torch's casts where ours do not hold."""
     for _, _, param in labelled(optimizer.param_groups):
         state = optimizer.state.get(param, {})
-        if isinstance(state.get("radius"), _Shielded):
-            state["radius"] = _copied("radius", state["radius"].tensor, param)
+        for name, value in state.items():
+            state[name] = mapped(value, _Shielded, partial(_unshielded, name, param))
+
+
+def _unshielded(name: str, param: Tensor, value: _Shielded) -> Tensor:
+    if name in ATTACHED or param.dtype in HALVES:
+        return _copied(name, value.tensor, param)
+    dtype = param.dtype if param.is_floating_point() else value.tensor.dtype
+    return value.tensor.to(dtype=dtype, device=param.device)
 
 
 def keep_options(optimizer: Optimizer, saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
