@@ -50,6 +50,7 @@ class Handle:
         self._optimizer: weakref.ref[Optimizer] = weakref.ref(optimizer)
         self._options = dict(options)
         self._shadow: Shadow | None = None
+        self._stand_in: StandIn | None = None
         self._steps = 0
         for hooks, method in _HOOKS.items():
             getattr(optimizer, hooks)[_KEY] = getattr(self, method)
@@ -71,7 +72,7 @@ class Handle:
         optimizer = self._optimizer()
         if optimizer is not None and _handle_of(optimizer) is self:
             detach(optimizer)
-            self._shadow = None
+            self._shadow = self._stand_in = None
 
     def __enter__(self) -> "Handle":
         return self
@@ -91,7 +92,7 @@ class Handle:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._optimizer = weakref.ref(state["optimizer"])
         self._options, self._steps = state["options"], state.get("steps", 0)
-        self._shadow = None
+        self._shadow = self._stand_in = None
 
     def _state_of_optimizer(self) -> dict[str, Any]:
         optimizer = self._optimizer()
@@ -112,7 +113,10 @@ class Handle:
         shadow = self._keep(optimizer)
         if not shadow.needs_stand_in(optimizer):
             return None
-        return StandIn(optimizer, lambda: self._keep(optimizer).fill()).arguments(args, kwargs)
+        if self._stand_in is None or type(self._stand_in.optimizer) is not type(optimizer):
+            self._stand_in = StandIn(type(optimizer))
+        self._stand_in.enter(optimizer, lambda: self._keep(optimizer).fill())
+        return self._stand_in.arguments(args, kwargs)
 
     def _keep(self, optimizer: Optimizer) -> Shadow:
         shadow = self._fitting_shadow(optimizer)
@@ -124,10 +128,10 @@ class Handle:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Some optimizers put new memory under a parameter while they step, and hooks may have changed lr.
         if not is_nested(self):
-            stand_in = StandIn.of(args)
-            if stand_in is not None:
-                stand_in.hand_over()
-            self._fitting_shadow(optimizer).turn(optimizer, {} if stand_in is None else stand_in.weights)
+            stepped: Mapping[Tensor, Tensor] = {}
+            if self._stand_in is not None and args[0] is self._stand_in.optimizer:
+                stepped = self._stand_in.hand_over()
+            self._fitting_shadow(optimizer).turn(optimizer, stepped)
             self._steps += 1
 
     def _fitting_shadow(self, optimizer: Optimizer) -> Shadow:

@@ -6,7 +6,7 @@ parameters, and the state of what turns has no radius: most optimizers make thei
 exception in the step leaves nothing to restore: groups, weights and their types are as they were.
 """
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -17,8 +17,9 @@ from ..messages import describe, labelled
 from ..state.loading import ATTACHED
 from ..state.sharding import local_of
 
-#: Where the stand-in knows what made it. No name that an attribute could have by chance.
-_MAKER = "layca_fast.stand_in"
+#: Attributes that the stand-in does not share.
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_APART = ("param_groups", "state", *_HOOKS)
 
 _MISSING = object()
 
@@ -36,28 +37,30 @@ def _version(param: Tensor) -> int:
 
 
 class StandIn:
-    """What makes the stand-in of ``optimizer`` for one step, and takes over what the step has done.
+    """What steps in the place of an optimizer, of which ``kind`` is the class: one step at a time, from :meth:`enter`.
 
-    ``filling`` returns the weights that stand in for parameters, by parameter, and all parameters whose states may hold
-    keys of ours; it is asked again after a closure, which makes gradients and may change anything.
+    Between steps it holds nothing. It stays the same object, so that a compiled step finds it again.
     """
 
-    def __init__(self, optimizer: Optimizer, filling: Filling) -> None:
-        self._real, self._filling = optimizer, filling
+    def __init__(self, kind: type[Optimizer]) -> None:
         self.weights: Mapping[Tensor, Tensor] = {}
-        self._turning: set[Tensor] = set()
-        self.optimizer: Optimizer = object.__new__(type(optimizer))
-        vars(self.optimizer).update(vars(optimizer))
-        self._attributes = dict(vars(optimizer))
-        vars(self.optimizer)[_MAKER] = self
-        self.optimizer.param_groups, self.optimizer.state = [], defaultdict(dict)
-        self._fill()
+        self.optimizer: Optimizer = object.__new__(kind)
 
-    @staticmethod
-    def of(args: tuple[Any, ...]) -> "StandIn | None":
-        """Whose stand-in a step with these arguments was called with, if it was."""
-        made: StandIn | None = vars(args[0]).get(_MAKER) if args and hasattr(args[0], "__dict__") else None
-        return made
+    def enter(self, optimizer: Optimizer, filling: Filling) -> None:
+        """Be ready for a step of ``optimizer``.
+
+        ``filling`` returns the weights that stand in for parameters, by parameter, and all parameters whose states may
+        hold keys of ours; it is asked again after a closure, which makes gradients and may change anything.
+        """
+        self._real, self._filling = optimizer, filling
+        self._attributes = dict(vars(optimizer))
+        mine = vars(self.optimizer)
+        mine.clear()
+        # Hooks are the optimizer's own affair: torch would run them once more where a class calls super().step().
+        mine.update({name: OrderedDict() if name in _HOOKS else value for name, value in self._attributes.items()})
+        mine.pop("__getstate__", None)
+        mine["param_groups"], mine["state"] = [], defaultdict(dict)
+        self._fill()
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Those of a step, for the stand-in to take it."""
@@ -96,33 +99,46 @@ class StandIn:
     def _weight_of(self, key: Any) -> Any:
         return self.weights.get(key, key) if isinstance(key, Tensor) else key
 
-    def hand_over(self) -> None:
-        """Give the optimizer what the step has left in the stand-in.
+    def hand_over(self) -> Mapping[Tensor, Tensor]:
+        """Give the optimizer what the step has left in the stand-in; returns the weights that stood in for parameters.
 
         Raises RuntimeError where the step wrote to parameters for which weights stood in.
         """
         self._check_parameters()
         real, copy = self._real, self.optimizer
         for name, value in vars(copy).items():
-            if name not in ("param_groups", "state", _MAKER) and value is not self._attributes.get(name, _MISSING):
+            if name not in _APART and value is not self._attributes.get(name, _MISSING):
                 setattr(real, name, value)
         for theirs, ours, before in zip(real.param_groups, copy.param_groups, self._groups, strict=False):
             changed = {name: value for name, value in ours.items() if value is not before.get(name, _MISSING)}
             theirs.update({name: value for name, value in changed.items() if name != "params"})
         owners = {weight: param for param, weight in self.weights.items()}
-        left = {owners.get(key, key) if isinstance(key, Tensor) else key: entry for key, entry in copy.state.items()}
+        # Some optimizers keep what is no parameter's, too.
         state: MutableMapping[Any, Any] = real.state
+        made: Mapping[Any, Any] = copy.state
+        left = {owners.get(key, key) if isinstance(key, Tensor) else key: entry for key, entry in made.items()}
         for key in self._known:
             if key not in left:
                 state.pop(key, None)
         for key, entry in left.items():
             old = state.get(key)
-            if old is None and len(entry) > 0:
+            if isinstance(old, dict) and isinstance(entry, dict):
+                if old is not entry:
+                    kept = {name: old[name] for name in ATTACHED if name in old}
+                    old.clear()
+                    old.update({**entry, **kept})
+            elif entry or not isinstance(entry, dict):
                 state[key] = entry
-            elif old is not None and old is not entry:
-                kept = {name: old[name] for name in ATTACHED if name in old}
-                old.clear()
-                old.update({**entry, **kept})
+        weights = self.weights
+        self._leave()
+        return weights
+
+    def _leave(self) -> None:
+        """Hold nothing: not the optimizer, which holds this one, nor what a step has left."""
+        vars(self.optimizer).clear()
+        self.weights, self._turning, self._known = {}, set(), []
+        self._attributes, self._groups, self._versions = {}, [], {}
+        del self._real, self._filling
 
     def _check_parameters(self) -> None:
         for _, label, param in labelled(self._real.param_groups):

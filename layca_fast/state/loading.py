@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..formulas.options import find_base
 from ..messages import describe, labelled
-from .checks import check_memory, count_layers
+from .checks import check_memory, count_layers, is_wrapper
 from .compensation import HALVES
 from .contents import check_complete, check_contents
 from .entries import drop_empty
@@ -198,6 +198,19 @@ class _Shielded:
     tensor: Tensor
 
 
+class _Kept(Tensor):
+    """A tensor that torch's ``load_state_dict`` leaves as it is, and in which classes that look find their numbers."""
+
+    def to(self, *args: Any, **options: Any) -> "_Kept":
+        return self
+
+
+def _shielded(name: str, value: Tensor) -> Any:
+    if name in ATTACHED or is_wrapper(value):
+        return _Shielded(value)
+    return value.detach().as_subclass(_Kept)
+
+
 def check_attached(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Raise ValueError, for another optimizer than ours to load, for saved states of ours that no run can have left."""
     for _, label, param, state in _pairs(optimizer, saved):
@@ -239,7 +252,10 @@ def shield(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(each, Mapping) or not any(isinstance(each.get(name), Tensor) for name in ATTACHED):
             return each
         names = (each.keys() - {"step"}) if all_of_it else ATTACHED
-        return {name: mapped(value, Tensor, _Shielded) if name in names else value for name, value in each.items()}
+        return {
+            name: mapped(value, Tensor, partial(_shielded, name)) if name in names else value
+            for name, value in each.items()
+        }
 
     return {**saved, "state": {key: shielded(each) for key, each in saved["state"].items()}}
 
@@ -249,14 +265,15 @@ def unshield(optimizer: Optimizer) -> None:
     for _, _, param in labelled(optimizer.param_groups):
         state = optimizer.state.get(param, {})
         for name, value in state.items():
-            state[name] = mapped(value, _Shielded, partial(_unshielded, name, param))
+            state[name] = mapped(value, (_Shielded, _Kept), partial(_unshielded, name, param))
 
 
-def _unshielded(name: str, param: Tensor, value: _Shielded) -> Tensor:
+def _unshielded(name: str, param: Tensor, shielded: _Shielded | _Kept) -> Tensor:
+    value: Tensor = shielded.tensor if isinstance(shielded, _Shielded) else shielded.as_subclass(Tensor)
     if name in ATTACHED or param.dtype in HALVES:
-        return _copied(name, value.tensor, param)
-    dtype = param.dtype if param.is_floating_point() else value.tensor.dtype
-    return value.tensor.to(dtype=dtype, device=param.device)
+        return _copied(name, value, param)
+    dtype = param.dtype if param.is_floating_point() else value.dtype
+    return value.to(dtype=dtype, device=param.device)
 
 
 def keep_options(optimizer: Optimizer, saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

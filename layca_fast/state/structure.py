@@ -48,7 +48,7 @@ def check_saved(saved: Any) -> None:
             raise TypeError(f"state_dict: the state of parameter {key!r} is a {kind}: it must be a dict")
 
 
-def mapped(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+def mapped(value: Any, kind: type | tuple[type, ...], convert: Callable[[Any], Any]) -> Any:
     """A state with all of a ``kind`` in it converted, in whatever lists and dicts: as torch goes through what it loads.
 
     What holds nothing of the kind is returned as it is.

@@ -1,6 +1,7 @@
 """bfloat16 and float16 parameters under an attached optimizer: the steps of float32 ones, kept to the last bit."""
 
 import math
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -101,7 +102,7 @@ def test_every_backend_turns_by_the_angle_and_keeps_the_norm(
     for row in random_gradients(params, 3):
         train(optimizer, [row])
         after = [layers_of(handle.effective_weight(param), chunks) for param in params]
-        for old, new, norm in zip(sum(before, []), sum(after, []), sum(norms, []), strict=True):
+        for old, new, norm in zip(*(list(chain(*each)) for each in (before, after, norms)), strict=True):
             # Rounding to float32, of weights and their difference, tilts the step by 2**-24 / 1e-3 at most.
             assert rule == "hyperball" or angle_between(old, new) == pytest.approx(math.atan(1e-3), rel=1e-4)
             assert float(new.norm()) == pytest.approx(norm, rel=2e-7)
