@@ -93,6 +93,10 @@ def turning(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any]
 
 def check_turning(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise TypeError or ValueError, naming it, for a parameter that is to rotate and cannot."""
+    for group, label, param in labelled(groups):
+        if getattr(param, "_fsdp_flattened", False) and group["rotate"] is not False:
+            # Vectors, of which nothing would turn.
+            check_parameter(param, label)
     for group, label, param in turning(groups):
         check_parameter(param, label)
         check_writable(param, label)

@@ -1,5 +1,6 @@
 """Optimizers of torch that ``attach`` turns, on layers that are shared out: each case asserts on every process."""
 
+import copy
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -36,10 +37,12 @@ def effective(handle: Handle, params: Sequence[Tensor]) -> list[Tensor]:
     return [whole(handle.effective_weight(param)) for param in params]
 
 
-def pair(make: Callable[..., Optimizer], mesh: DeviceMesh, dtype: torch.dtype) -> tuple[Optimizer, Optimizer, Handle]:
+def pair(
+    make: Callable[..., Optimizer], mesh: DeviceMesh, dtype: torch.dtype, every: int = 1
+) -> tuple[Optimizer, Optimizer, Handle]:
     """One on whole float32 tensors, one on shards of this type; both attached, with the handle of the latter."""
     plain, shards = [], []
-    for shape, placement, own in TURNING:
+    for shape, placement, own in TURNING[::every]:
         weight = torch.randn(shape).to(dtype)
         plain.append({"params": [Parameter(weight.float())], **own})
         shards.append({"params": [Parameter(shared(weight, mesh, [placement]))], **own})
@@ -65,14 +68,15 @@ def turning(params: Sequence[Tensor]) -> list[int]:
 
 @on(1, 2, 3, 4)
 def every_optimizer_of_torch_takes_the_steps_of_whole_layers(place: Place) -> None:
-    """Of float32 ones, whatever the type of the shards. With two processes all; the other worlds share them out."""
+    """Of float32 ones, whatever the type of the shards. The worlds share them out: each type of each is in one."""
     mesh = place.mesh()
     for number, name in enumerate(ELEMENTWISE):
         for dtype in TYPES:
-            if place.world != 2 and (number + TYPES.index(dtype)) % 3 != place.world % 3:
+            if (number + TYPES.index(dtype)) % 4 != place.world % 4:
                 continue
-            plain, sharded, handle = pair(ALL_OPTIMIZERS[name], mesh, dtype)
-            for _ in range(STEPS):
+            # torch takes its time over DTensors: the first two have all layers, the others every second.
+            plain, sharded, handle = pair(ALL_OPTIMIZERS[name], mesh, dtype, every=1 + (number > 1))
+            for _ in range(3):
                 give_both(plain, sharded)
             ours, theirs = effective(handle, params_of(sharded)), params_of(plain)
             turned = turning(theirs)
@@ -311,7 +315,7 @@ def a_process_may_make_its_plan_anew_alone(place: Place) -> None:
                     params[0]._local_tensor = local.detach().clone()
             with counting() as seen:
                 optimizer.step()
-            assert len(seen) == (3 if step == 0 else 1)
+            assert len(seen) == (2 if step == 0 else 1)
         for param, norm in zip(params, norms, strict=True):
             assert abs(float(whole(param).double().norm() / norm) - 1) < (1e-6 if dtype == F32 else 1e-2)
 
@@ -378,7 +382,6 @@ CHECKPOINTED: Sequence[tuple[Callable[..., Optimizer], torch.dtype]] = (
     (SGD, F32),
     (lambda params, **options: AdamW(params, amsgrad=True, weight_decay=0.0, **options), F32),
     (lambda params, **options: SGD(params, momentum=0.9, **options), BF16),
-    (SGD, BF16),
     (lambda params, **options: AdamW(params, weight_decay=0.0, **options), FP16),
 )
 
@@ -456,6 +459,8 @@ def a_full_state_dict_of_an_attached_optimizer_is_of_plain_tensors(place: Place)
         values = chain.from_iterable(each.values() for each in state["state"].values())
         assert not any(isinstance(value, DTensor) for value in values)
         again, resumed, its_handle = checkpointed(place, number)
+        # Loaded as they are, counts of steps would be the same tensors.
+        state = copy.deepcopy(state)
         set_state_dict(again, resumed, model_state_dict=weights, optim_state_dict=state, options=options)
         for one, its in ((model, optimizer), (again, resumed)):
             feed(one, its, place.seed + 1)
