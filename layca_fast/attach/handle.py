@@ -68,7 +68,7 @@ class Handle:
         return f"<layca_fast.attach to {type(optimizer).__name__}: {options}>"
 
     def remove(self) -> None:
-        """Take the hooks off, and the radii out of the optimizer's state. Does nothing the second time."""
+        """Take the hooks off, and radii and remainders out of the optimizer's state. Does nothing the second time."""
         optimizer = self._optimizer()
         if optimizer is not None and _handle_of(optimizer) is self:
             detach(optimizer)
@@ -205,8 +205,9 @@ def attach(
     attached optimizer are attached. Tensors that do not rotate keep the optimizer's own step.
 
     Args:
-        optimizer: any torch.optim.Optimizer whose ``step`` needs no closure. Its rotating parameters are float32 or
-            float64 and dense. Its lr becomes the rotation rate too: a rotating layer turns by atan(lr) radians.
+        optimizer: any torch.optim.Optimizer whose ``step`` needs no closure. Its rotating parameters are float32,
+            float64, bfloat16 or float16 and dense, plain or DTensors. Its lr becomes the rotation rate too: a rotating
+            layer turns by atan(lr) radians.
         rule: as in FusedLayca, like the next four.
         rotate: which tensors rotate: True, False, or None for those with two or more dimensions longer than 1.
         chunks: layers per rotating tensor: equal slices of its first dimension, or "all" for one per slice.
@@ -216,16 +217,29 @@ def attach(
     A param group's own "rule", "rotate", "chunks", "radius" or "backend" wins over the argument.
 
     State: ``optimizer.state[param]["radius"]``, float64 of shape (layers,), kept with its type by load_state_dict. A
-    state loaded without radii takes them from the weights at the next step.
+    state loaded without radii takes them from the weights at the next step. Of 16-bit parameters also ``"remainder"``,
+    as in FusedLayca, and the optimizer's own state is that of float32 weights, which load_state_dict keeps, too.
+
+    Sharded parameters (FSDP2, tensor parallel, both, HSDP): as in FusedLayca, three float64 numbers per layer travel in
+    one all-reduce per mesh dimension that shards, and step, so all processes must step together. State is sharded as
+    FusedLayca's. What the optimizer itself does to DTensors is torch's affair.
+
+    16-bit parameters: the optimizer steps the float32 weight that parameter and remainder stand for, by a float32
+    gradient, and ``handle.effective_weight(param)`` is that weight. The run is that of float32 parameters on the same
+    gradients: in bfloat16 bit for bit, in float16 for weights of 2**-16 and more. For its step, the optimizer is
+    replaced by a stand-in of its class with these weights in its groups; parameters, groups and types stay as they are,
+    also where the step fails. It must take its parameters from its groups. Needs torch 2.10 or newer.
 
     Memory: one copy of the weights that rotate and may move (frozen ones are not copied), kept between steps, and a
-    scratch of at most 2**18 elements per dtype on a CPU, 2**22 on other devices.
+    scratch of at most 2**18 elements per dtype on a CPU, 2**22 on other devices. A 16-bit weight costs 6 bytes, 2 for
+    the remainder and 4 for the copy, 4 more for a float32 gradient during the step, and 2 for each moment of the
+    optimizer, which becomes float32.
 
-    Precision: w_after is stored in the parameter's type, so u carries its rounding: its direction is off by an angle of
-    at most eps/2 * |w|/|u|, eps being 1.2e-7 in float32, and on random weights by 0.4 of that: 2.5e-5 radians where the
-    base step is 1e-3 of the weights, 2.5e-2 where it is 1e-6. Elements of u below half a unit in the last place of
-    their weight are lost. The angle turned is atan(lr) all the same. ``python -m bench.attach_error`` measures this;
-    docs/attach.md says what to do about it.
+    Precision: w_after is stored in the parameter's type, float32 where that has 16 bits, so u carries its rounding: its
+    direction is off by an angle of at most eps/2 * |w|/|u|, eps being 1.2e-7 in float32, and on random weights by 0.4
+    of that: 2.5e-5 radians where the base step is 1e-3 of the weights, 2.5e-2 where it is 1e-6. Elements of u below
+    half a unit in the last place of their weight are lost. The angle turned is atan(lr) all the same.
+    ``python -m bench.attach_error`` measures this; docs/attach.md says what to do about it.
 
     A step below eps/2 * |w| (once projected) is not told from rounding, so the layer stays as it is.
 
@@ -238,11 +252,14 @@ def attach(
     step. An optimizer that keeps copies of the weights in its state (ASGD) keeps those of its own step.
 
     Returns:
-        A handle: ``handle.remove()`` restores the plain optimizer, as leaving ``with attach(optimizer):`` does.
+        A handle: ``handle.remove()`` restores the plain optimizer, as leaving ``with attach(optimizer):`` does: radii
+        and remainders are gone then, and moments of 16-bit parameters are of 16 bits, as the plain optimizer has them.
 
     Raises:
         TypeError, ValueError: before anything is modified, for an optimizer, options or parameters that it cannot take;
             here, or, for parameters and options that changed since and layers whose weights are all zero, at the step.
+        RuntimeError: after a step that wrote to 16-bit parameters themselves: the optimizer keeps them elsewhere than
+            in its groups.
     """
     _check_optimizer(optimizer)
     options = {"rule": rule, "rotate": rotate, "chunks": chunks, "radius": radius, "backend": backend}

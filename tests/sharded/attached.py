@@ -171,6 +171,33 @@ def fully_shard_under_attach_trains_as_one_process_does(place: Place) -> None:
     assert len(sums) == (STEPS + 1 if place.world > 1 else 0)
 
 
+@on(2)
+def a_model_of_16_bits_trains_under_fully_shard(place: Place) -> None:
+    """By the gradients that its own backward leaves: every layer keeps its norm, and turns by the angle."""
+    for dtype in (BF16, FP16):
+        torch.manual_seed(place.seed)
+        model = network().to(dtype)
+        fully_shard(model[0])
+        fully_shard(model)
+        # Biases take AdamW's own step, whose default eps is zero in float16.
+        optimizer = AdamW(model.parameters(), 1e-3, eps=1e-4, weight_decay=0.0)
+        handle = attach(optimizer)
+        layers = [param for param in model.parameters() if param.dim() > 1]
+        norms = [whole(param).double().norm() for param in layers]
+        for batch in torch.randn(STEPS, 16, 7).to(dtype):
+            before = effective(handle, layers)
+            optimizer.zero_grad()
+            model(batch).float().square().mean().backward()
+            optimizer.step()
+            for old, new, norm in zip(before, effective(handle, layers), norms, strict=True):
+                torch.testing.assert_close(new.double().norm(), norm, rtol=1e-6, atol=0)
+                old, new = old.double(), new.double()
+                cosine = (old * new).sum() / old.norm() / new.norm()
+                angle = torch.atan(torch.tensor(1e-3, dtype=torch.float64))
+                # Storing the weights in float32 moves each by 2**-24 of it.
+                torch.testing.assert_close(torch.acos(cosine), angle, rtol=1e-3, atol=0)
+
+
 @on(4)
 def fully_shard_over_tensor_parallel_under_attach(place: Place) -> None:
     plain, model = twins(place)
@@ -329,6 +356,14 @@ def what_cannot_be_attached_is_said_before_anything_moves(place: Place) -> None:
     expect(ValueError, "Redistribute it to Shard or Replicate first", lambda: attach(SGD([partial], 0.1)))
     model = FullyShardedDataParallel(network(), use_orig_params=True, device_id=torch.device("cpu"))
     expect(TypeError, "FSDP1 flat parameter", lambda: attach(SGD(model.parameters(), 0.1)))
+    for name in ("Adafactor", "Rprop"):
+        # Torch has no DTensors of some of their operations, with attach or without.
+        param = Parameter(shared(torch.randn(6, 4).bfloat16(), mesh, [Shard(0)]))
+        optimizer, before = ALL_OPTIMIZERS[name]([param], lr=0.1), whole(param).clone()
+        attach(optimizer)
+        expect(RuntimeError, "not supported", lambda made=optimizer: give(made, [torch.randn(6, 4).bfloat16()]))
+        assert params_of(optimizer)[0] is param
+        assert torch.equal(whole(param), before)
     zero = Parameter(shared(torch.zeros(4, 4), mesh, [Shard(0)]))
     optimizer = AdamW([zero], 0.1)
     attach(optimizer)
