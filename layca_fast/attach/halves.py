@@ -54,10 +54,9 @@ class Master:
         if weight is None or not self._is_here(local_of(weight)):
             with out_of_inference():
                 weight = Parameter(wrap(self._buffer, self.param))
-            # Some optimizers look for marks that their users have put on parameters.
-            for name, mark in vars(self.param).items():
-                setattr(weight, name, mark)
             self._weight = weight
+        # Some optimizers look for marks that their users have put on parameters.
+        vars(weight).update(vars(self.param))
         local = local_of(self._alias)
         for buffer, param, rest in pieces((self._buffer, local, local_of(remainder)), block_on(local.device)):
             buffer.copy_(join(param, rest))

@@ -109,6 +109,11 @@ class Handle:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if is_nested(self):
+            if optimizer is self._optimizer() and self._stand_in is not None and self._stand_in.weights:
+                raise RuntimeError(
+                    f"a closure steps this {type(optimizer).__name__} in the middle of its own step, in which float32 "
+                    "weights stand in for its 16-bit parameters: take that step before, or keep them in float32"
+                )
             return None
         shadow = self._keep(optimizer)
         if not shadow.needs_stand_in(optimizer):

@@ -60,6 +60,11 @@ class StandIn:
         mine.update({name: OrderedDict() if name in _HOOKS else value for name, value in self._attributes.items()})
         mine.pop("__getstate__", None)
         mine["param_groups"], mine["state"] = [], defaultdict(dict)
+        if any(getattr(self.optimizer, name) is not mine[name] for name in ("param_groups", "state")):
+            raise TypeError(
+                f"{type(optimizer).__name__} has no param_groups or state of its own, as wrappers do that hand out "
+                "those of an optimizer inside them: attach to that one"
+            )
         self._fill()
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

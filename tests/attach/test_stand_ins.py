@@ -265,6 +265,39 @@ def test_an_optimizer_that_keeps_its_parameters_elsewhere_is_told(seed: int) -> 
     inner.step()
 
 
+class HandsOut(SGD):
+    """Has the groups and the state of an optimizer inside."""
+
+    inner: Any = None
+    param_groups = property(lambda self: self.inner.param_groups, lambda self, groups: None)  # type: ignore[assignment]
+    state = property(lambda self: self.inner.state, lambda self, state: None)  # type: ignore[assignment]
+
+
+def test_a_wrapper_that_hands_out_groups_is_told_before_anything_moves(seed: int) -> None:
+    inner = SGD([parameter(6, 5, dtype=BF16)], 0.02)
+    optimizer = HandsOut.__new__(HandsOut)
+    optimizer.inner = inner
+    vars(optimizer).update({name: value for name, value in vars(SGD([parameter(2, 2)], 0.1)).items() if "hook" in name})
+    attach(optimizer)
+    params_of(inner)[0].grad = torch.randn(6, 5).to(BF16)
+    before = contents(inner)
+    with pytest.raises(TypeError, match=r"HandsOut has no param_groups or state of its own.*attach to that one"):
+        optimizer.step()
+    # The radius, which no step has set yet, and the remainder, of zeros.
+    assert same_bits([each[:2] for each in contents(inner)], [each[:2] for each in before])
+    assert not any(value.any() for value in inner.state[params_of(inner)[0]].values())
+
+
+def test_a_closure_that_steps_the_optimizer_itself_is_told(seed: int) -> None:
+    optimizer = of_halves()
+    train(optimizer, random_gradients(params_of(optimizer), 1))
+    before = contents(optimizer)
+    with pytest.raises(RuntimeError, match=r"a closure steps this AdamW in the middle of its own step"):
+        optimizer.step(optimizer.step)
+    assert same_bits(contents(optimizer), before)
+    train(optimizer, random_gradients(params_of(optimizer), 1))
+
+
 def test_schedulers_and_rates_in_tensors(seed: int) -> None:
     optimizer = of_halves(SGD)
     twin = SGD([Parameter(param.detach().float()) for param in params_of(optimizer)], lr=torch.tensor(0.02))
