@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
@@ -505,17 +505,26 @@ def a_full_state_dict_of_an_attached_optimizer_is_of_plain_tensors(place: Place)
 
 @on(2)
 def attached_sgd_on_shards_is_fused_layca(place: Place) -> None:
-    placements: Sequence[tuple[tuple[int, ...], Placement]] = (((7, 5), Shard(0)), ((5, 3, 4), Shard(1)))
+    """Weights, radii and remainders, and how they are shared out."""
     for dtype in TYPES:
-        weights = [torch.randn(shape).to(dtype) for shape, _ in placements]
-        both = [
-            [Parameter(shared(w, place.mesh(), [lies])) for w, (_, lies) in zip(weights, placements, strict=True)]
-            for _ in range(2)
+        _, plain, handle = pair(lambda groups, lr: SGD(groups, lr, momentum=0.9), place.mesh(), dtype)
+        groups = [
+            {**group, "params": [Parameter(p.detach().clone()) for p in group["params"]]}
+            for group in plain.param_groups
         ]
-        fused, plain = FusedLayca(both[0], 0.02, momentum=0.9), SGD(both[1], 0.02, momentum=0.9)
-        handle = attach(plain)
+        for group in groups:
+            for name in ("dampening", "nesterov", "weight_decay", "maximize", "foreach", "differentiable", "fused"):
+                del group[name]
+        fused = FusedLayca(groups)
         for _ in range(STEPS):
-            grads = [grad.to(dtype) for grad in draw(both[0])]
+            grads = [grad.to(dtype) for grad in draw(params_of(plain))]
             give(fused, grads)
             give(plain, grads)
-        assert off(effective(handle, both[1]), [fused.effective_weight(param) for param in both[0]]) < 1e-6
+        for i in turning(params_of(plain)):
+            ours, theirs = params_of(plain)[i], params_of(fused)[i]
+            assert off([handle.effective_weight(ours)], [fused.effective_weight(theirs)]) < 1e-6
+            for name in ("radius", *(["remainder"] if dtype != F32 else [])):
+                found, expected = plain.state[ours][name], fused.state[theirs][name]
+                assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+                assert getattr(found, "placements", None) == getattr(expected, "placements", None)
+            torch.testing.assert_close(whole(plain.state[ours]["radius"]), whole(fused.state[theirs]["radius"]))
