@@ -1,9 +1,8 @@
 """Layca on any torch optimizer, through the hooks that torch gives every optimizer."""
 
-import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,13 +10,17 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from ..messages import labelled
-from ..optimizer import FusedLayca
+from ..formulas.options import check_choice
+from ..formulas.plain import with_plain
+from ..messages import labelled, named
 from ..state.effective import effective_weight
 from ..state.entries import drop_empty, with_all_entries
 from ..state.loading import ATTACHED, check_attached, follow_attached, keep_options, shield, unshield
 from ..state.modes import out_of_inference
-from ..step.hooks import is_nested, lacks_hooks
+from ..state.radii import without_functions
+from ..step.hooks import is_nested
+from ..step.norms import NormDrifts, checked_plans, last_drifts, present_drifts
+from .checks import check_optimizer
 from .halves import is_half, narrowed
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
 from .stand_in import StandIn
@@ -52,6 +55,7 @@ class Handle:
         self._shadow: Shadow | None = None
         self._stand_in: StandIn | None = None
         self._steps = 0
+        self._was_loaded = False
         for hooks, method in _HOOKS.items():
             getattr(optimizer, hooks)[_KEY] = getattr(self, method)
         # The user's own hooks after a step or a load then see what this one has made of it.
@@ -74,6 +78,30 @@ class Handle:
             detach(optimizer)
             self._shadow = self._stand_in = None
 
+    @torch.no_grad()
+    def check_norms(self, above: float | None = None, *, at: str = "step") -> NormDrifts:
+        """How far the norm of every rotating layer is from its radius: :meth:`layca_fast.FusedLayca.check_norms`.
+
+        RuntimeError where the handle was removed.
+        """
+        check_choice({"at": at}, "at", ("step", "now"))
+        optimizer = self._optimizer()
+        if optimizer is None or _handle_of(optimizer) is not self:
+            raise RuntimeError(
+                "check_norms: this handle was removed, and nothing turns the optimizer's layers any more"
+            )
+        names = {param: name for _, name, param in named(optimizer.param_groups)}
+        if at == "now":
+            drifts = present_drifts(plan_groups(optimizer, self._options), optimizer.state, names)
+        else:
+            shadow = None if self._was_loaded else self._shadow
+            plans = [] if shadow is None or shadow.plan is None else [shadow.plan]
+            aliases = {} if shadow is None else {alias: names[param] for param, alias in shadow.pairs if param in names}
+            drifts = last_drifts(checked_plans(plans), [] if shadow is None else shadow.groups, aliases)
+        if above is not None:
+            drifts.raise_if(above)
+        return drifts
+
     def __enter__(self) -> "Handle":
         return self
 
@@ -92,7 +120,7 @@ class Handle:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._optimizer = weakref.ref(state["optimizer"])
         self._options, self._steps = state["options"], state.get("steps", 0)
-        self._shadow = self._stand_in = None
+        self._shadow, self._stand_in, self._was_loaded = None, None, False
 
     def _state_of_optimizer(self) -> dict[str, Any]:
         optimizer = self._optimizer()
@@ -138,6 +166,7 @@ class Handle:
                 stepped = self._stand_in.hand_over()
             self._fitting_shadow(optimizer).turn(optimizer, stepped)
             self._steps += 1
+            self._was_loaded = False
 
     def _fitting_shadow(self, optimizer: Optimizer) -> Shadow:
         groups = plan_groups(optimizer, self._options, self._steps + 1)
@@ -151,7 +180,7 @@ class Handle:
         before = optimizer.param_groups
         saved = follow_attached(optimizer, saved)
         try:
-            check_attached(optimizer, saved)
+            check_attached(optimizer, saved, self._options)
         except ValueError:
             optimizer.param_groups = before
             raise
@@ -160,37 +189,11 @@ class Handle:
     def _after_load(self, optimizer: Optimizer) -> None:
         unshield(optimizer)
         drop_empty(optimizer.state)
+        self._was_loaded = True
 
     def _after_save(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-        return with_all_entries(optimizer, saved)
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    """Raise TypeError or ValueError for what Layca cannot be attached to."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}: it must be a torch.optim.Optimizer")
-    name = type(optimizer).__name__
-    if isinstance(optimizer, FusedLayca):
-        raise TypeError(f"optimizer is a {name}, which rotates by itself: use it without attach")
-    lack = lacks_hooks(optimizer, tuple(_HOOKS))
-    if lack is not None:
-        raise TypeError(
-            f"optimizer is a {name} {lack}, as wrappers are that skip Optimizer.__init__: attach to the optimizer "
-            "inside it"
-        )
-    # Of the class: a learning rate scheduler replaces the method of the instance.
-    arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
-    needed = [each.name for each in arguments if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
-    if needed:
-        raise TypeError(
-            f"optimizer is a {name}, whose step needs {', '.join(needed)}: it takes many steps inside one, of which "
-            "none could be turned; use an optimizer that takes one, such as torch.optim.SGD"
-        )
-    if _handle_of(optimizer) is not None:
-        raise ValueError(
-            f"this {name} is attached already, as copies of an attached optimizer are: set options in its param "
-            "groups, or call layca_fast.detach(optimizer) first"
-        )
+        saved = with_all_entries(optimizer, saved)
+        return {**saved, "param_groups": [without_functions(group) for group in saved["param_groups"]]}
 
 
 def attach(
@@ -199,7 +202,8 @@ def attach(
     rotate: bool | None = None,
     *,
     chunks: int | str = 1,
-    radius: str = "initial",
+    radius: str | float | Callable[[torch.Size], float] = "initial",
+    joins_at: float | Callable[[torch.Size], float] = 0.0,
     backend: str = "auto",
 ) -> Handle:
     """Make any torch optimizer turn its layers by exactly atan(lr) per step, in the direction of its own step.
@@ -213,13 +217,14 @@ def attach(
         optimizer: any torch.optim.Optimizer whose ``step`` needs no closure. Its rotating parameters are float32,
             float64, bfloat16 or float16 and dense, plain or DTensors. Its lr becomes the rotation rate too: a rotating
             layer turns by atan(lr) radians.
-        rule: as in FusedLayca, like the next four.
+        rule: as in FusedLayca, like the next five.
         rotate: which tensors rotate: True, False, or None for those with two or more dimensions longer than 1.
         chunks: layers per rotating tensor: equal slices of its first dimension, or "all" for one per slice.
-        radius: "initial" or "current", the norm that each step restores.
+        radius: the norm that each step restores: "initial", "current", a number, or a function of the layer's shape.
+        joins_at: the norm from which on a layer rotates: until then it takes the optimizer's own steps.
         backend: "auto", "cpu", "triton", "cuda" or "torch".
 
-    A param group's own "rule", "rotate", "chunks", "radius" or "backend" wins over the argument.
+    A param group's own "rule", "rotate", "chunks", "radius", "joins_at" or "backend" wins over the argument.
 
     State: ``optimizer.state[param]["radius"]``, float64 of shape (layers,), kept with its type by load_state_dict. A
     state loaded without radii takes them from the weights at the next step. Of 16-bit parameters also ``"remainder"``,
@@ -266,8 +271,15 @@ def attach(
         RuntimeError: after a step that wrote to 16-bit parameters themselves: the optimizer keeps them elsewhere than
             in its groups.
     """
-    _check_optimizer(optimizer)
-    options = {"rule": rule, "rotate": rotate, "chunks": chunks, "radius": radius, "backend": backend}
+    check_optimizer(optimizer, tuple(_HOOKS))
+    if _handle_of(optimizer) is not None:
+        raise ValueError(
+            f"this {type(optimizer).__name__} is attached already, as copies of an attached optimizer are: set options "
+            "in its param groups, or call layca_fast.detach(optimizer) first"
+        )
+    options = with_plain(
+        {"rule": rule, "rotate": rotate, "chunks": chunks, "radius": radius, "joins_at": joins_at, "backend": backend}
+    )
     check_turning(plan_groups(optimizer, options))
     return Handle(optimizer, options)
 

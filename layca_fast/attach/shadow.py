@@ -34,7 +34,7 @@ from .halves import ARE_SUPPORTED, Master, is_half, narrowed, widened
 from .stand_in import without_ours
 
 #: What a param group may say for itself; where it does not, the arguments of ``attach`` hold.
-OPTIONS = ("rule", "rotate", "chunks", "radius", "backend")
+OPTIONS = ("rule", "rotate", "chunks", "radius", "joins_at", "backend")
 
 #: The base step is taken as it is: it plays the gradient of plain SGD.
 _AS_IT_IS: Mapping[str, Any] = {
@@ -147,33 +147,33 @@ class Shadow:
         old = {} if previous is None else {id(param): kept for (param, _), kept in previous._kept()}
         if previous is not None:
             previous._drop()
-        self._pairs: list[tuple[Tensor, Tensor]] = [(param, param.detach()) for _, _, param in turning(groups)]
+        self.pairs: list[tuple[Tensor, Tensor]] = [(param, param.detach()) for _, _, param in turning(groups)]
         self._still = [param for group, _, param in labelled(groups) if is_half(param) and not _turns(param, group)]
         # They have no addresses, and torch warns of being asked.
-        self._are_fake = any(is_fake(local_of(param)) for param, _ in self._pairs)
-        self._masters = {param: Master(param, alias) for param, alias in self._pairs if is_half(param)}
-        copied = [(param, alias) for param, alias in self._pairs if param not in self._masters]
+        self._are_fake = any(is_fake(local_of(param)) for param, _ in self.pairs)
+        self._masters = {param: Master(param, alias) for param, alias in self.pairs if is_half(param)}
+        copied = [(param, alias) for param, alias in self.pairs if param not in self._masters]
         self._weights = [local_of(alias) for _, alias in copied]
         self._copies = [
             _copy_of(weight, old.pop(id(param), None)) for (param, _), weight in zip(copied, self._weights, strict=True)
         ]
         for (param, alias), kept in zip(copied, self._copies, strict=True):
             alias.grad = wrap(kept, param)
-        aliases = {id(param): alias for param, alias in self._pairs}
+        aliases = {id(param): alias for param, alias in self.pairs}
         # Stands for every tensor that does not rotate. It has no gradient, so the plan leaves it out.
         absent = torch.empty(0, dtype=torch.float32, device="cpu")
-        self._groups = groups
+        self.groups = groups
         for group in groups:
             group["params"] = [aliases.pop(id(param), absent) for param in group["params"]]
         self._state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         self._published: set[Tensor] = set()
-        self._plan: Plan | None = None
+        self.plan: Plan | None = None
         self._exchange = Exchange(self._weights, self._copies)
         self._take_plan(optimizer)
 
     def _kept(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
         """The pairs of which there are copies, with them."""
-        copied = (pair for pair in self._pairs if pair[0] not in self._masters)
+        copied = (pair for pair in self.pairs if pair[0] not in self._masters)
         return zip(copied, self._copies, strict=False)
 
     def _drop(self) -> None:
@@ -181,7 +181,7 @@ class Shadow:
         self._exchange, self._copies = Exchange([], []), []
         for master in self._masters.values():
             master.drop()
-        for _, alias in self._pairs:
+        for _, alias in self.pairs:
             alias.grad = None
 
     def fits(self, groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -189,7 +189,7 @@ class Shadow:
         return (
             _structure(groups) == self._made_for
             and self._lie.hold()
-            and all(self._lies_as(local_of(param), local_of(alias)) for param, alias in self._pairs)
+            and all(self._lies_as(local_of(param), local_of(alias)) for param, alias in self.pairs)
         )
 
     def _lies_as(self, param: Tensor, alias: Tensor) -> bool:
@@ -212,20 +212,20 @@ class Shadow:
         """Whether another has to take the step, because of types, or of states that would not look unmade."""
         if self._masters:
             return True
-        return any(is_sharded(param) and not without_ours(optimizer.state.get(param, {})) for param, _ in self._pairs)
+        return any(is_sharded(param) and not without_ours(optimizer.state.get(param, {})) for param, _ in self.pairs)
 
     def fill(self) -> tuple[dict[Tensor, Tensor], set[Tensor]]:
         """The float32 weights that stand in for 16-bit parameters, as these are now; and all that turns."""
         weights: dict[Tensor, Tensor] = {
             param: self._masters[param].fill(self._state[alias]["remainder"])
-            for param, alias in self._pairs
+            for param, alias in self.pairs
             if param in self._masters
         }
-        return weights, {param for param, _ in self._pairs}
+        return weights, {param for param, _ in self.pairs}
 
     def take_rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Turn by the learning rates of ``groups`` from now on."""
-        for ours, theirs in zip(self._groups, groups, strict=True):
+        for ours, theirs in zip(self.groups, groups, strict=True):
             ours["lr"] = theirs["lr"]
 
     def turn(self, optimizer: Optimizer, stepped: Mapping[Tensor, Tensor]) -> None:
@@ -234,17 +234,17 @@ class Shadow:
         ``stepped``: what the optimizer has made of the weights that stood in for 16-bit parameters.
         """
         self._exchange.run()
-        for param, alias in self._pairs:
+        for param, alias in self.pairs:
             if param in self._masters:
                 self._masters[param].take(stepped.get(param), self._state[alias]["remainder"])
-        assert self._plan is not None
-        self._plan.step()
-        for param, alias in self._pairs:
+        assert self.plan is not None
+        self.plan.step()
+        for param, alias in self.pairs:
             self._publish(optimizer, param, alias)
 
     def _settle(self, optimizer: Optimizer) -> None:
         """What has to be in the optimizer's state before a step, which may fail."""
-        for param, alias in self._pairs:
+        for param, alias in self.pairs:
             if param not in self._masters and "remainder" in optimizer.state.get(param, {}):
                 # Of a time when the parameter had 16 bits.
                 del optimizer.state[param]["remainder"]
@@ -279,7 +279,7 @@ class Shadow:
 
     def _take_plan(self, optimizer: Optimizer) -> None:
         """Bring radii and remainders, which may have been loaded or deleted, and the plan up to date."""
-        for param, alias in self._pairs:
+        for param, alias in self.pairs:
             entry, ours = optimizer.state.get(param, {}), self._state[alias]
             for name in self._names(param):
                 theirs = entry.get(name)
@@ -289,6 +289,6 @@ class Shadow:
                     ours.pop(name, None)
             if not ours.keys() & entry.keys():
                 self._published.discard(alias)
-        if self._plan is None or not self._plan.holds(self._groups, self._state):
+        if self.plan is None or not self.plan.holds(self.groups, self._state):
             with uninterrupted():
-                self._plan = Plan(self._groups, self._state, choose, previous=self._plan)
+                self.plan = Plan(self.groups, self._state, choose, previous=self.plan)

@@ -134,6 +134,7 @@ def cases(effort: Effort) -> Iterator[Case]:
         yield Case("radius=learned", ((12, 30), (5, 4, 7)), learned, dtype, steps)
         tilted = {**momentum, "radius": "learned", "maximize": True}
         yield Case("radius=learned, maximize", ((40, 30), (2, 1)), tilted, dtype, steps)
+        yield Case("radius=2.5", ((12, 30), (5, 4, 7)), {**momentum, "radius": 2.5, "chunks": "all"}, dtype, steps)
         plain = {**momentum, "rotate": False, "weight_decay": 0.1}
         yield Case("no rotation, weight decay", ODD_SHAPES, plain, dtype, steps)
         if dtype not in (torch.float32, torch.bfloat16):

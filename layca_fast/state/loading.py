@@ -22,6 +22,7 @@ from .entries import drop_empty
 from .layout import scalar_device
 from .members import OUR_STATES
 from .others import OUR_OPTIONS
+from .radii import with_functions
 from .regroup import follow_groups
 from .structure import check_saved, mapped
 
@@ -103,7 +104,7 @@ def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             if is_ours:
                 check_memory(value, f"state_dict: the state {name!r} of {label}")
             layers = count_layers(param, group.get("chunks", 1), label) if name == "radius" else 1
-            check_contents(name, value, param, label, layers)
+            check_contents(name, value, param, label, layers, group)
             if not is_ours:
                 continue
             expected = {"radius": (layers,), "step": ()}.get(name, tuple(param.shape))
@@ -165,7 +166,9 @@ class Loading:
             self._groups, self._saved = self._before, adopt(optimizer, saved)
         else:
             self._groups, self._saved = follow_groups(optimizer, saved)
-        for group in self._saved["param_groups"]:
+        saved_groups = with_functions(self._before, self._groups, self._saved["param_groups"])
+        self._saved = {**self._saved, "param_groups": saved_groups}
+        for group in saved_groups:
             self._check(group)
         # torch takes the parameters of each group from here.
         optimizer.param_groups = self._groups
@@ -211,16 +214,19 @@ def _shielded(name: str, value: Tensor) -> Any:
     return value.detach().as_subclass(_Kept)
 
 
-def check_attached(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError, for another optimizer than ours to load, for saved states of ours that no run can have left."""
-    for _, label, param, state in _pairs(optimizer, saved):
+def check_attached(optimizer: Optimizer, saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError, for another optimizer than ours to load, for saved states of ours that no run can have left.
+
+    ``defaults``: the options of groups that say nothing.
+    """
+    for group, label, param, state in _pairs(optimizer, saved):
         if not isinstance(state, Mapping):
             continue
         for name in ATTACHED:
             value = state.get(name)
             if isinstance(value, Tensor):
                 check_memory(value, f"state_dict: the state {name!r} of {label}")
-            check_contents(name, value, param, label, 1)
+            check_contents(name, value, param, label, 1, {**defaults, **group})
             if name == "remainder" and value is not None and value.shape != param.shape:
                 raise ValueError(
                     f"state_dict: {name!r} has shape {tuple(value.shape)}, but {describe(label, param)} needs "
@@ -236,7 +242,10 @@ def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, An
     check_saved(saved)
     saved = {**saved, "state": _without_placeholders(saved["state"])}
     if any(isinstance(each, Mapping) and "radius" in each for each in saved["state"].values()):
-        optimizer.param_groups, saved = follow_groups(optimizer, saved)
+        before = optimizer.param_groups
+        groups, saved = follow_groups(optimizer, saved)
+        saved = {**saved, "param_groups": with_functions(before, groups, saved["param_groups"])}
+        optimizer.param_groups = groups
     return saved
 
 

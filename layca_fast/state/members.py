@@ -25,10 +25,12 @@ from .contents import check_complete
 from .layout import is_vector, layers_are_dense, scalar_device, usable
 from .memory import Written
 from .modes import check_modes
+from .radii import settle, starting_radii
 from .runner import Choose, Runs
 from .sharding import (
     Piece,
     Sharding,
+    first_layer_of,
     is_elsewhere,
     is_sharded,
     local_of,
@@ -78,6 +80,8 @@ class Member(Generic[Runs]):
     rotates: bool
     layers: int
     dense: bool
+    #: Of each layer, the radius state that it begins with, <= 0: see :func:`starting_radii`. None: 0.
+    starts: Sequence[float] | None = None
 
     @property
     def is_shared(self) -> bool:
@@ -204,6 +208,13 @@ class Member(Generic[Runs]):
             raise ValueError(self._wrong_shape("radius", old))
         return old.to(device=home, dtype=torch.float64).contiguous()
 
+    def settle(self, local: Mapping[str, Tensor]) -> None:
+        """Once the states are the optimizer's, in place: see :func:`layca_fast.state.radii.settle`."""
+        radius = local.get("radius")
+        if radius is not None and not is_fake(radius):
+            first = 0 if self.starts is None else first_layer_of(self.param, self.layers)
+            settle(radius, self.starts and self.starts[first : first + len(radius)])
+
     def slots(self, entry: Mapping[str, Any], local: Mapping[str, Tensor], fresh: bool, number: int) -> Iterator[Slot]:
         """The places of this member in a batch: one, or one for each piece of a shard that cuts layers."""
         states = [local[name] for name in self.formula.states]
@@ -287,7 +298,8 @@ def members(
                     "backend='auto' or 'torch', or make the parameter contiguous"
                 )
             backend = choose("torch", local.device)
-        yield Member(param, local, sharding, group, label, backend, formula, turning, layers, dense)
+        starts = starting_radii(param, group, layers, label) if turning else None
+        yield Member(param, local, sharding, group, label, backend, formula, turning, layers, dense, starts)
 
 
 def drop_remainders(groups: Sequence[Mapping[str, Any]], state: State) -> None:

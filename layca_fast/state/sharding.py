@@ -155,6 +155,13 @@ def sharding_of(tensor: Tensor, layers: int, name: str, *, know_all: bool = Fals
     return Sharding(layers, pieces, _groups(mesh, cutting))
 
 
+def first_layer_of(tensor: Tensor, layers: int) -> int:
+    """The first of ``layers`` layers whose radii this process has."""
+    if not is_sharded(tensor) or not sharding_of(tensor, layers, "").whole:
+        return 0
+    return min(_start_of(tensor) * layers // max(tensor.shape[0], 1), layers)
+
+
 def _groups(mesh: "DeviceMesh", dims: Sequence[int]) -> "tuple[ProcessGroup, ...]":
     return tuple(mesh.get_group(dim) for dim in dims)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..formulas.bases import Base
+from ..formulas.options import waits
 from ..formulas.rotation import RULES
 from ..formulas.tables import Flag
 from .checks import check_gradient
@@ -64,7 +65,8 @@ class Slot:
         if self.radius is None:
             return 0
         current = Flag.CURRENT if self.group["radius"] == "current" else 0
-        return Flag.ROTATES | current | (Flag.PART if self.piece.is_part else 0)
+        waiting = Flag.WAITS if waits(self.group) else 0
+        return Flag.ROTATES | current | waiting | (Flag.PART if self.piece.is_part else 0)
 
     @property
     def rule(self) -> int:

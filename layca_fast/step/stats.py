@@ -22,9 +22,10 @@ class RotationStats:
     ``angle``: the commanded rotation in radians, 0 where the layer was kept or does not rotate: atan(lr) under the rule
     "layca", atan2(lr sin(phi), 1 - lr cos(phi)) under "hyperball", with phi the angle between weights and step.
     ``cosine``: of the angle between weights and base step, before the step. ``step_norm``: of the base step. ``norm``:
-    of the weights, before the step. ``radius``: the norm that steps restore (0: not yet set), of tensors that do not
-    rotate their own. ``drift``: norm / radius - 1, what storing the weights has cost since the last step. Of a learned
-    radius ``radius`` is what this step has made of it, and ``drift`` compares with what it was before.
+    of the weights, before the step. ``radius``: the norm that steps restore (0: not yet set, or the layer waits for
+    ``joins_at``), of tensors that do not rotate their own. ``drift``: norm / radius - 1, what storing the weights has
+    cost since the last step; at the first moving step under a radius that was given, how far the layer was from it. Of
+    a learned radius ``radius`` is what this step has made of it, and ``drift`` compares with what it was before.
 
     Counted since the optimizer was made: ``non_finite`` elements that counted as zero (of the gradient, which under
     rmsprop, adagrad and adam is one, too, where its square overflows; of state or step), steps with ``no_direction`` to
@@ -88,9 +89,10 @@ def _stats_of(batch: Batch, slot: Slot, rows: slice, name: str, factors: Tensor 
         check_memory(slot.radius, f"the state 'radius' of {slot.label}")
         sigma = orthogonal_square(n2, d, q).clamp(min=0.0).sqrt()
         along, across = rotation(torch.full_like(norm, slot.rule), norm, d, q, sigma, batch.hyperparameters.lr_of(slot))
-        turned = torch.where(kept, 0.0, torch.atan2(across, along))
+        # Of a layer that waits, the radius is below 0, and the step was a plain one.
+        turned = torch.where(kept | (slot.radius < 0), 0.0, torch.atan2(across, along))
         if slot.group["radius"] != "current":
-            radius = slot.radius.clone()
+            radius = slot.radius.clamp(min=0.0)
             before = radius if factors is None else radius / factors[rows]
             drift = torch.where(radius > 0, norm / before - 1, 0.0)
     counts = batch.counts[rows].clone()

@@ -272,3 +272,39 @@ def test_grad_scaler_may_skip_a_step(fused: bool, seed: int) -> None:
         scaler.step(optimizer)
         scaler.update()
         assert same_bits(contents(optimizer)[0][0], before[0][0]) == (step == 1)
+
+
+@every_half
+def test_a_norm_that_other_code_changes_is_found(dtype: torch.dtype, seed: int) -> None:
+    optimizer = SGD([("matrix", parameter(6, 50, dtype=dtype))], 0.02)
+    handle = attach(optimizer)
+    train(optimizer, random_gradients(params_of(optimizer), 2))
+    for at in ("step", "now"):
+        name, drift = handle.check_norms(at=at).worst()
+        assert name == "matrix"
+        assert abs(drift) < 2e-7
+    with torch.no_grad():
+        params_of(optimizer)[0].mul_(0.5)
+    assert handle.check_norms(at="now").worst()[1] == pytest.approx(-0.5, abs=1e-2)
+    train(optimizer, random_gradients(params_of(optimizer), 1))
+    assert handle.check_norms().worst()[1] == pytest.approx(-0.5, abs=1e-2)
+
+
+@every_half
+def test_a_layer_that_waits_takes_the_optimizers_own_steps_in_float32(dtype: torch.dtype, seed: int) -> None:
+    """From zeros on, until its norm is what is asked."""
+    params = [Parameter(torch.zeros(6, 5, dtype=dtype))]
+    ours, theirs, plain = (AdamW(each, 0.02) for each in (params, float32_of(params), float32_of(params)))
+    handle = attach(ours, joins_at=0.3)
+    attach(theirs, joins_at=0.3)
+    for step in range(8):
+        grad = torch.randn(6, 5).to(dtype)
+        train(ours, [[grad]])
+        train(theirs, [[grad.float()]])
+        train(plain, [[grad.float()]])
+        if step < 2:
+            assert relative_distance(handle.effective_weight(params[0]), params_of(plain)[0]) <= 2.0**-23
+    assert float(ours.state[params[0]]["radius"]) >= 0.3
+    assert relative_distance(handle.effective_weight(params[0]), params_of(theirs)[0]) <= (
+        0 if dtype == BF16 else 2.0**-20
+    )

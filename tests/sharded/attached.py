@@ -81,6 +81,8 @@ def every_optimizer_of_torch_takes_the_steps_of_whole_layers(place: Place) -> No
             ours, theirs = effective(handle, params_of(sharded)), params_of(plain)
             turned = turning(theirs)
             assert off([ours[i] for i in turned], [theirs[i] for i in turned]) < 1e-6, (name, dtype)
+            drifts = [made.check_norms(at=at).worst()[1] for made in (handle,) for at in ("step", "now")]
+            assert max(map(abs, drifts)) < 1e-6
             for i in turned:
                 check_states(plain.state[theirs[i]], sharded.state[params_of(sharded)[i]], params_of(sharded)[i])
 
