@@ -2,7 +2,7 @@
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,24 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from ..formulas.chunks import as_tuples
 from ..formulas.options import check_choice
 from ..formulas.plain import with_plain
 from ..messages import labelled, named
+from ..state.attached import (
+    ATTACHED,
+    check_attached,
+    follow_attached,
+    keep_options,
+    shield,
+    unshield,
+    with_chunks,
+    without_chunks,
+)
 from ..state.effective import effective_weight
 from ..state.entries import drop_empty, with_all_entries
-from ..state.loading import ATTACHED, check_attached, follow_attached, keep_options, shield, unshield
 from ..state.modes import out_of_inference
+from ..state.others import HOOK
 from ..state.radii import without_functions
 from ..step.hooks import is_nested
 from ..step.norms import NormDrifts, checked_plans, last_drifts, present_drifts
@@ -24,9 +35,6 @@ from .checks import check_optimizer
 from .halves import is_half, narrowed
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
 from .stand_in import StandIn
-
-#: Our key among the hooks. torch numbers hooks per process, so a number that came with a pickle could be given again.
-_KEY: Any = "layca_fast"
 
 #: torch's dicts of hooks on an optimizer, and the method of :class:`Handle` that goes into each.
 _HOOKS = {
@@ -40,7 +48,7 @@ _HOOKS = {
 
 def _handle_of(optimizer: Optimizer) -> "Handle | None":
     # Not an optimizer: has none either.
-    hook = getattr(optimizer, "_optimizer_step_pre_hooks", {}).get(_KEY)
+    hook = getattr(optimizer, "_optimizer_step_pre_hooks", {}).get(HOOK)
     handle: Handle | None = None if hook is None else hook.__self__
     return handle
 
@@ -51,16 +59,16 @@ class Handle:
     def __init__(self, optimizer: Optimizer, options: Mapping[str, Any]) -> None:
         # Weak: the optimizer holds its hooks, so a strong reference would keep its state from being freed at once.
         self._optimizer: weakref.ref[Optimizer] = weakref.ref(optimizer)
-        self._options = dict(options)
+        self.options = dict(options)
         self._shadow: Shadow | None = None
         self._stand_in: StandIn | None = None
         self._steps = 0
         self._was_loaded = False
         for hooks, method in _HOOKS.items():
-            getattr(optimizer, hooks)[_KEY] = getattr(self, method)
+            getattr(optimizer, hooks)[HOOK] = getattr(self, method)
         # The user's own hooks after a step or a load then see what this one has made of it.
         for hooks in ("_optimizer_step_post_hooks", "_optimizer_load_state_dict_post_hooks"):
-            getattr(optimizer, hooks).move_to_end(_KEY, last=False)
+            getattr(optimizer, hooks).move_to_end(HOOK, last=False)
         # torch leaves hooks out of copies and pickles. An instance attribute is found before the class's method.
         optimizer.__getstate__ = self._state_of_optimizer  # type: ignore[method-assign]
 
@@ -68,7 +76,7 @@ class Handle:
         optimizer = self._optimizer()
         if optimizer is None or _handle_of(optimizer) is not self:
             return "<layca_fast.attach: removed>"
-        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         return f"<layca_fast.attach to {type(optimizer).__name__}: {options}>"
 
     def remove(self) -> None:
@@ -92,7 +100,7 @@ class Handle:
             )
         names = {param: name for _, name, param in named(optimizer.param_groups)}
         if at == "now":
-            drifts = present_drifts(plan_groups(optimizer, self._options), optimizer.state, names)
+            drifts = present_drifts(plan_groups(optimizer, self.options), optimizer.state, names)
         else:
             shadow = None if self._was_loaded else self._shadow
             plans = [] if shadow is None or shadow.plan is None else [shadow.plan]
@@ -115,11 +123,11 @@ class Handle:
 
     # Weights and plan are made again at the next step: a copy of the optimizer has parameters of its own.
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer(), "options": self._options, "steps": self._steps}
+        return {"optimizer": self._optimizer(), "options": self.options, "steps": self._steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._optimizer = weakref.ref(state["optimizer"])
-        self._options, self._steps = state["options"], state.get("steps", 0)
+        self.options, self._steps = state["options"], state.get("steps", 0)
         self._shadow, self._stand_in, self._was_loaded = None, None, False
 
     def _state_of_optimizer(self) -> dict[str, Any]:
@@ -128,7 +136,7 @@ class Handle:
             raise RuntimeError(
                 "this optimizer is a shallow copy of an attached one that is gone: copy.deepcopy makes copies that last"
             )
-        ours = {hooks: OrderedDict({_KEY: getattr(self, method)}) for hooks, method in _HOOKS.items()}
+        ours = {hooks: OrderedDict({HOOK: getattr(self, method)}) for hooks, method in _HOOKS.items()}
         state: dict[str, Any] = type(optimizer).__getstate__(optimizer)
         return {**state, **ours, "__getstate__": self._state_of_optimizer}
 
@@ -169,7 +177,7 @@ class Handle:
             self._was_loaded = False
 
     def _fitting_shadow(self, optimizer: Optimizer) -> Shadow:
-        groups = plan_groups(optimizer, self._options, self._steps + 1)
+        groups = plan_groups(optimizer, self.options, self._steps + 1)
         if self._shadow is None or not self._shadow.fits(groups):
             with out_of_inference():
                 self._shadow = Shadow(optimizer, groups, self._shadow)
@@ -180,10 +188,11 @@ class Handle:
         before = optimizer.param_groups
         saved = follow_attached(optimizer, saved)
         try:
-            check_attached(optimizer, saved, self._options)
+            check_attached(optimizer, saved, before, self.options)
         except ValueError:
             optimizer.param_groups = before
             raise
+        saved = without_chunks(saved, before, self.options["chunks"])
         return shield(optimizer, keep_options(optimizer, saved, OPTIONS))
 
     def _after_load(self, optimizer: Optimizer) -> None:
@@ -193,7 +202,8 @@ class Handle:
 
     def _after_save(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         saved = with_all_entries(optimizer, saved)
-        return {**saved, "param_groups": [without_functions(group) for group in saved["param_groups"]]}
+        saved = {**saved, "param_groups": [without_functions(group) for group in saved["param_groups"]]}
+        return with_chunks(optimizer, saved, self.options["chunks"])
 
 
 def attach(
@@ -201,7 +211,7 @@ def attach(
     rule: str = "layca",
     rotate: bool | None = None,
     *,
-    chunks: int | str = 1,
+    chunks: int | str | Sequence[Any] = 1,
     radius: str | float | Callable[[torch.Size], float] = "initial",
     joins_at: float | Callable[[torch.Size], float] = 0.0,
     backend: str = "auto",
@@ -219,7 +229,7 @@ def attach(
             layer turns by atan(lr) radians.
         rule: as in FusedLayca, like the next five.
         rotate: which tensors rotate: True, False, or None for those with two or more dimensions longer than 1.
-        chunks: layers per rotating tensor: equal slices of its first dimension, or "all" for one per slice.
+        chunks: which parts of a rotating tensor are layers: 1, n, "all", sizes, "matrices", "columns", ...
         radius: the norm that each step restores: "initial", "current", a number, or a function of the layer's shape.
         joins_at: the norm from which on a layer rotates: until then it takes the optimizer's own steps.
         backend: "auto", "cpu", "triton", "cuda" or "torch".
@@ -280,6 +290,7 @@ def attach(
     options = with_plain(
         {"rule": rule, "rotate": rotate, "chunks": chunks, "radius": radius, "joins_at": joins_at, "backend": backend}
     )
+    options["chunks"] = as_tuples(options["chunks"])
     check_turning(plan_groups(optimizer, options))
     return Handle(optimizer, options)
 
@@ -289,7 +300,7 @@ def detach(optimizer: Optimizer) -> None:
     if _handle_of(optimizer) is None:
         raise ValueError(f"optimizer is a {type(optimizer).__name__} to which nothing is attached")
     for hooks in _HOOKS:
-        del getattr(optimizer, hooks)[_KEY]
+        del getattr(optimizer, hooks)[HOOK]
     del optimizer.__dict__["__getstate__"]
     for _, _, param in labelled(optimizer.param_groups):
         state = optimizer.state.get(param, {})

@@ -18,8 +18,8 @@ from ..backends import choose
 from ..formulas.bases import BASES
 from ..formulas.options import check_groups
 from ..messages import describe, labelled
+from ..state.attached import ATTACHED
 from ..state.checks import check_parameter, check_writable, count_layers, is_fake
-from ..state.loading import ATTACHED
 from ..state.members import rotates
 from ..state.memory import check_apart, is_trained
 from ..state.others import option
@@ -65,6 +65,7 @@ def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any], step: int = 0
             )
         options = {name: option(optimizer, theirs, name, defaults[name]) for name in OPTIONS}
         ours = {**_AS_IT_IS, **options, "lr": theirs["lr"], "params": theirs["params"]}
+        ours["chunk_names"] = option(optimizer, theirs, "chunk_names", None)
         if "param_names" in theirs:
             ours["param_names"] = theirs["param_names"]
         if ours["radius"] == "learned":

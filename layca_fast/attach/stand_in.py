@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..messages import describe, labelled
-from ..state.loading import ATTACHED
+from ..state.attached import ATTACHED
 from ..state.sharding import local_of
 
 #: Attributes that the stand-in does not share.

@@ -10,10 +10,12 @@ from typing import Any
 from torch import Size, Tensor, nn
 
 from ..formulas.bases import scaled_rate
+from ..formulas.chunks import Chunks
 from ..formulas.options import check_choice, check_lr, misspelt
 from ..formulas.plain import plain, with_plain
 from ..messages import warn_caller
-from ..state.checks import check_initialized, count_layers
+from ..state.checks import check_initialized
+from ..state.cut import Cut, cut_of
 from ..state.layout import is_vector
 from .left_out import doubt
 from .others import check_others_base, head_of, split_options
@@ -24,7 +26,7 @@ from .zeros import check_zeros, rotating_later, set_aside_zeros
 OTHERS = ("train", "freeze")
 
 #: Keys of a group that only ``layer_groups`` may set.
-RESERVED = ("params", "param_names", "chunks", "lr_factor")
+RESERVED = ("params", "param_names", "chunks", "chunk_names", "lr_factor")
 
 
 @dataclass
@@ -33,14 +35,20 @@ class _Entry:
 
     name: str
     param: Tensor
-    chunks: int | str | None
+    chunks: Chunks | None
     reason: str
     unknown: type[nn.Module] | None = None
     joins_at: float = 0.0
 
     @property
     def layers(self) -> int:
-        return 1 if self.chunks is None else count_layers(self.param, self.chunks, f"parameter {self.name!r}")
+        return 1 if self.chunks is None else self.cut.layers
+
+    @property
+    def cut(self) -> Cut:
+        """How it is cut into layers, where it rotates; ValueError where its chunks do not fit."""
+        assert self.chunks is not None
+        return cut_of(self.param, self.chunks, f"parameter {self.name!r}")
 
 
 def _check_alpha(alpha: Any) -> None:
@@ -121,7 +129,7 @@ def _set_aside_vectors(entries: Iterable[_Entry]) -> None:
 def _rotating_groups(
     entries: Sequence[_Entry], factors: Sequence[float], lr: float | Tensor | None, options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    groups: dict[tuple[float, int | str | None, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, Chunks | None, float], dict[str, Any]] = {}
     # Nothing decays on a sphere: another optimizer's own default must not step in.
     shared = {**options, "weight_decay": 0.0} if "weight_decay" in options else options
     for entry, factor in zip(entries, factors, strict=True):
@@ -209,7 +217,7 @@ def layer_groups(
     others_lr: float | Tensor | None = None,
     others_base: str | None = None,
     embeddings: bool = False,
-    rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, int | str] = (),
+    rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, Any] = (),
     names: bool = True,
     zeros: str = "others",
     joins_at: float | Callable[[Size], float] | None = None,
@@ -248,8 +256,8 @@ def layer_groups(
             that has them; those that both have, to ``base``.
         embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
         rotate: module types, or modules of the model with all inside of them, of which every tensor that is no vector,
-            biases apart, rotates besides; as a dict, with the ``chunks`` of each (1, n or "all"), or False for what is
-            not to rotate, such as a head without normalisation. Also for the types above.
+            biases apart, rotates besides; as a dict, with the ``chunks`` of each (as FusedLayca takes them), or False
+            for what is not to rotate, such as a head without normalisation. Also for the types above.
         names: whether the groups name their parameters, for messages. Then torch's own optimizers take no group without
             names later, as callbacks add them that unfreeze layers (FusedLayca does): pass False for those.
         zeros: what becomes of weights of which a layer is all zero: "others", or "rotate-later": they take plain base

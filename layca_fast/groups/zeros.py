@@ -36,7 +36,7 @@ def set_aside_zeros(entries: "Sequence[_Entry]", joins_at: Any) -> "list[_Entry]
     Unless they are to rotate later, from the norm ``joins_at`` on.
     """
     rotating = [entry for entry in entries if entry.chunks is not None]
-    zeros = have_zero_layers([(entry.param, entry.layers) for entry in rotating])
+    zeros = have_zero_layers([(entry.param, entry.cut) for entry in rotating])
     moved = [entry for entry, is_zero in zip(rotating, zeros, strict=True) if is_zero]
     for entry in moved:
         entry.reason = "all zero" if entry.layers == 1 else f"one of its {entry.layers} layers is all zero"
@@ -44,8 +44,8 @@ def set_aside_zeros(entries: "Sequence[_Entry]", joins_at: Any) -> "list[_Entry]
             entry.chunks = entry.unknown = None
         else:
             # As a number, which checkpoints keep: groups that are made again on trained weights follow it.
-            group = {"radius": "initial", "joins_at": joins_at, "chunks": entry.chunks}
-            starts = starting_radii(entry.param, group, entry.layers, f"parameter {entry.name!r}") or (0.0,)
+            group = {"radius": "initial", "joins_at": joins_at}
+            starts = starting_radii(entry.param, group, entry.cut, f"parameter {entry.name!r}") or (0.0,)
             entry.joins_at = -starts[0]
     return moved if joins_at is None else []
 

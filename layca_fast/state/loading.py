@@ -5,8 +5,6 @@ parameter is, so the tensors are put back as they were saved once torch is done.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,22 +13,20 @@ from torch.optim import Optimizer
 
 from ..formulas.options import find_base
 from ..messages import describe, labelled
-from .checks import check_memory, count_layers, is_wrapper
-from .compensation import HALVES
+from .checks import check_memory
 from .contents import check_complete, check_contents
+from .cut import cut_of
 from .entries import drop_empty
 from .layout import scalar_device
 from .members import OUR_STATES
 from .others import OUR_OPTIONS
 from .radii import with_functions
 from .regroup import follow_groups
-from .structure import check_saved, mapped
-
-#: What we keep in the state of another optimizer that we turn.
-ATTACHED = ("radius", "remainder")
+from .same_layers import check_same_layers
+from .structure import check_saved
 
 
-def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, Tensor, Any]]:
+def pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, Tensor, Any]]:
     """(saved group, label, parameter, saved state) of every parameter that has a saved state."""
     ids = chain.from_iterable(((group, key) for key in group["params"]) for group in saved["param_groups"])
     for (group, key), (_, label, param) in zip(ids, labelled(optimizer.param_groups), strict=False):
@@ -91,7 +87,7 @@ def adopt(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
 
 def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Raise ValueError if a saved state does not fit its parameter, or if no run can have left it."""
-    for group, label, param, state in _pairs(optimizer, saved):
+    for group, label, param, state in pairs(optimizer, saved):
         if not isinstance(state, Mapping):
             raise ValueError(
                 f"state_dict: the state of {describe(label, param)} is a {type(state).__name__}: it must be a dict of "
@@ -103,11 +99,13 @@ def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             is_ours = name in OUR_STATES and isinstance(value, Tensor)
             if is_ours:
                 check_memory(value, f"state_dict: the state {name!r} of {label}")
-            layers = count_layers(param, group.get("chunks", 1), label) if name == "radius" else 1
-            check_contents(name, value, param, label, layers, group)
+            cut = cut_of(param, group.get("chunks", 1), label) if name == "radius" else None
+            # Of unequal layers one may be as large as all.
+            equal = cut.layers if cut is not None and cut.is_even else 1
+            check_contents(name, value, param, label, equal, group)
             if not is_ours:
                 continue
-            expected = {"radius": (layers,), "step": ()}.get(name, tuple(param.shape))
+            expected = {"radius": (1 if cut is None else cut.layers,), "step": ()}.get(name, tuple(param.shape))
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"state_dict: {name!r} has shape {tuple(value.shape)}, but {describe(label, param)} needs "
@@ -115,7 +113,7 @@ def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                 )
 
 
-def _without_placeholders(state: Mapping[Any, Any]) -> dict[Any, Any]:
+def without_placeholders(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """A saved state without the empty dicts that torch.distributed.checkpoint puts where a flat one has nothing."""
 
     def is_there(name: str, value: Any) -> bool:
@@ -129,7 +127,7 @@ def _without_placeholders(state: Mapping[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def _copied(name: str, value: Tensor, param: Tensor) -> Tensor:
+def copied(name: str, value: Tensor, param: Tensor) -> Tensor:
     """A saved state tensor in a memory of its own, of its own type, on the device where its parameter needs it."""
     device = scalar_device(param.device) if name == "radius" else param.device
     return value.detach().to(device=device, copy=True)
@@ -137,10 +135,10 @@ def _copied(name: str, value: Tensor, param: Tensor) -> Tensor:
 
 def restore_types(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Put every saved state tensor back as it was saved, copied to its parameter's device."""
-    for _, _, param, state in _pairs(optimizer, saved):
+    for _, _, param, state in pairs(optimizer, saved):
         for name, value in state.items():
             if isinstance(value, Tensor):
-                optimizer.state[param][name] = _copied(name, value, param)
+                optimizer.state[param][name] = copied(name, value, param)
 
 
 class Loading:
@@ -160,7 +158,7 @@ class Loading:
     def _keep(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         check_saved(saved)
         self.is_foreign = is_foreign(saved)
-        saved = {**saved, "state": _without_placeholders(saved["state"])}
+        saved = {**saved, "state": without_placeholders(saved["state"])}
         self._before = optimizer.param_groups
         if self.is_foreign:
             self._groups, self._saved = self._before, adopt(optimizer, saved)
@@ -173,6 +171,8 @@ class Loading:
         # torch takes the parameters of each group from here.
         optimizer.param_groups = self._groups
         check_state(optimizer, self._saved)
+        ours = {param: group for group in self._before for param in group["params"]}
+        check_same_layers(pairs(optimizer, self._saved), ours.get, lambda theirs: theirs.get("chunks"))
         return self._saved
 
     def _restore(self, optimizer: Optimizer) -> None:
@@ -192,106 +192,3 @@ class Loading:
             self._optimizer.param_groups = self._before
         for hook in self._hooks:
             hook.remove()
-
-
-@dataclass(frozen=True)
-class _Shielded:
-    """A tensor inside something that torch does not know, and so passes through ``load_state_dict`` as it is."""
-
-    tensor: Tensor
-
-
-class _Kept(Tensor):
-    """A tensor that torch's ``load_state_dict`` leaves as it is, and in which classes that look find their numbers."""
-
-    def to(self, *args: Any, **options: Any) -> "_Kept":
-        return self
-
-
-def _shielded(name: str, value: Tensor) -> Any:
-    if name in ATTACHED or is_wrapper(value):
-        return _Shielded(value)
-    return value.detach().as_subclass(_Kept)
-
-
-def check_attached(optimizer: Optimizer, saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise ValueError, for another optimizer than ours to load, for saved states of ours that no run can have left.
-
-    ``defaults``: the options of groups that say nothing.
-    """
-    for group, label, param, state in _pairs(optimizer, saved):
-        if not isinstance(state, Mapping):
-            continue
-        for name in ATTACHED:
-            value = state.get(name)
-            if isinstance(value, Tensor):
-                check_memory(value, f"state_dict: the state {name!r} of {label}")
-            check_contents(name, value, param, label, 1, {**defaults, **group})
-            if name == "remainder" and value is not None and value.shape != param.shape:
-                raise ValueError(
-                    f"state_dict: {name!r} has shape {tuple(value.shape)}, but {describe(label, param)} needs "
-                    f"{tuple(param.shape)}: load it into an optimizer of the model that it was saved from"
-                )
-
-
-def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """:func:`follow_groups` for another optimizer than ours, whose groups may be replaced; what it should load.
-
-    A checkpoint without radii is that of the plain optimizer, whose groups say nothing of what rotates.
-    """
-    check_saved(saved)
-    saved = {**saved, "state": _without_placeholders(saved["state"])}
-    if any(isinstance(each, Mapping) and "radius" in each for each in saved["state"].values()):
-        before = optimizer.param_groups
-        groups, saved = follow_groups(optimizer, saved)
-        saved = {**saved, "param_groups": with_functions(before, groups, saved["param_groups"])}
-        optimizer.param_groups = groups
-    return saved
-
-
-def shield(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The state_dict ``saved`` with what keeps its type shielded from torch's casts, for another optimizer to load.
-
-    Our keys, and where there are 16-bit parameters all states beside them, which are of float32 weights. Restoring them
-    afterwards from ``saved`` would be wrong where a user's hook renumbers the parameters.
-    """
-    all_of_it = any(param.dtype in HALVES for _, _, param in labelled(optimizer.param_groups))
-
-    def shielded(each: Any) -> Any:
-        if not isinstance(each, Mapping) or not any(isinstance(each.get(name), Tensor) for name in ATTACHED):
-            return each
-        names = (each.keys() - {"step"}) if all_of_it else ATTACHED
-        return {
-            name: mapped(value, Tensor, partial(_shielded, name)) if name in names else value
-            for name, value in each.items()
-        }
-
-    return {**saved, "state": {key: shielded(each) for key, each in saved["state"].items()}}
-
-
-def unshield(optimizer: Optimizer) -> None:
-    """Take the shields of :func:`shield` off the loaded state, in place, with torch's casts where ours do not hold."""
-    for _, _, param in labelled(optimizer.param_groups):
-        state = optimizer.state.get(param, {})
-        for name, value in state.items():
-            state[name] = mapped(value, (_Shielded, _Kept), partial(_unshielded, name, param))
-
-
-def _unshielded(name: str, param: Tensor, shielded: _Shielded | _Kept) -> Tensor:
-    value: Tensor = shielded.tensor if isinstance(shielded, _Shielded) else shielded.as_subclass(Tensor)
-    if name in ATTACHED or param.dtype in HALVES:
-        return _copied(name, value, param)
-    dtype = param.dtype if param.is_floating_point() else value.dtype
-    return value.to(dtype=dtype, device=param.device)
-
-
-def keep_options(optimizer: Optimizer, saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The state_dict ``saved`` where groups without an option of these names have those of ``optimizer``.
-
-    torch replaces groups as a whole: a checkpoint of the plain optimizer would make everything rotate that its groups
-    exempt.
-    """
-    # Groups that do not match are torch's to refuse.
-    pairs = zip(optimizer.param_groups, saved["param_groups"], strict=False)
-    groups = [{**{name: ours[name] for name in names if name in ours}, **theirs} for ours, theirs in pairs]
-    return {**saved, "param_groups": groups + saved["param_groups"][len(groups) :]}

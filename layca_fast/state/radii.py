@@ -16,7 +16,7 @@ from ..formulas.options import is_given, waits
 from ..formulas.plain import plain
 from ..messages import describe
 from .compensation import compute_dtype
-from .layout import matrix_shape
+from .cut import Cut
 
 #: What a state_dict has in the place of a function, which no checkpoint can hold.
 FUNCTION = "function"
@@ -38,12 +38,15 @@ def largest_radius(param: Tensor, size: int) -> float:
     return largest * math.sqrt(size)
 
 
-def _shapes(param: Tensor, layers: int, chunks: int | str) -> list[torch.Size]:
+def _shapes(cut: Cut) -> list[torch.Size]:
     """The shape of each layer as (rows, all else), as base="muon" views it; a row of a matrix has one."""
-    shape = matrix_shape(param.shape, layers, chunks)
-    if len(shape) < min(param.dim(), 2):
-        shape = (1, *shape)
-    return [torch.Size((shape[0] if shape else 1, math.prod(shape[1:])))] * layers
+    shapes = []
+    for part in range(cut.parts):
+        shape = cut.layer_shape(part)
+        if len(shape) < min(len(cut.shape), 2):
+            shape = (1, *shape)
+        shapes.append(torch.Size((shape[0] if shape else 1, math.prod(shape[1:]))))
+    return shapes * (cut.layers // cut.parts)
 
 
 def _number_of(function: Callable[[torch.Size], Any], shape: torch.Size, name: str, where: str) -> float:
@@ -111,7 +114,7 @@ def settle(radius: Tensor, starts: Sequence[float] | None) -> None:
         radius.copy_(torch.where(radius > 0, radius, ahead))
 
 
-def starting_radii(param: Tensor, group: Mapping[str, Any], layers: int, label: str) -> Sequence[float] | None:
+def starting_radii(param: Tensor, group: Mapping[str, Any], cut: Cut, label: str) -> Sequence[float] | None:
     """The state "radius" with which each layer of a rotating tensor begins, where its group gives one; None for 0.
 
     Of a DTensor those of all its layers. Raises ValueError, naming the tensor, where a function gives no norm, and for
@@ -122,7 +125,7 @@ def starting_radii(param: Tensor, group: Mapping[str, Any], layers: int, label: 
     if isinstance(value, str):
         return None
     where = describe(label, param)
-    shapes = _shapes(param, layers, group["chunks"])
+    shapes = _shapes(cut)
     made = {
         shape: _number_of(value, shape, name, where) if callable(value) else float(value)
         for shape in dict.fromkeys(shapes)

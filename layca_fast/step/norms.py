@@ -15,14 +15,14 @@ from torch import Tensor
 from ..formulas.rotation import KEEP
 from ..formulas.tables import Coefficient
 from ..messages import aligned, labelled
-from ..state.checks import check_memory, count_layers
+from ..state.checks import check_memory
 from ..state.compensation import fits, join
+from ..state.cut import LayerNames, cut_of
 from ..state.layout import layers_are_dense, memory_order, scalar_device
 from ..state.members import rotates
 from ..state.reduction import Reduction
 from ..state.sharding import (
     Sharding,
-    first_layer_of,
     is_elsewhere,
     is_sharded,
     local_of,
@@ -58,8 +58,8 @@ class NormDrifts(Mapping[str, Tensor]):
     read the numbers, and so wait for the device. ``when`` says which weights were looked at.
     """
 
-    def __init__(self, drifts: Mapping[str, Tensor], when: str) -> None:
-        self._drifts, self.when = dict(drifts), when
+    def __init__(self, drifts: Mapping[str, Tensor], when: str, parts: Mapping[str, LayerNames] | None = None) -> None:
+        self._drifts, self.when, self._parts = dict(drifts), when, dict(parts or {})
 
     def __getitem__(self, name: str) -> Tensor:
         return self._drifts[name]
@@ -73,12 +73,18 @@ class NormDrifts(Mapping[str, Tensor]):
     def _layers(self) -> list[tuple[str, float]]:
         """Every layer that can be compared, with its drift; the farthest first."""
         found = [
-            (name if len(values) == 1 else f"{name}[{index}]", value)
+            (f"{name}{suffix}", value)
             for name, values in self._drifts.items()
-            for index, value in enumerate(values.tolist())
+            for suffix, value in zip(self._suffixes(name, len(values)), values.tolist(), strict=True)
             if not math.isnan(value)
         ]
         return sorted(found, key=lambda each: -abs(each[1]))
+
+    def _suffixes(self, name: str, count: int) -> Sequence[str]:
+        known = self._parts.get(name)
+        if known is not None:
+            return known.suffixes(count)
+        return [""] if count == 1 else [f"[{index}]" for index in range(count)]
 
     def above(self, limit: float) -> dict[str, float]:
         """The drifts of more than ``limit`` in size, by the name of the layer, the farthest first."""
@@ -152,7 +158,7 @@ def last_drifts(
 
     All processes that share tensors call it together, with the same ``groups``.
     """
-    found: dict[Tensor, list[Tensor]] = {}
+    found: dict[Tensor, list[tuple[int, Tensor]]] = {}
     factors: dict[Batch, Tensor] = {}
     for plan in plans:
         for batch, slot, rows in plan.rows():
@@ -164,12 +170,22 @@ def last_drifts(
             drift = _last_drift(
                 batch, slot, rows, factors.get(batch), plan.arriving.get((slot.owner, slot.piece.first))
             )
-            found.setdefault(slot.owner, []).append(drift)
-    drifts = {param: torch.cat(parts) for param, parts in found.items() if param in names}
+            found.setdefault(slot.owner, []).append((slot.piece.first, drift))
+    # Of one tensor in several batches they do not come in the order of its layers.
+    ordered = {param: sorted(parts, key=lambda part: part[0]) for param, parts in found.items()}
+    drifts = {param: torch.cat([each for _, each in parts]) for param, parts in ordered.items() if param in names}
     drifts |= _gathered(drifts, [param for group, _, param in labelled(groups) if rotates(param, group)], groups)
-    return NormDrifts(
-        {names[param]: drifts[param] for param in names if param in drifts}, "as the last step found them"
-    )
+    known = {names[param]: drifts[param] for param in names if param in drifts}
+    return NormDrifts(known, "as the last step found them", _parts(groups, names))
+
+
+def _parts(groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str]) -> dict[str, LayerNames]:
+    """What the layers of rotating tensors are called, by the names of these."""
+    return {
+        names[param]: LayerNames(cut_of(param, group["chunks"], label), group.get("chunk_names"))
+        for group, label, param in labelled(groups)
+        if param in names and rotates(param, group)
+    }
 
 
 def _gathered(
@@ -181,25 +197,26 @@ def _gathered(
     for param in params:
         if not is_sharded(param) or is_elsewhere(param):
             continue
-        layers = count_layers(param, chunks[param], "")
-        whole = sharding_of(param, layers, "").whole
-        if whole:
-            shared.append((param, layers, tuple(param.device_mesh.get_group(dim) for dim in whole)))
+        cut = cut_of(param, chunks[param], "")
+        sharding = sharding_of(param, cut, "")
+        if sharding.whole:
+            over = tuple(param.device_mesh.get_group(dim) for dim in sharding.whole)
+            shared.append((param, cut.layers, sharding.start, over))
     if not shared:
         return {}
     device = scalar_device(local_of(shared[0][0]).device)
-    reduction = Reduction([(layers, over) for _, layers, over in shared], 1, device)
-    parts = reduction.table.fill_(_UNKNOWN).squeeze(1).split([layers for _, layers, _ in shared])
-    for (param, layers, _), part in zip(shared, parts, strict=True):
+    reduction = Reduction([(layers, over) for _, layers, _, over in shared], 1, device)
+    parts = reduction.table.fill_(_UNKNOWN).squeeze(1).split([layers for _, layers, _, _ in shared])
+    for (param, _, first, _), part in zip(shared, parts, strict=True):
         if param in drifts:
-            first, ours = first_layer_of(param, layers), drifts[param]
+            ours = drifts[param]
             part[first : first + len(ours)] = torch.where(ours.isnan(), _NOTHING, ours)
     reduction.run("max")
-    return {param: torch.where(part < -1, math.nan, part) for (param, _, _), part in zip(shared, parts, strict=True)}
+    return {param: torch.where(part < -1, math.nan, part) for (param, *_), part in zip(shared, parts, strict=True)}
 
 
 def _squares(local: Tensor, remainder: Tensor | None, layers: int) -> Tensor:
-    """The squared norms of ``layers`` equal slices of a tensor, (layers,) float64, read block by block."""
+    """The squared norms of the rows of ``local.reshape(layers, -1)``, (layers,) float64, read block by block."""
     dense = layers_are_dense(local, layers)
     weights, *rest = (
         (memory_order(each) if dense else each).reshape(layers, -1)
@@ -222,12 +239,12 @@ def _squares(local: Tensor, remainder: Tensor | None, layers: int) -> Tensor:
 def _present(group: Mapping[str, Any], label: str, param: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Sharding]:
     """What this process adds to the squared norms and radii of a tensor's layers, (layers, 2), and who else does."""
     check_memory(param, label)
-    layers = count_layers(param, group["chunks"], label)
-    local, sharding = local_of(param).detach(), sharding_of(param, layers, label, know_all=True)
+    cut = cut_of(param, group["chunks"], label)
+    local, sharding = local_of(param).detach(), sharding_of(param, cut, label, know_all=True)
     remainder = state.get("remainder")
     if remainder is not None:
         remainder = placed(remainder, param) if fits(remainder, param, group) else None
-    table = torch.zeros(layers, 2, dtype=torch.float64, device=scalar_device(local.device))
+    table = torch.zeros(cut.layers, 2, dtype=torch.float64, device=scalar_device(local.device))
     for piece in sharding.pieces:
         part = piece.of(local)
         if part.numel() > 0:
@@ -236,15 +253,16 @@ def _present(group: Mapping[str, Any], label: str, param: Tensor, state: Mapping
     radius = state.get("radius")
     if radius is None:
         return table, sharding
+    first = 0
     if is_sharded(param):
-        own = sharding_of(param, layers, label)
+        own = sharding_of(param, cut, label)
+        first = own.start
         radius = placed(radius, param, radius_placements(param, own))
         coordinate = param.device_mesh.get_coordinate() or ()
         several = [dim for dim, each in enumerate(param.placements) if not each.is_replicate() and dim not in own.whole]
         if any(coordinate[dim] > 0 for dim in several):
             # Where all know a radius, one of them says so.
             return table, sharding
-    first = first_layer_of(param, layers)
     table[first : first + len(radius), 1] = radius.to(table.device)
     return table, sharding
 
@@ -276,4 +294,4 @@ def present_drifts(
         drift = n2.sqrt() / radius - 1
         known = (radius > 0) & (group["radius"] != "current")
         drifts[names[param]] = torch.where(known, torch.where(drift.isfinite(), drift, math.inf), math.nan)
-    return NormDrifts(drifts, "as the weights are now")
+    return NormDrifts(drifts, "as the weights are now", _parts(groups, names))

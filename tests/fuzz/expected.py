@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layca_fast.reference import SMALLEST_SINE, orthogonal_part
+from layca_fast.reference import SMALLEST_SINE, orthogonal_part, slices
 from layca_fast.state.compensation import HALVES
 
 from .before import Before, Outcome, reference
@@ -64,11 +64,8 @@ def _distance(actual: Tensor, expected: Tensor, stored: torch.dtype) -> float:
     return float(difference.norm())
 
 
-def _layers(before: Before, tensor: Tensor) -> Tensor:
-    """(layers, elements of one)."""
-    chunks = before.group["chunks"]
-    count = 1 if chunks == 1 or tensor.dim() == 0 else len(tensor) if chunks == "all" else int(chunks)
-    return tensor.reshape(count, -1)
+def _layers(before: Before, tensor: Tensor) -> list[Tensor]:
+    return slices(tensor, before.group["chunks"] if tensor.dim() > 0 else 1)
 
 
 def _is_near_zero(difference: Tensor, terms: Tensor, eps: float) -> bool:

@@ -32,6 +32,7 @@ from . import (  # noqa: F401  (they add their cases)
     killed,
     layers,
     monitors,
+    parts,
     radii,
     training,
 )
