@@ -308,3 +308,21 @@ def test_a_layer_that_waits_takes_the_optimizers_own_steps_in_float32(dtype: tor
     assert relative_distance(handle.effective_weight(params[0]), params_of(theirs)[0]) <= (
         0 if dtype == BF16 else 2.0**-20
     )
+
+
+@pytest.mark.parametrize("chunks", [(2, 1, 3), "matrices", "columns"], ids=str)
+@every_half
+@every_backend
+def test_every_part_of_a_tensor_that_is_a_layer(backend: str, dtype: torch.dtype, chunks: Any, seed: int) -> None:
+    """Remainders lie as the parts do, whatever a backend makes of them."""
+    shape = (6, 4, 5) if chunks == "matrices" else (6, 20)
+    params = [parameter(*shape, backend=backend, dtype=dtype)]
+    ours, theirs = SGD(params, 0.03, momentum=0.9), SGD(float32_of(params), 0.03, momentum=0.9)
+    handle = attach(ours, chunks=chunks)
+    attach(theirs, chunks=chunks)
+    for row in half_gradients(ours, 3):
+        train(ours, [row])
+        train(theirs, [[grad.float() for grad in row]])
+    weight = handle.effective_weight(params[0])
+    assert relative_distance(weight, params_of(theirs)[0]) <= (0 if dtype == BF16 else 2.0**-24)
+    assert same_bits(ours.state[params[0]]["radius"], theirs.state[params_of(theirs)[0]]["radius"])
