@@ -4,7 +4,22 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adafactor, Adagrad, AdamW, Muon, Optimizer, RMSprop
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Muon,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 
 from layca_fast.commands.verify import layers_of
 
@@ -21,6 +36,18 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "RMSprop": lambda params, **options: RMSprop(params, **{"momentum": 0.5, "centered": True, **options}),
     "Adafactor": lambda params, **options: Adafactor(params, **{"weight_decay": 0.0, **options}),
     "Muon": lambda params, **options: Muon(params, **{"weight_decay": 0.0, **options}),
+}
+
+#: Every optimizer of torch whose step needs no closure and no sparse gradient.
+ALL_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    **OPTIMIZERS,
+    "Adam": lambda params, **options: Adam(params, **{"amsgrad": True, **options}),
+    "NAdam": NAdam,
+    "RAdam": RAdam,
+    "Adamax": Adamax,
+    "Adadelta": Adadelta,
+    "Rprop": Rprop,
+    "ASGD": ASGD,
 }
 
 
