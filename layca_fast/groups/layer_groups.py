@@ -18,6 +18,7 @@ from ..state.layout import is_vector
 from ..state.zeros import have_zero_layers
 from .left_out import doubt
 from .others import check_others_base, head_of, split_options
+from .place import Place, places_of
 from .plan import LayerGroups, Row
 from .roles import EMBEDDINGS, Asked, asked_of, asked_types, decide
 
@@ -33,9 +34,10 @@ class _Entry:
 
     name: str
     param: Tensor
-    chunks: int | str | None
+    chunks: Any
     reason: str
     unknown: type[nn.Module] | None = None
+    parts: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -73,13 +75,14 @@ def trainable_entries(model: nn.Module, asked: Asked) -> tuple[dict[Tensor, str]
     names: dict[Tensor, str] = {}
     for name, param in model.named_parameters():
         names.setdefault(param, name)
-    owners: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    owners: dict[Tensor, list[tuple[Place, str]]] = {}
+    places = places_of(model)
     trainable: dict[Tensor, str] = {param: name for param, name in names.items() if param.requires_grad}
     for prefix, module in model.named_modules():
         # Not the module's own method, which a model may override.
         for leaf, param in nn.Module.named_parameters(module, recurse=False, remove_duplicate=False):
             if param.requires_grad:
-                owners.setdefault(param, []).append((module, leaf))
+                owners.setdefault(param, []).append((places[module], leaf))
                 trainable.setdefault(param, f"{prefix}.{leaf}" if prefix else leaf)
     if not trainable:
         raise ValueError(f"model: no parameter of this {type(model).__name__} requires a gradient: nothing to train")
@@ -89,15 +92,26 @@ def trainable_entries(model: nn.Module, asked: Asked) -> tuple[dict[Tensor, str]
     return trainable, [_Entry(name, param, *decide(owners[param], param, asked)) for param, name in placed.items()]
 
 
-def _set_aside(entries: Sequence[_Entry], model: nn.Module, asked: Asked) -> None:
-    """Move the head to the others, unless the caller has said of its module that it rotates."""
-    head = head_of(model)
-    owners = [module for module in model.modules() if any(param is head for param in module._parameters.values())]
-    if any(was_asked and chunks is not False for was_asked, chunks in (asked_of(each, asked) for each in owners)):
+def _decide_on_head(entries: Sequence[_Entry], model: nn.Module, asked: Asked, head: bool | None, last: bool) -> None:
+    """Move the head to the others, or have it rotate; unless the caller has said of its module what is to happen.
+
+    ``last``: whether the last Linear of a model without a vocabulary is a head, too.
+    """
+    logits = head_of(model, any_last=last)
+    owners = [module for module in model.modules() if any(param is logits for param in module._parameters.values())]
+    decided = [chunks for was_asked, chunks in (asked_of(each, asked) for each in owners) if was_asked]
+    if decided and (head is not True or False in decided):
         return
     for entry in entries:
-        if entry.param is head and (entry.chunks is not None or entry.unknown is not None):
-            entry.chunks, entry.reason, entry.unknown = None, "logits", None
+        if entry.param is not logits:
+            continue
+        tied = entry.reason == "embedding"
+        if head is True:
+            if entry.chunks is None:
+                entry.chunks, entry.reason, entry.unknown = 1, "logits and embedding" if tied else "logits", None
+        elif entry.chunks is not None or entry.unknown is not None or tied:
+            entry.chunks, entry.unknown, entry.parts = None, None, ()
+            entry.reason = "embedding and logits" if tied else "logits"
 
 
 def _training(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,6 +191,7 @@ def _check_arguments(
     others_lr: Any,
     others_base: Any,
     embeddings: Any,
+    head: Any,
     names: Any,
     options: Mapping[str, Any],
 ) -> None:
@@ -186,6 +201,7 @@ def _check_arguments(
     _check_alpha(alpha)
     check_choice({"others": others}, "others", OTHERS)
     check_choice({"embeddings": embeddings}, "embeddings", (False, True))
+    check_choice({"head": head}, "head", (None, False, True))
     check_choice({"names": names}, "names", (False, True))
     for name, rate in (("lr", lr), ("others_lr", others_lr)):
         if rate is not None:
@@ -198,7 +214,7 @@ def _check_arguments(
         if name in options:
             raise TypeError(f"{name}={options[name]!r}: layer_groups sets it itself; leave it out")
     check_others_base(others_base, others)
-    message = misspelt(options, ("alpha", "others", "others_lr", "others_base", "embeddings", "names"))
+    message = misspelt(options, ("alpha", "others", "others_lr", "others_base", "embeddings", "head", "names"))
     if message is not None:
         raise TypeError(message)
     if options.get("base") == "rmsprop" and alpha != 0:
@@ -216,6 +232,7 @@ def layer_groups(
     others_lr: float | Tensor | None = None,
     others_base: str | None = None,
     embeddings: bool = False,
+    head: bool | None = None,
     rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, int | str] = (),
     names: bool = True,
     **options: Any,
@@ -269,15 +286,14 @@ def layer_groups(
     """
     lr, alpha, others_lr = plain(lr), plain(alpha), plain(others_lr)
     options = with_plain(options)
-    _check_arguments(model, lr, alpha, others, others_lr, others_base, embeddings, names, options)
+    _check_arguments(model, lr, alpha, others, others_lr, others_base, embeddings, head, names, options)
     ours, theirs = split_options(options, others_base)
     asked = asked_types(rotate)
     if embeddings:
         asked = {**asked, **{kind: 1 for kind in EMBEDDINGS if kind not in asked}}
 
     trainable, entries = trainable_entries(model, asked)
-    if others_base is not None:
-        _set_aside(entries, model, asked)
+    _decide_on_head(entries, model, asked, head, last=head is not None or others_base is not None)
     _set_aside_vectors(entries)
     zeros = _set_aside_zeros(entries)
     rotating = [entry for entry in entries if entry.chunks is not None]
