@@ -1,6 +1,6 @@
 """FusedLayca, the optimizer: param groups, state and the order of things. It does no arithmetic."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -9,6 +9,7 @@ from torch._compile import _disable_dynamo
 
 from .backends import choose
 from .formulas.bases import recommended_rate
+from .formulas.chunks import as_tuples
 from .formulas.options import (
     check_choice,
     check_groups,
@@ -47,8 +48,14 @@ class FusedLayca(Grouped):
             longer than 1 is a vector: biases, the (out, 1) gains of weight_norm, the weights of a Linear with one
             output. A tensor that rotates again after a pause goes back to its old radius; :meth:`reset_radius` forgets
             it.
-        chunks: layers per rotating tensor, as equal slices of its first dimension: 1, a divisor of that dimension, or
-            "all" for one layer per slice.
+        chunks: which parts of a rotating tensor are layers. Slices of its first dimension: 1 (the whole tensor), a
+            divisor of that dimension, "all" (one for each index: the weights of one output), or their sizes, such as
+            (2048, 512, 512) for query, key and value; "matrices": the last two dimensions, once for each index of
+            those before them, such as (layers, experts, out, in), and ("matrices", n): each of these as n equal parts
+            of its rows; "columns": one for each index of the second dimension, the weights of one input, and
+            ("columns", n) or ("columns", sizes), as the first dimension's. See docs/options.md for what columns cost.
+        chunk_names: what to call the parts in :meth:`rotation_stats` and in the curves of RotationMonitor, such as
+            ("query", "key", "value"): one name for each layer of a tensor, or for each of the n parts of a matrix.
         radius: the norm that a layer is put back to after each step: "initial", its norm before the first step that
             moved it; "current", its norm before the step; or "learned", which begins as "initial" and follows the
             gradient, R <- R exp(-radius_lr lr c) with c = <w, g> / (|w| |g|): for layers whose norm the output depends
@@ -90,7 +97,8 @@ class FusedLayca(Grouped):
         base: str = "sgd",
         rule: str = "layca",
         rotate: bool | None = None,
-        chunks: int | str = 1,
+        chunks: int | str | Sequence[Any] = 1,
+        chunk_names: Sequence[str] | None = None,
         radius: str = "initial",
         radius_lr: float = 9.0,
         weight_decay: float = 0.0,
@@ -115,7 +123,8 @@ class FusedLayca(Grouped):
             "base": base,
             "rule": rule,
             "rotate": rotate,
-            "chunks": chunks,
+            "chunks": as_tuples(chunks),
+            "chunk_names": as_tuples(chunk_names),
             "radius": radius,
             "radius_lr": radius_lr,
             "weight_decay": weight_decay,
@@ -273,6 +282,8 @@ class FusedLayca(Grouped):
 
         Does not wait for a device, as reading or printing a number does. The table has the least and the largest of a
         tensor's layers, angles in radians, and under "kept" the steps without a direction to turn in.
+
+        ``layer_names`` of each says which layer is which; with ``chunk_names`` the table has a row for each layer.
 
         Of a DTensor: to the layers that this process has something of. What it counts, of elements and of steps with a
         gradient here, is not summed over processes.

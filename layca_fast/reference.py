@@ -5,6 +5,7 @@ and put the result back on the sphere. Nothing here is shared with the backends,
 no batches, no cache of anything. Run it in float64 and compare.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -106,7 +107,7 @@ def muon(
     eps: float = 1e-7,
     ns_dtype: Any = None,
     adjust_lr: str | None = None,
-    chunks: int | str = 1,
+    chunks: Any = 1,
 ) -> Tensor:
     """The step of torch.optim.Muon, which is a matrix's, for each of the matrices that ``chunks`` cuts.
 
@@ -115,17 +116,18 @@ def muon(
     """
     average = _average(state, "momentum_buffer", grad, momentum)
     ahead = momentum * average + (1 - momentum) * grad if nesterov else average
-    pieces = []
-    for piece in slices(ahead, chunks):
+    result = torch.empty_like(ahead)
+    for piece, place in zip(slices(ahead, chunks), slices(result, chunks), strict=True):
         # A slice of stacked matrices is one of them; of a convolution, all but its first dimension are columns.
-        matrix = piece[0] if chunks != 1 and len(piece) == 1 else piece
+        is_one_of_a_stack = (chunks == "all" or isinstance(chunks, int)) and chunks != 1 and len(piece) == 1
+        matrix = piece[0] if is_one_of_a_stack else piece
         matrix = matrix.reshape(len(matrix), -1)
         rows, columns = matrix.shape
         adjusted = (
             0.2 * max(rows, columns) ** 0.5 if adjust_lr == "match_rms_adamw" else max(1, rows / max(columns, 1)) ** 0.5
         )
-        pieces.append(adjusted * newton_schulz(matrix, ns_steps, ns_coefficients, eps).reshape(piece.shape))
-    return torch.cat(pieces)
+        place.copy_(adjusted * newton_schulz(matrix, ns_steps, ns_coefficients, eps).reshape(piece.shape))
+    return result
 
 
 def newton_schulz(matrix: Tensor, steps: int, coefficients: Sequence[float], eps: float) -> Tensor:
@@ -149,9 +151,27 @@ BASES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def slices(tensor: Tensor, chunks: int | str) -> Sequence[Tensor]:
-    """The layers that a tensor holds, as equal slices of its first dimension."""
-    return [tensor] if chunks == 1 else tensor.chunk(len(tensor) if chunks == "all" else int(chunks))
+def slices(tensor: Tensor, chunks: Any) -> list[Tensor]:
+    """The layers that a tensor holds: views of it.
+
+    ``chunks``: a number of equal slices of the first dimension, their sizes, or "all" for slices of one; "matrices" for
+    the last two dimensions at each index of the others, ("matrices", n) for each of these in n; "columns" for slices
+    of one of the second dimension, ("columns", ...) for others. A layer of columns has the dimension that is cut first.
+    """
+    kind, how = (chunks, None) if isinstance(chunks, str) else ("", chunks)
+    if isinstance(chunks, (tuple, list)) and isinstance(chunks[0], str):
+        kind, how = chunks
+    if kind == "matrices":
+        places = itertools.product(*map(range, tensor.shape[:-2]))
+        matrices = [tensor[place] for place in places] if tensor.dim() > 2 else [tensor]
+        return [part for matrix in matrices for part in slices(matrix, 1 if how is None or tensor.dim() < 2 else how)]
+    if kind == "columns":
+        return slices(tensor.transpose(0, 1), "all" if how is None else how)
+    if kind == "all":
+        how = len(tensor)
+    if isinstance(how, (tuple, list)):
+        return list(tensor.split(list(how)))
+    return [tensor] if how == 1 else list(tensor.chunk(how))
 
 
 def finite(x: Tensor) -> Tensor:
@@ -230,7 +250,7 @@ def reference_step(
     base: str = "sgd",
     rule: str = "layca",
     rotate: bool | None = None,
-    chunks: int | str = 1,
+    chunks: Any = 1,
     radius: str = "initial",
     radius_lr: float = 9.0,
     weight_decay: float = 0.0,

@@ -3,17 +3,26 @@
 import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from ..formulas.chunks import as_tuples
 from ..messages import labelled
 from ..optimizer import FusedLayca
 from ..state.entries import drop_empty, with_all_entries
-from ..state.loading import check_radii, follow_attached, keep_options, shield_radii, unshield_radii
+from ..state.loading import (
+    check_radii,
+    follow_attached,
+    keep_options,
+    shield_radii,
+    unshield_radii,
+    with_chunks,
+    without_chunks,
+)
 from ..state.modes import out_of_inference
 from ..step.hooks import is_nested, lacks_hooks
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
@@ -121,10 +130,11 @@ class Handle:
         before = optimizer.param_groups
         saved = follow_attached(optimizer, saved)
         try:
-            check_radii(optimizer, saved)
+            check_radii(optimizer, saved, before, self._options)
         except ValueError:
             optimizer.param_groups = before
             raise
+        saved = without_chunks(saved, before, self._options["chunks"])
         return shield_radii(keep_options(optimizer, saved, OPTIONS))
 
     def _after_load(self, optimizer: Optimizer) -> None:
@@ -132,7 +142,7 @@ class Handle:
         drop_empty(optimizer.state)
 
     def _after_save(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-        return with_all_entries(optimizer, saved)
+        return with_chunks(optimizer, with_all_entries(optimizer, saved), self._options["chunks"])
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -168,7 +178,7 @@ def attach(
     rule: str = "layca",
     rotate: bool | None = None,
     *,
-    chunks: int | str = 1,
+    chunks: int | str | Sequence[Any] = 1,
     radius: str = "initial",
     backend: str = "auto",
 ) -> Handle:
@@ -184,7 +194,7 @@ def attach(
             float64 and dense. Its lr becomes the rotation rate too: a rotating layer turns by atan(lr) radians.
         rule: as in FusedLayca, like the next four.
         rotate: which tensors rotate: True, False, or None for those with two or more dimensions longer than 1.
-        chunks: layers per rotating tensor: equal slices of its first dimension, or "all" for one per slice.
+        chunks: which parts of a rotating tensor are layers: 1, n, "all", sizes, "matrices", "columns", ...
         radius: "initial" or "current", the norm that each step restores.
         backend: "auto", "cpu", "triton", "cuda" or "torch".
 
@@ -220,7 +230,7 @@ def attach(
             here, or, for parameters and options that changed since and layers whose weights are all zero, at the step.
     """
     _check_optimizer(optimizer)
-    options = {"rule": rule, "rotate": rotate, "chunks": chunks, "radius": radius, "backend": backend}
+    options = {"rule": rule, "rotate": rotate, "chunks": as_tuples(chunks), "radius": radius, "backend": backend}
     check_turning(plan_groups(optimizer, options))
     return Handle(optimizer, options)
 

@@ -11,7 +11,7 @@ import torch
 from ..formulas.bases import Formula
 from ..formulas.options import find_base
 from ..state.compensation import HALVES
-from ..state.layout import matrix_shape
+from ..state.cut import cut_shape
 
 Shape = tuple[int, ...]
 
@@ -71,9 +71,7 @@ def shapes_of(options: Mapping[str, Any], shapes: tuple[Shape, ...]) -> tuple[Sh
     if not directs:
         return shapes
     chunks = options.get("chunks", 1)
-    layers = [(shape[0] if chunks == "all" else chunks) if shape else 1 for shape in shapes]
-    each = zip(shapes, layers, strict=True)
-    return tuple(shape for shape, count in each if len(matrix_shape(shape, count, chunks)) >= 2)
+    return tuple(shape for shape in shapes if len(cut_shape(shape, chunks).layer_shape()) >= 2)
 
 
 def describe_base(options: Mapping[str, Any]) -> tuple[str, Formula]:

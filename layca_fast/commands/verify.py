@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends import backends, load
 from ..figures.console import print_table
 from ..optimizer import FusedLayca
-from ..reference import ANGLES, reference_step
+from ..reference import ANGLES, reference_step, slices
 from ..state.members import rotates
 from .cases import DEFAULT, FULL, QUICK, Case, cases, effort_of, interpreting
 from .progress import progress
@@ -63,12 +63,10 @@ def angle_tolerance(dtype: torch.dtype, angle: float, n: int) -> float:
     return exact + stored / (angle * math.sqrt(n))
 
 
-def layers_of(tensor: Tensor, chunks: int | str) -> list[Tensor]:
+def layers_of(tensor: Tensor, chunks: Any) -> list[Tensor]:
     """The layers of a rotating tensor as flat float64 vectors on the CPU."""
     wide = tensor.detach().to("cpu", torch.float64, copy=True)
-    if chunks == 1:
-        return [wide.flatten()]
-    return [layer.flatten() for layer in wide.chunk(len(wide) if chunks == "all" else int(chunks))]
+    return [layer.flatten() for layer in slices(wide, chunks)]
 
 
 def _gradient(param: Tensor, case: Case, turns: bool, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from difflib import get_close_matches
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .base_options import ROUNDING, not_negative
 from .bases import BASES, Base
+from .chunks import as_tuples, check_chunk_names, check_chunks
 from .plain import settle
 from .rotation import RULES
 
@@ -22,7 +23,7 @@ STATE_DTYPES = (None, torch.bfloat16, torch.float32)
 
 #: What every group holds whatever its base is.
 COMMON_OPTIONS = (
-    *("lr", "base", "rule", "rotate", "chunks", "radius", "radius_lr", "weight_decay", "maximize"),
+    *("lr", "base", "rule", "rotate", "chunks", "chunk_names", "radius", "radius_lr", "weight_decay", "maximize"),
     *("compensate", "state_dtype", "capturable", "backend"),
 )
 
@@ -76,12 +77,6 @@ def check_choice(group: Mapping[str, Any], name: str, choices: tuple[Any, ...]) 
         raise ValueError(f"{name}={group[name]!r} is unknown: choose one of {list(choices)}")
 
 
-def check_chunks(chunks: Any) -> None:
-    """Raise ValueError for a number of layers per tensor that is none."""
-    if chunks != "all" and (isinstance(chunks, bool) or not isinstance(chunks, Integral) or chunks < 1):
-        raise ValueError(f"chunks={chunks!r}: must be a whole number >= 1, or 'all' (one layer per slice)")
-
-
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise for hyperparameters of a param group that are unknown or out of range."""
     check_lr(group["lr"])
@@ -105,6 +100,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     if group["rotate"] not in (None, True, False):
         raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (all but vectors)")
     check_chunks(group["chunks"])
+    check_chunk_names(group.get("chunk_names"), group["chunks"])
     decay = group["weight_decay"]
     if not isinstance(decay, Real) or not (-ROUNDING <= float(decay) < math.inf):
         raise ValueError(f"weight_decay={decay!r}: must be a finite number >= 0")
@@ -119,6 +115,9 @@ def check_groups(groups: Sequence[MutableMapping[str, Any]], step: int) -> None:
     """
     for number, group in enumerate(groups):
         settle(group)
+        tuples = as_tuples(group.get("chunks"))
+        if tuples is not group.get("chunks"):
+            group["chunks"] = tuples
         try:
             check_group(group)
         except KeyError as error:

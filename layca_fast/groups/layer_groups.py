@@ -10,38 +10,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..formulas.bases import scaled_rate
+from ..formulas.chunks import Chunks
 from ..formulas.options import check_choice, check_lr, misspelt
 from ..formulas.plain import plain, with_plain
 from ..messages import warn_caller
-from ..state.checks import check_initialized, count_layers
+from ..state.checks import check_initialized
+from ..state.cut import Cut, cut_of
 from ..state.layout import is_vector
 from ..state.zeros import have_zero_layers
+from .entries import Entry, decide_on_head, set_aside_vectors, set_aside_zeros, trainable_entries
 from .left_out import doubt
-from .others import check_others_base, head_of, split_options
-from .place import Place, places_of
+from .others import check_others_base, split_options
 from .plan import LayerGroups, Row
-from .roles import EMBEDDINGS, Asked, asked_of, asked_types, decide
+from .roles import EMBEDDINGS, asked_types
 
 OTHERS = ("train", "freeze")
 
 #: Keys of a group that only ``layer_groups`` may set.
-RESERVED = ("params", "param_names", "chunks", "lr_factor")
-
-
-@dataclass
-class _Entry:
-    """One trainable tensor on its way into a group; ``chunks`` is None where it does not rotate."""
-
-    name: str
-    param: Tensor
-    chunks: Any
-    reason: str
-    unknown: type[nn.Module] | None = None
-    parts: tuple[str, ...] = ()
-
-    @property
-    def layers(self) -> int:
-        return 1 if self.chunks is None else count_layers(self.param, self.chunks, f"parameter {self.name!r}")
+RESERVED = ("params", "param_names", "chunks", "chunk_names", "lr_factor")
 
 
 def _check_alpha(alpha: Any) -> None:
@@ -67,53 +53,6 @@ def lr_factors(layers: int, alpha: float) -> list[float]:
     return factors if alpha <= 0 else factors[::-1]
 
 
-def trainable_entries(model: nn.Module, asked: Asked) -> tuple[dict[Tensor, str], list[_Entry]]:
-    """Every trainable parameter with its name, and those that can be placed, in the order of definition.
-
-    A parameter can be placed if a module registers it and ``model.named_parameters()`` yields it, too.
-    """
-    names: dict[Tensor, str] = {}
-    for name, param in model.named_parameters():
-        names.setdefault(param, name)
-    owners: dict[Tensor, list[tuple[Place, str]]] = {}
-    places = places_of(model)
-    trainable: dict[Tensor, str] = {param: name for param, name in names.items() if param.requires_grad}
-    for prefix, module in model.named_modules():
-        # Not the module's own method, which a model may override.
-        for leaf, param in nn.Module.named_parameters(module, recurse=False, remove_duplicate=False):
-            if param.requires_grad:
-                owners.setdefault(param, []).append((places[module], leaf))
-                trainable.setdefault(param, f"{prefix}.{leaf}" if prefix else leaf)
-    if not trainable:
-        raise ValueError(f"model: no parameter of this {type(model).__name__} requires a gradient: nothing to train")
-    for tensor, name in trainable.items():
-        check_initialized(tensor, f"parameter {name!r}")
-    placed = {param: names[param] for param in owners if param in names}
-    return trainable, [_Entry(name, param, *decide(owners[param], param, asked)) for param, name in placed.items()]
-
-
-def _decide_on_head(entries: Sequence[_Entry], model: nn.Module, asked: Asked, head: bool | None, last: bool) -> None:
-    """Move the head to the others, or have it rotate; unless the caller has said of its module what is to happen.
-
-    ``last``: whether the last Linear of a model without a vocabulary is a head, too.
-    """
-    logits = head_of(model, any_last=last)
-    owners = [module for module in model.modules() if any(param is logits for param in module._parameters.values())]
-    decided = [chunks for was_asked, chunks in (asked_of(each, asked) for each in owners) if was_asked]
-    if decided and (head is not True or False in decided):
-        return
-    for entry in entries:
-        if entry.param is not logits:
-            continue
-        tied = entry.reason == "embedding"
-        if head is True:
-            if entry.chunks is None:
-                entry.chunks, entry.reason, entry.unknown = 1, "logits and embedding" if tied else "logits", None
-        elif entry.chunks is not None or entry.unknown is not None or tied:
-            entry.chunks, entry.unknown, entry.parts = None, None, ()
-            entry.reason = "embedding and logits" if tied else "logits"
-
-
 def _training(group: Mapping[str, Any]) -> dict[str, Any]:
     """What a row of the plan says of the group that its tensor is in."""
     lr = group.get("lr")
@@ -124,36 +63,19 @@ def _training(group: Mapping[str, Any]) -> dict[str, Any]:
     return {"base": group.get("base"), "rule": rule, "lr": lr}
 
 
-def _set_aside_zeros(entries: Sequence[_Entry]) -> list[_Entry]:
-    """Move tensors with a layer of zeros to the others, and return them. Waits once for each device."""
-    rotating = [entry for entry in entries if entry.chunks is not None]
-    zeros = have_zero_layers([(entry.param, entry.layers) for entry in rotating])
-    moved = [entry for entry, is_zero in zip(rotating, zeros, strict=True) if is_zero]
-    for entry in moved:
-        entry.reason = "all zero" if entry.layers == 1 else f"one of its {entry.layers} layers is all zero"
-        entry.chunks = entry.unknown = None
-    return moved
-
-
-def _set_aside_vectors(entries: Iterable[_Entry]) -> None:
-    """Move tensors of one row or one column, as the gains of weight_norm are, to the others."""
-    for entry in entries:
-        if entry.chunks is not None and is_vector(entry.param):
-            entry.chunks, entry.reason = None, "vector"
-
-
 def _rotating_groups(
-    entries: Sequence[_Entry], factors: Sequence[float], lr: float | Tensor | None, options: Mapping[str, Any]
+    entries: Sequence[Entry], factors: Sequence[float], lr: float | Tensor | None, options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    groups: dict[tuple[float, int | str | None], dict[str, Any]] = {}
+    groups: dict[tuple[float, Chunks | None, tuple[str, ...]], dict[str, Any]] = {}
     # Nothing decays on a sphere: another optimizer's own default must not step in.
     shared = {**options, "weight_decay": 0.0} if "weight_decay" in options else options
     for entry, factor in zip(entries, factors, strict=True):
-        key = factor, entry.chunks
+        key = factor, entry.chunks, entry.parts
         if key not in groups:
             rate = {} if lr is None else {"lr": scaled_rate(lr, factor)}
             ours = {"params": [], "rotate": True, "chunks": entry.chunks, "lr_factor": factor}
-            groups[key] = {**ours, **rate, **shared}
+            names = {"chunk_names": entry.parts} if entry.parts else {}
+            groups[key] = {**ours, **names, **rate, **shared}
         groups[key]["params"].append((entry.name, entry.param))
     return list(groups.values())
 
@@ -170,7 +92,7 @@ def _check_complete(groups: Iterable[Mapping[str, Any]], trainable: Mapping[Tens
         )
 
 
-def _freeze(entries: Iterable[_Entry], zeros: Sequence[_Entry]) -> None:
+def _freeze(entries: Iterable[Entry], zeros: Sequence[Entry]) -> None:
     if zeros:
         warnings.warn(
             "others='freeze' freezes weights that are all zero, or have a layer of zeros: "
@@ -233,7 +155,7 @@ def layer_groups(
     others_base: str | None = None,
     embeddings: bool = False,
     head: bool | None = None,
-    rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, int | str] = (),
+    rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, Any] = (),
     names: bool = True,
     **options: Any,
 ) -> LayerGroups:
@@ -269,8 +191,8 @@ def layer_groups(
             that has them; those that both have, to ``base``.
         embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
         rotate: module types, or modules of the model with all inside of them, of which every tensor that is no vector,
-            biases apart, rotates besides; as a dict, with the ``chunks`` of each (1, n or "all"), or False for what is
-            not to rotate, such as a head without normalisation. Also for the types above.
+            biases apart, rotates besides; as a dict, with the ``chunks`` of each (as FusedLayca takes them), or False for what
+            is not to rotate, such as a head without normalisation. Also for the types above.
         names: whether the groups name their parameters, for messages. Then torch's own optimizers take no group without
             names later, as callbacks add them that unfreeze layers (FusedLayca does): pass False for those.
         options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0
@@ -293,9 +215,9 @@ def layer_groups(
         asked = {**asked, **{kind: 1 for kind in EMBEDDINGS if kind not in asked}}
 
     trainable, entries = trainable_entries(model, asked)
-    _decide_on_head(entries, model, asked, head, last=head is not None or others_base is not None)
-    _set_aside_vectors(entries)
-    zeros = _set_aside_zeros(entries)
+    decide_on_head(entries, model, asked, head, last=head is not None or others_base is not None)
+    set_aside_vectors(entries)
+    zeros = set_aside_zeros(entries)
     rotating = [entry for entry in entries if entry.chunks is not None]
     rest = [entry for entry in entries if entry.chunks is None]
     factors = lr_factors(len(rotating), alpha)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..formulas.options import check_chunks
+from ..formulas.chunks import COLUMNS, Chunks, as_tuples, check_chunks, parts_of
 from ..state.layout import is_vector
-from .known import NORM, growing, is_router, is_transposed, packing_of, raw, stack_of
+from .known import NORM, QKV, growing, is_router, is_transposed, packing_of, raw, stack_of
 from .place import Place
 
 #: Which weights of a module type rotate, and how many layers each packs along its first dimension. RNN weights go
@@ -32,6 +32,15 @@ WEIGHTS: Mapping[type[nn.Module], Mapping[str, int]] = {
     nn.LSTMCell: {"weight_ih": 4, "weight_hh": 4},
 }
 
+#: What the parts of those are called.
+PARTS: Mapping[type[nn.Module], Mapping[int, tuple[str, ...]]] = {
+    nn.MultiheadAttention: {3: QKV},
+    nn.GRU: {3: ("reset", "update", "new")},
+    nn.GRUCell: {3: ("reset", "update", "new")},
+    nn.LSTM: {4: ("input", "forget", "cell", "output")},
+    nn.LSTMCell: {4: ("input", "forget", "cell", "output")},
+}
+
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 NORMS = (
@@ -52,7 +61,7 @@ _BIAS = re.compile(r"(^|_)bias$|^bias_")
 
 #: Modules and module types that the caller decides on; False: they do not rotate; None: packed as in WEIGHTS, else one
 #: layer per tensor.
-Asked = Mapping[Any, int | str | None]
+Asked = Mapping[Any, Chunks | None]
 
 
 class Role(NamedTuple):
@@ -62,17 +71,18 @@ class Role(NamedTuple):
     names of what ``chunks`` cuts, where they have some.
     """
 
-    chunks: Any
+    chunks: Chunks | None
     reason: str = ""
     unknown: type[nn.Module] | None = None
     parts: tuple[str, ...] = ()
 
 
 def _check_not_cut(kind: type, chunks: Any) -> None:
-    if is_transposed(kind) and chunks not in (1, False):
+    if is_transposed(kind) and chunks not in (1, False) and parts_of(chunks)[0] != COLUMNS:
         raise ValueError(
             f"rotate: chunks={chunks!r} would cut the weights of {kind.__name__} along their inputs, as they are "
-            "stored as (in, out): leave the number out, and each weight rotates as one layer"
+            "stored as (in, out): cut their outputs, ('columns', n), or leave the number out, and each weight rotates "
+            "as one layer"
         )
 
 
@@ -84,13 +94,14 @@ def asked_types(rotate: Any) -> Asked:
             "layer_groups itself decides which tensors of other modules rotate"
         )
     given = dict(rotate) if isinstance(rotate, Mapping) else dict.fromkeys(rotate)
-    asked: dict[type[nn.Module] | nn.Module, int | str | None] = {}
+    asked: dict[type[nn.Module] | nn.Module, Chunks | None] = {}
     for key, chunks in given.items():
         kind = key if isinstance(key, type) else type(key)
         if not issubclass(kind, nn.Module):
             raise TypeError(f"rotate: {key!r} is no module type and no module: pass classes such as torch.nn.Linear")
         if isinstance(rotate, Mapping) and chunks is not False:
             check_chunks(chunks)
+            chunks = as_tuples(chunks)
         if issubclass(kind, NORMS) and chunks is not False:
             raise ValueError(f"rotate: {kind.__name__} is a norm layer, which never rotates: leave it out of rotate")
         if chunks is not None:
@@ -102,7 +113,7 @@ def asked_types(rotate: Any) -> Asked:
     return asked
 
 
-def asked_of(module: nn.Module, asked: Asked) -> tuple[bool, int | str | None]:
+def asked_of(module: nn.Module, asked: Asked) -> tuple[bool, Chunks | None]:
     """Whether the caller has decided on this module, by itself or by its type, and how."""
     if module in asked:
         return True, asked[module]
@@ -124,7 +135,9 @@ def _layer(place: Place, stem: str, param: Tensor, packed: Mapping[str, int]) ->
         return Role(packing.chunks, packing.reason, parts=packing.parts)
     if is_transposed(type(place.module)):
         return Role(1, "stored as (in, out)")
-    return Role(packed.get(stem, 1))
+    chunks = packed.get(stem, 1)
+    names = next((parts.get(chunks, ()) for kind, parts in PARTS.items() if isinstance(place.module, kind)), ())
+    return Role(chunks, ", ".join(names), parts=names)
 
 
 def _role(place: Place, leaf: str, param: Tensor, asked: Asked) -> Role:
@@ -150,7 +163,9 @@ def _role(place: Place, leaf: str, param: Tensor, asked: Asked) -> Role:
         stack = stack_of(place, leaf, param) if chunks is None else None
         if stack is not None:
             return Role(stack.chunks, stack.reason, parts=stack.parts)
-        return _layer(place, stem, param, packed) if chunks is None else Role(chunks)
+        if chunks is not None:
+            return Role(chunks, "stored as (in, out)" if is_transposed(kind) else "")
+        return _layer(place, stem, param, packed)
     if isinstance(module, EMBEDDINGS):
         return Role(None, "embedding")
     if is_router(place, param):

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..backends import choose
 from ..formulas.options import check_groups
 from ..messages import describe, labelled
-from ..state.checks import count_layers
+from ..state.checks import cut_for
 from ..state.members import rotates
 from ..state.memory import check_apart, is_trained
 from ..state.sharding import is_sharded, local_of
@@ -245,7 +245,7 @@ class StepInBackward:
         for param, place in self._places.items():
             ((group, label, _),) = labelled(place.groups)
             if param.requires_grad and rotates(param, group) and "radius" not in place.state.get(param, {}):
-                new.append(Layers(group, label, param, count_layers(param, group["chunks"], label)))
+                new.append(Layers(group, label, param, cut_for(param, group, label)))
         check_norms(new)
 
     def _check_memory(self) -> None:

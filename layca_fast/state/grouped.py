@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..formulas.bases import Base, recommended_rate, scaled_rate
+from ..formulas.chunks import as_tuples
 from ..formulas.options import COMMON_OPTIONS, check_group, find_base, misspelt
 from ..formulas.plain import with_plain
 from ..messages import labelled, warn_caller
@@ -48,6 +49,7 @@ class Grouped(Optimizer):
             given["params"] = list(given["params"])
         base = find_base(given.get("base", self.defaults["base"]))
         group = {**self._options_of(base), **given}
+        group.update({name: as_tuples(group[name]) for name in ("chunks", "chunk_names")})
         if group["lr"] is None or ("lr" not in given and self._lr_is_recommended):
             group["lr"] = recommended_rate(base, group)
         check_group(group)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..formulas.chunks import as_tuples
 from ..formulas.options import find_base
 from ..messages import describe, labelled
 from .checks import check_memory, count_layers
@@ -19,8 +20,9 @@ from .contents import check_complete, check_contents
 from .entries import drop_empty
 from .layout import scalar_device
 from .members import OUR_STATES
-from .others import OUR_OPTIONS
+from .others import OUR_OPTIONS, option
 from .regroup import follow_groups
+from .same_layers import check_same_layers
 from .structure import check_saved
 
 
@@ -165,6 +167,8 @@ class Loading:
         # torch takes the parameters of each group from here.
         optimizer.param_groups = self._groups
         check_state(optimizer, self._saved)
+        ours = {param: group for group in self._before for param in group["params"]}
+        check_same_layers(_pairs(optimizer, self._saved), ours.get, lambda theirs: theirs.get("chunks"))
         return self._saved
 
     def _restore(self, optimizer: Optimizer) -> None:
@@ -193,8 +197,19 @@ class _Shielded:
     tensor: Tensor
 
 
-def check_radii(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError, for another optimizer than ours to load, for a saved radius that no run can have left."""
+def check_radii(
+    optimizer: Optimizer, saved: Mapping[str, Any], before: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> None:
+    """Raise ValueError, for another optimizer than ours to load, for a saved radius that no run can have left.
+
+    Or that is of another layer than those of the groups ``before``, which mean ``options`` where they say nothing.
+    """
+    ours = {
+        param: {name: option(optimizer, group, name, options[name]) for name in ("rotate", "chunks")}
+        for group in before
+        for param in group["params"]
+    }
+    check_same_layers(_pairs(optimizer, saved), ours.get, lambda theirs: option(optimizer, theirs, "chunks", None))
     for _, label, param, state in _pairs(optimizer, saved):
         if isinstance(state, Mapping):
             radius = state.get("radius")
@@ -235,6 +250,27 @@ def unshield_radii(optimizer: Optimizer) -> None:
         state = optimizer.state.get(param, {})
         if isinstance(state.get("radius"), _Shielded):
             state["radius"] = _copied("radius", state["radius"].tensor, param)
+
+
+def with_chunks(optimizer: Optimizer, saved: dict[str, Any], chunks: Any) -> dict[str, Any]:
+    """The state_dict ``saved`` of another optimizer than ours with the chunks of groups that say nothing of them.
+
+    They are what the radii in it belong to. :func:`without_chunks` takes them out again.
+    """
+    if chunks == 1 or "chunks" in optimizer.defaults:
+        return saved
+    return {**saved, "param_groups": [{"chunks": chunks, **group} for group in saved["param_groups"]]}
+
+
+def without_chunks(saved: dict[str, Any], before: Sequence[Mapping[str, Any]], chunks: Any) -> dict[str, Any]:
+    """The state_dict ``saved`` without what :func:`with_chunks` has put in, for an optimizer of the groups ``before``."""
+    if any("chunks" in group for group in before):
+        return saved
+    groups = [
+        {name: value for name, value in group.items() if name != "chunks" or as_tuples(value) != chunks}
+        for group in saved["param_groups"]
+    ]
+    return {**saved, "param_groups": groups}
 
 
 def keep_options(optimizer: Optimizer, saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

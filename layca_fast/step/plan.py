@@ -9,6 +9,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..formulas.bases import Formula
+from ..formulas.chunks import as_tuples
 from ..formulas.options import decays, find_base
 from ..formulas.rotation import KEEP
 from ..formulas.tables import Coefficient
@@ -45,7 +46,8 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
             group["base"],
             group["rule"],
             group["rotate"],
-            group["chunks"],
+            as_tuples(group["chunks"]),
+            as_tuples(group.get("chunk_names")),
             group["radius"],
             group["backend"],
             decays(group),
@@ -93,7 +95,7 @@ class Plan:
         states = [member.new_states(state.get(member.param, {})) for member in found]
         check_apart([each for member, (_, local) in zip(found, states, strict=True) for each in member.written(local)])
         known = set() if previous is None else {id(each.param) for each in previous._zero}
-        turning = [Layers(m.group, m.label, m.param, m.layers) for m in found if m.rotates]
+        turning = [Layers(m.group, m.label, m.param, m.cut) for m in found if m.rotates and m.cut is not None]
         # A process may make its plan anew alone: what is agreed upon is not asked before they all have to.
         zero = [each for each in turning if id(each.param) in known]
         asked = [each for each in zero if not each.is_at_rest]

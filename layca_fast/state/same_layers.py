@@ -1,0 +1,55 @@
+"""Whether the layers of a checkpoint are those of the optimizer that loads it: a radius is the norm of one layer.
+
+torch replaces the options of a group by those of the checkpoint, so other chunks would silently become those of before,
+and radii of as many other layers would be taken for theirs.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..formulas.chunks import as_tuples
+from ..messages import describe
+from .cut import cut_of
+from .members import rotates
+from .sharding import is_sharded
+
+#: (saved group, label, parameter, saved state) of each parameter that has a saved state.
+Pair = tuple[Mapping[str, Any], str, Tensor, Any]
+
+
+def _has_radii(state: Any) -> bool:
+    """Whether a saved state has norms that some step has set."""
+    radius = state.get("radius") if isinstance(state, Mapping) else None
+    if not isinstance(radius, Tensor):
+        return False
+    return is_sharded(radius) or bool(radius.any())
+
+
+def check_same_layers(
+    pairs: Iterable[Pair],
+    present: Callable[[Tensor], Mapping[str, Any] | None],
+    saved: Callable[[Mapping[str, Any]], Any],
+) -> None:
+    """Raise ValueError, naming them, for parameters that were saved as other layers than they are cut into here.
+
+    ``present``: the options of a parameter before the checkpoint is loaded, None where it has none; ``saved``: the
+    chunks of a saved group, None where it does not say.
+    """
+    others: dict[tuple[Any, Any], list[str]] = {}
+    for theirs, label, param, state in pairs:
+        ours, then = present(param), as_tuples(saved(theirs))
+        if ours is None or then is None or not rotates(param, ours) or not _has_radii(state):
+            continue
+        now = as_tuples(ours["chunks"])
+        if now != then and not cut_of(param, now, label).same_layers(cut_of(param, then, label)):
+            others.setdefault((then, now), []).append(describe(label, param))
+    if others:
+        ((then, now), labels), *_ = others.items()
+        raise ValueError(
+            f"state_dict: {', '.join(labels)} was saved under chunks={then!r}, and has chunks={now!r} here, so its "
+            f"radii are the norms of other layers: give its group chunks={then!r}. Or, to go on with other layers, "
+            "take the 'radius' of each such parameter out of state_dict['state'], and set 'chunks' of its group in "
+            "state_dict['param_groups']: norms are then taken from the weights"
+        )
