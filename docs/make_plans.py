@@ -15,11 +15,12 @@ TARGET = Path(__file__).with_name("plans.md")
 HEAD = """# Plans of known models
 
 This page lets you look up what [`layer_groups`](layer_groups.md) does with the models that people train: which tensors
-rotate, as how many layers, and why the others do not. `make plans` writes it, from `layer_groups(model).summary(short=True)`,
-in which one row stands for the same tensor of all blocks. Print the plan of your own model, and look for *unknown*.
+rotate, as how many layers, and why the others do not. `make plans` writes it: each table is
+`layer_groups(model).summary(short=True)`, in which one row stands for the same tensor of all blocks. `print` shows the
+plan of your own model; look for *unknown* and *so as one layer* in it.
 
-The models are small, made from their configurations. Larger ones have the same rows. What is known of the modules of other
-packages stands in one table, [`known.py`](../layca_fast/groups/known.py), one line for each fact.
+The models are small, made from their configurations. Larger ones have the same rows. What is known of the modules of
+other packages stands in one file, [`known.py`](../layca_fast/groups/known.py), in a line for each fact.
 """
 
 #: Sizes that most configurations of transformers have.
@@ -72,12 +73,17 @@ def lora() -> Any:
 FAMILIES: Sequence[Family] = (
     Family(
         "GPT-2",
-        "The head is tied to the embedding. `Conv1D` stores its weights as (in, out): query, key and value are cut out of "
-        "the columns of `c_attn`.",
+        "The head is tied to the embedding. `Conv1D` stores its weights as (in, out): query, key and value are cut out "
+        "of the columns of `c_attn`.",
         transformer(
             *("GPT2LMHeadModel", "GPT2Config"),
-            **{"vocab_size": 96, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4},
-            **{"bos_token_id": 1, "eos_token_id": 2},
+            vocab_size=96,
+            n_positions=16,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=1,
+            eos_token_id=2,
         ),
     ),
     Family("Llama", "Grouped-query attention, whose projections are tensors of their own.", llama),
@@ -88,7 +94,10 @@ FAMILIES: Sequence[Family] = (
         "Experts are stacked: each is a layer, its gate and its up one each. Routers stay off the sphere.",
         transformer(
             *("Qwen3MoeForCausalLM", "Qwen3MoeConfig"),
-            **{"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
             **DECODER,
         ),
     ),
@@ -97,7 +106,10 @@ FAMILIES: Sequence[Family] = (
         "Its experts are stored as (in, out), with gate and up interleaved: they turn as one, expert by expert.",
         transformer(
             *("GptOssForCausalLM", "GptOssConfig"),
-            **{"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default"}},
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default"},
             **DECODER,
         ),
     ),
@@ -106,8 +118,15 @@ FAMILIES: Sequence[Family] = (
         "Latent attention packs unequal parts. Those that lie interleaved, head by head, turn as one.",
         transformer(
             *("DeepseekV3ForCausalLM", "DeepseekV3Config"),
-            **{"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-            **{"first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 4},
+            moe_intermediate_size=24,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=12,
+            qk_rope_head_dim=4,
             **{"qk_nope_head_dim": 4, "v_head_dim": 8, **SIZES},
         ),
     ),
@@ -127,7 +146,12 @@ FAMILIES: Sequence[Family] = (
         "Tables of relative positions are embeddings.",
         transformer(
             *("T5ForConditionalGeneration", "T5Config"),
-            **{"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+            vocab_size=96,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
         ),
     ),
     Family(
@@ -135,10 +159,21 @@ FAMILIES: Sequence[Family] = (
         "The encoder's table of positions is frozen by transformers.",
         transformer(
             *("WhisperForConditionalGeneration", "WhisperConfig"),
-            **{"vocab_size": 96, "d_model": 32, "num_mel_bins": 16, "encoder_layers": 2, "decoder_layers": 2},
-            **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
-            **{"max_source_positions": 16, "max_target_positions": 16, "pad_token_id": 0, "bos_token_id": 1},
-            **{"eos_token_id": 2, "decoder_start_token_id": 1},
+            vocab_size=96,
+            d_model=32,
+            num_mel_bins=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_source_positions=16,
+            max_target_positions=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
         ),
     ),
     Family(
@@ -147,8 +182,13 @@ FAMILIES: Sequence[Family] = (
         "over a vocabulary.",
         transformer(
             *("ViTForImageClassification", "ViTConfig"),
-            **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
-            **{"image_size": 16, "patch_size": 8, "num_labels": 10},
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=8,
+            num_labels=10,
         ),
     ),
     Family(
@@ -156,7 +196,10 @@ FAMILIES: Sequence[Family] = (
         "",
         transformer(
             *("ResNetForImageClassification", "ResNetConfig"),
-            **{"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2], "num_labels": 10},
+            embedding_size=8,
+            hidden_sizes=[16, 32],
+            depths=[2, 2],
+            num_labels=10,
         ),
     ),
     Family(
@@ -164,7 +207,10 @@ FAMILIES: Sequence[Family] = (
         "",
         transformer(
             *("ConvNextForImageClassification", "ConvNextConfig"),
-            **{"hidden_sizes": [8, 16], "depths": [2, 2], "num_stages": 2, "num_labels": 10},
+            hidden_sizes=[8, 16],
+            depths=[2, 2],
+            num_stages=2,
+            num_labels=10,
         ),
     ),
     Family(

@@ -3,7 +3,6 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -14,10 +13,6 @@ from ..formulas.chunks import Chunks
 from ..formulas.options import check_choice, check_lr, misspelt
 from ..formulas.plain import plain, with_plain
 from ..messages import warn_caller
-from ..state.checks import check_initialized
-from ..state.cut import Cut, cut_of
-from ..state.layout import is_vector
-from ..state.zeros import have_zero_layers
 from .entries import Entry, decide_on_head, set_aside_vectors, set_aside_zeros, trainable_entries
 from .left_out import doubt
 from .others import check_others_base, split_options
@@ -163,11 +158,16 @@ def layer_groups(
 
     Rotating: the weights of Linear, Bilinear, Conv1d to 3d and ConvTranspose1d to 3d; MultiheadAttention's packed
     ``in_proj_weight`` as 3 layers; the weights of RNN, LSTM, GRU and their cells as one layer per gate; those of
-    transformers' Conv1D, stored as (in, out), each as one layer. The others: biases, norm layers, embeddings, vectors
-    (at most one dimension longer than 1: a Linear with one output has one), parametrized weights (weight_norm and the
-    like, unless asked for), weights of which a layer is all zero, and whatever modules of unknown types hold (see
-    ``rotate``). Parameters with requires_grad=False are left out. A tied tensor counts once, under its first name; it
-    rotates if any module that shares it makes it rotate, but one that is an embedding anywhere is an embedding.
+    transformers' Conv1D, stored as (in, out); stacks of experts, each expert a layer. A Linear or Conv1D that packs
+    query, key and value, gate and up, or the like, is cut into these where what is around it tells their sizes, which
+    need not be equal (``chunks``, with ``chunk_names``); else it is one layer, and the plan says so.
+
+    The others: biases, norm layers, embeddings, positional tables, tokens, routers of experts, LoRA's B, the head over
+    a vocabulary (see ``head``), vectors (at most one dimension longer than 1: a Linear with one output has one),
+    parametrized weights (weight_norm and the like, unless asked for), weights of which a layer is all zero, and
+    whatever modules of unknown types hold (see ``rotate``). Parameters with requires_grad=False are left out. A tied
+    tensor counts once, under its first name; it rotates if any module that shares it makes it rotate, but one that is
+    an embedding anywhere is an embedding.
 
     Zeros are looked for now: call it before trained weights are loaded, as for the run that is resumed. Warns where
     nothing rotates, and where unknown types hold more than a tenth of the weights that could.
@@ -184,15 +184,19 @@ def layer_groups(
             Weights of zeros are frozen, too, with a warning, since they never train then.
         others_lr: the lr of the others; None: ``lr``, or under ``others_base`` what the optimizer says for that base.
             Only for others="train".
-        others_base: the base of the others, such as "adam" beside base="muon"; None: that of ``options``. The head that
-            makes the logits, tied to an embedding or not, is then one of the others, unless ``rotate`` names it: the
-            model's ``get_output_embeddings()``; else the last matrix of the shape of an embedding's table; else the
-            last Linear with as many outputs as an embedding has entries; else the last Linear. Options go to the base
-            that has them; those that both have, to ``base``.
-        embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
+        others_base: the base of the others, such as "adam" beside base="muon"; None: that of ``options``. The last
+            Linear of a model without a vocabulary is then one of the others, too. Options go to the base that has
+            them; those that both have, to ``base``.
+        embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer, and with them a tied head.
+        head: whether what makes the logits rotates. None: not if they are over a vocabulary, tied to an embedding or
+            not; the last Linear of a model without one does, as a layer, but under ``others_base``. False: neither
+            does. True: both do, a tied head with its embedding. ``rotate``, which may name the head, has the last word.
+            Over a vocabulary: the model's ``get_output_embeddings()``; else a matrix of the shape of an embedding's
+            table (of no positions or types), if it is the only one or the last matrix of the model; else the last
+            matrix, if it is a Linear's with as many outputs as an embedding has entries.
         rotate: module types, or modules of the model with all inside of them, of which every tensor that is no vector,
-            biases apart, rotates besides; as a dict, with the ``chunks`` of each (as FusedLayca takes them), or False for what
-            is not to rotate, such as a head without normalisation. Also for the types above.
+            biases apart, rotates besides; as a dict, with the ``chunks`` of each (as FusedLayca takes them), or False
+            for what is not to rotate, such as a head without normalisation. Also for the types above.
         names: whether the groups name their parameters, for messages. Then torch's own optimizers take no group without
             names later, as callbacks add them that unfreeze layers (FusedLayca does): pass False for those.
         options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0

@@ -41,7 +41,7 @@ def test_a_head_tied_to_an_embedding_is_an_embedding(embeddings: bool, seed: int
     groups = layer_groups(model, embeddings=embeddings)
     expected = {"head.weight": 1, "hidden.weight": 1} if embeddings else {"hidden.weight": 1}
     assert turning(groups) == expected
-    assert resting(groups) == ({} if embeddings else {"head.weight": "embedding"})
+    assert resting(groups) == ({} if embeddings else {"head.weight": "embedding and logits"})
 
 
 def test_a_layer_that_an_unknown_module_holds_too_rotates_once(seed: int) -> None:
@@ -122,7 +122,7 @@ def test_the_plan_shows_every_tensor(seed: int) -> None:
     assert [re.split(r" {2,}", line) for line in lines] == [
         ["parameter", "shape", "rotates", "lr factor"],
         ["0.weight", "(9, 4)", "no: embedding", "-"],
-        ["1.in_proj_weight", "(12, 4)", "yes, as 3 layers", "1"],
+        ["1.in_proj_weight", "(12, 4)", "yes, as 3 layers: query, key, value", "1"],
         ["1.out_proj.weight", "(4, 4)", "yes", "0.1768"],
         ["2.weight", "(2, 4)", "yes", "0.03125"],
         ["2.bias", "(2,)", "no: bias", "-"],
@@ -166,3 +166,27 @@ def test_a_model_on_the_meta_device_has_a_plan(seed: int) -> None:
     with torch.device("meta"):
         model = nn.LSTM(3, 4)
     assert turning(layer_groups(model)) == {"weight_ih_l0": 4, "weight_hh_l0": 4}
+
+
+def test_the_plan_in_short_has_one_row_for_the_same_tensor_of_all_blocks(seed: int) -> None:
+    """Where all else is alike; what is small and many is counted."""
+    blocks = [nn.TransformerEncoderLayer(4, 2, 8) for _ in range(3)]
+    model = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "heads": nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 3)])})
+    groups = layer_groups(model)
+    lines = groups.summary(short=True).splitlines()
+    assert [re.split(r" {2,}", line) for line in lines] == [
+        ["parameter", "tensors", "shape", "rotates", "lr factor"],
+        ["blocks.*.self_attn.in_proj_weight", "3", "(12, 4)", "yes, as 3 layers: query, key, value", "1"],
+        ["blocks.*.self_attn.out_proj.weight", "3", "(4, 4)", "yes", "1"],
+        ["blocks.*.linear1.weight", "3", "(8, 4)", "yes", "1"],
+        ["blocks.*.linear2.weight", "3", "(4, 8)", "yes", "1"],
+        ["heads.0.weight", "1", "(2, 4)", "yes", "1"],
+        ["heads.1.weight", "1", "(3, 4)", "yes", "1"],
+        ["biases", "14", "-", "no: bias", "-"],
+        ["norm layers", "12", "-", "no: norm layer", "-"],
+        ["rotating: 14 (20 layers), others: 26"],
+    ]
+    assert sum(int(re.split(r" {2,}", line)[1]) for line in lines[1:-1]) == len(groups.rows)
+    rates = layer_groups(model, alpha=-0.5).summary(short=True)
+    assert "blocks.*" not in rates, "each has a rate of its own"
+    assert "no: bias, frozen" in layer_groups(model, others="freeze").summary(short=True)
