@@ -1,0 +1,101 @@
+"""layer_groups on the architectures of transformers and peft: docs/plans.md, and training by those plans."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layca_fast import FusedLayca, layer_groups
+
+from ..docs.support import ROOT
+from ..docs.test_pages import script
+from ..support import norm_of, turning
+
+
+@pytest.fixture(scope="module")
+def plans() -> ModuleType:
+    """docs/make_plans.py"""
+    return script(ROOT / "docs" / "make_plans.py")
+
+
+def made(plans: ModuleType, title: str) -> nn.Module:
+    (family,) = (each for each in plans.FAMILIES if each.title == title)
+    model: nn.Module = family.make()
+    return model
+
+
+def test_the_page_of_plans_is_up_to_date(plans: ModuleType) -> None:
+    """make plans writes it."""
+    text = plans.render()
+    assert plans.TARGET.read_text(encoding="utf-8") == text
+    assert "unknown" not in text.partition("\n## ")[2]
+
+
+TOKENS = {"input_ids": (2, 8), "labels": (2, 8)}
+
+#: Models of different kinds of packing, with the shapes of the tokens that they take.
+TRAINED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "GPT-2": TOKENS,
+    "Phi-3": TOKENS,
+    "Qwen3-MoE": TOKENS,
+    "DeepSeek-V3": TOKENS,
+    "T5": TOKENS,
+    "LoRA": TOKENS,
+}
+
+
+def parts(param: Tensor, chunks: Any) -> list[Tensor]:
+    """The layers that ``chunks`` makes of a tensor, by torch's own means."""
+    if isinstance(chunks, tuple) and chunks[0] == "matrices":
+        return [part for matrix in param.flatten(0, -3) for part in matrix.chunk(chunks[1])]
+    if isinstance(chunks, tuple) and chunks[0] == "columns":
+        return list(param.chunk(chunks[1], dim=1))
+    return list(param.split(chunks) if isinstance(chunks, tuple) else param.chunk(chunks))
+
+
+def norms(param: Tensor, chunks: Any) -> list[float]:
+    return [norm_of(part) for part in parts(param.detach(), chunks)]
+
+
+@pytest.mark.parametrize("title", TRAINED)
+def test_models_train_by_their_plans(plans: ModuleType, title: str, seed: int) -> None:
+    """Each layer, and each part of a packed one, keeps its norm; all tensors that get a gradient move."""
+    model = made(plans, title)
+    groups = layer_groups(model, 0.02, base="adam", others_lr=1e-3)
+    chunks = turning(groups)
+    optimizer = FusedLayca(groups)
+    named = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    before = {name: norms(named[name], each) for name, each in chunks.items()}
+    start = {name: param.detach().clone() for name, param in named.items()}
+    batch = {name: torch.randint(3, 96, shape) for name, shape in TRAINED[title].items()}
+    losses = []
+    has_gradient: set[str] = set()
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        has_gradient |= {name for name, param in named.items() if param.grad is not None and param.grad.any()}
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert torch.tensor(losses).isfinite().all()
+    assert losses[-1] < losses[0]
+    for name, each in chunks.items():
+        assert norms(named[name], each) == pytest.approx(before[name], rel=1e-5), name
+    assert {name for name, param in named.items() if not torch.equal(param, start[name])} == has_gradient
+
+
+def test_adapters_have_the_same_plan_once_they_are_trained(plans: ModuleType, seed: int) -> None:
+    """B, which starts at zero, is none then: a run that is resumed makes its groups anew."""
+    model = made(plans, "LoRA")
+    at_first = layer_groups(model)
+    optimizer = FusedLayca(at_first, 0.1)
+    for _ in range(2):
+        model(**{name: torch.randint(3, 96, shape) for name, shape in TOKENS.items()}).loss.backward()
+        optimizer.step()
+    grown = [param for name, param in model.named_parameters() if "lora_B" in name]
+    assert all(param.any() for param in grown)
+    assert str(layer_groups(model)) == str(at_first)
+    assert turning(layer_groups(model)) == turning(at_first)
