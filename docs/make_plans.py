@@ -5,6 +5,7 @@ peft are, which ``make plans`` installs. A test of ``make test-trainers`` fails 
 """
 
 import argparse
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,8 @@ FAMILIES: Sequence[Family] = (
         "The head is tied to the embedding. `Conv1D` stores its weights as (in, out): query, key and value are cut out "
         "of the columns of `c_attn`.",
         transformer(
-            *("GPT2LMHeadModel", "GPT2Config"),
+            "GPT2LMHeadModel",
+            "GPT2Config",
             vocab_size=96,
             n_positions=16,
             n_embd=32,
@@ -93,7 +95,8 @@ FAMILIES: Sequence[Family] = (
         "Qwen3-MoE",
         "Experts are stacked: each is a layer, its gate and its up one each. Routers stay off the sphere.",
         transformer(
-            *("Qwen3MoeForCausalLM", "Qwen3MoeConfig"),
+            "Qwen3MoeForCausalLM",
+            "Qwen3MoeConfig",
             head_dim=8,
             num_experts=4,
             num_experts_per_tok=2,
@@ -105,7 +108,8 @@ FAMILIES: Sequence[Family] = (
         "gpt-oss",
         "Its experts are stored as (in, out), with gate and up interleaved: they turn as one, expert by expert.",
         transformer(
-            *("GptOssForCausalLM", "GptOssConfig"),
+            "GptOssForCausalLM",
+            "GptOssConfig",
             head_dim=8,
             num_local_experts=4,
             num_experts_per_tok=2,
@@ -117,7 +121,8 @@ FAMILIES: Sequence[Family] = (
         "DeepSeek-V3",
         "Latent attention packs unequal parts. Those that lie interleaved, head by head, turn as one.",
         transformer(
-            *("DeepseekV3ForCausalLM", "DeepseekV3Config"),
+            "DeepseekV3ForCausalLM",
+            "DeepseekV3Config",
             moe_intermediate_size=24,
             n_routed_experts=4,
             num_experts_per_tok=2,
@@ -145,20 +150,23 @@ FAMILIES: Sequence[Family] = (
         "T5",
         "Tables of relative positions are embeddings.",
         transformer(
-            *("T5ForConditionalGeneration", "T5Config"),
+            "T5ForConditionalGeneration",
+            "T5Config",
             vocab_size=96,
             d_model=32,
             d_kv=8,
             d_ff=48,
             num_layers=2,
             num_heads=4,
+            decoder_start_token_id=0,
         ),
     ),
     Family(
         "Whisper",
         "The encoder's table of positions is frozen by transformers.",
         transformer(
-            *("WhisperForConditionalGeneration", "WhisperConfig"),
+            "WhisperForConditionalGeneration",
+            "WhisperConfig",
             vocab_size=96,
             d_model=32,
             num_mel_bins=16,
@@ -181,7 +189,8 @@ FAMILIES: Sequence[Family] = (
         "Positions and tokens are parameters of their own, known by their names. The classifier rotates: it is no head "
         "over a vocabulary.",
         transformer(
-            *("ViTForImageClassification", "ViTConfig"),
+            "ViTForImageClassification",
+            "ViTConfig",
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,
@@ -195,7 +204,8 @@ FAMILIES: Sequence[Family] = (
         "ResNet",
         "",
         transformer(
-            *("ResNetForImageClassification", "ResNetConfig"),
+            "ResNetForImageClassification",
+            "ResNetConfig",
             embedding_size=8,
             hidden_sizes=[16, 32],
             depths=[2, 2],
@@ -206,7 +216,8 @@ FAMILIES: Sequence[Family] = (
         "ConvNeXt",
         "",
         transformer(
-            *("ConvNextForImageClassification", "ConvNextConfig"),
+            "ConvNextForImageClassification",
+            "ConvNextConfig",
             hidden_sizes=[8, 16],
             depths=[2, 2],
             num_stages=2,
@@ -230,7 +241,7 @@ def render() -> str:
     transformers.logging.set_verbosity_error()
     parts = [HEAD, "\n".join(f"- [{family.title}](#{family.title.lower()})" for family in FAMILIES)]
     for family in FAMILIES:
-        note = f"{family.note}\n\n" if family.note else ""
+        note = f"{textwrap.fill(family.note, 120)}\n\n" if family.note else ""
         plan = layer_groups(family.make()).summary(short=True)
         parts.append(f"## {family.title}\n\n{note}```text\n{plan}\n```")
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
