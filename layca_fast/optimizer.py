@@ -283,7 +283,7 @@ class FusedLayca(Grouped):
         Does not wait for a device, as reading or printing a number does. The table has the least and the largest of a
         tensor's layers, angles in radians, and under "kept" the steps without a direction to turn in.
 
-        ``layer_names`` of each says which layer is which; with ``chunk_names`` the table has a row for each layer.
+        ``layer_names`` of each says which layer is which; with ``chunk_names`` the table has a row for each part.
 
         Of a DTensor: to the layers that this process has something of. What it counts, of elements and of steps with a
         gradient here, is not summed over processes.

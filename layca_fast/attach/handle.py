@@ -24,11 +24,9 @@ from ..state.loading import (
     without_chunks,
 )
 from ..state.modes import out_of_inference
+from ..state.others import HOOK
 from ..step.hooks import is_nested, lacks_hooks
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
-
-#: Our key among the hooks. torch numbers hooks per process, so a number that came with a pickle could be given again.
-_KEY: Any = "layca_fast"
 
 #: torch's dicts of hooks on an optimizer, and the method of :class:`Handle` that goes into each.
 _HOOKS = {
@@ -42,7 +40,7 @@ _HOOKS = {
 
 def _handle_of(optimizer: Optimizer) -> "Handle | None":
     # Not an optimizer: has none either.
-    hook = getattr(optimizer, "_optimizer_step_pre_hooks", {}).get(_KEY)
+    hook = getattr(optimizer, "_optimizer_step_pre_hooks", {}).get(HOOK)
     handle: Handle | None = None if hook is None else hook.__self__
     return handle
 
@@ -53,14 +51,14 @@ class Handle:
     def __init__(self, optimizer: Optimizer, options: Mapping[str, Any]) -> None:
         # Weak: the optimizer holds its hooks, so a strong reference would keep its state from being freed at once.
         self._optimizer: weakref.ref[Optimizer] = weakref.ref(optimizer)
-        self._options = dict(options)
+        self.options = dict(options)
         self._shadow: Shadow | None = None
         self._steps = 0
         for hooks, method in _HOOKS.items():
-            getattr(optimizer, hooks)[_KEY] = getattr(self, method)
+            getattr(optimizer, hooks)[HOOK] = getattr(self, method)
         # The user's own hooks after a step or a load then see what this one has made of it.
         for hooks in ("_optimizer_step_post_hooks", "_optimizer_load_state_dict_post_hooks"):
-            getattr(optimizer, hooks).move_to_end(_KEY, last=False)
+            getattr(optimizer, hooks).move_to_end(HOOK, last=False)
         # torch leaves hooks out of copies and pickles. An instance attribute is found before the class's method.
         optimizer.__getstate__ = self._state_of_optimizer  # type: ignore[method-assign]
 
@@ -68,7 +66,7 @@ class Handle:
         optimizer = self._optimizer()
         if optimizer is None or _handle_of(optimizer) is not self:
             return "<layca_fast.attach: removed>"
-        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         return f"<layca_fast.attach to {type(optimizer).__name__}: {options}>"
 
     def remove(self) -> None:
@@ -86,11 +84,11 @@ class Handle:
 
     # Weights and plan are made again at the next step: a copy of the optimizer has parameters of its own.
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer(), "options": self._options, "steps": self._steps}
+        return {"optimizer": self._optimizer(), "options": self.options, "steps": self._steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._optimizer = weakref.ref(state["optimizer"])
-        self._options, self._steps = state["options"], state.get("steps", 0)
+        self.options, self._steps = state["options"], state.get("steps", 0)
         self._shadow = None
 
     def _state_of_optimizer(self) -> dict[str, Any]:
@@ -99,7 +97,7 @@ class Handle:
             raise RuntimeError(
                 "this optimizer is a shallow copy of an attached one that is gone: copy.deepcopy makes copies that last"
             )
-        ours = {hooks: OrderedDict({_KEY: getattr(self, method)}) for hooks, method in _HOOKS.items()}
+        ours = {hooks: OrderedDict({HOOK: getattr(self, method)}) for hooks, method in _HOOKS.items()}
         state: dict[str, Any] = type(optimizer).__getstate__(optimizer)
         return {**state, **ours, "__getstate__": self._state_of_optimizer}
 
@@ -119,7 +117,7 @@ class Handle:
             self._steps += 1
 
     def _fitting_shadow(self, optimizer: Optimizer) -> Shadow:
-        groups = plan_groups(optimizer, self._options, self._steps + 1)
+        groups = plan_groups(optimizer, self.options, self._steps + 1)
         if self._shadow is None or not self._shadow.fits(groups):
             with out_of_inference():
                 self._shadow = Shadow(optimizer, groups, self._shadow)
@@ -130,11 +128,11 @@ class Handle:
         before = optimizer.param_groups
         saved = follow_attached(optimizer, saved)
         try:
-            check_radii(optimizer, saved, before, self._options)
+            check_radii(optimizer, saved, before, self.options)
         except ValueError:
             optimizer.param_groups = before
             raise
-        saved = without_chunks(saved, before, self._options["chunks"])
+        saved = without_chunks(saved, before, self.options["chunks"])
         return shield_radii(keep_options(optimizer, saved, OPTIONS))
 
     def _after_load(self, optimizer: Optimizer) -> None:
@@ -142,7 +140,7 @@ class Handle:
         drop_empty(optimizer.state)
 
     def _after_save(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-        return with_chunks(optimizer, with_all_entries(optimizer, saved), self._options["chunks"])
+        return with_chunks(optimizer, with_all_entries(optimizer, saved), self.options["chunks"])
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -160,7 +158,7 @@ def _check_optimizer(optimizer: Any) -> None:
         )
     # Of the class: a learning rate scheduler replaces the method of the instance.
     arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
-    needed = [each.name for each in arguments if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    needed = [each.name for each in arguments if each.default is each.empty and each.kind is each.POSITIONAL_ORHOOKWORD]
     if needed:
         raise TypeError(
             f"optimizer is a {name}, whose step needs {', '.join(needed)}: it takes many steps inside one, of which "
@@ -240,7 +238,7 @@ def detach(optimizer: Optimizer) -> None:
     if _handle_of(optimizer) is None:
         raise ValueError(f"optimizer is a {type(optimizer).__name__} to which nothing is attached")
     for hooks in _HOOKS:
-        del getattr(optimizer, hooks)[_KEY]
+        del getattr(optimizer, hooks)[HOOK]
     del optimizer.__dict__["__getstate__"]
     for _, _, param in labelled(optimizer.param_groups):
         state = optimizer.state.get(param, {})

@@ -17,7 +17,7 @@ from ..messages import named, warn_caller
 from ..state.checks import check_memory, check_parameter, cut_for, is_fake
 from ..state.cut import LayerNames
 from ..state.members import rotates
-from ..state.others import option
+from ..state.others import attached, option
 from ..state.sharding import Piece, is_sharded, local_of, sharding_of
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def _of_optimizer(optimizer: Optimizer) -> list[_Found]:
 
     Names that several groups have, as those of two models do, begin with the number of the group.
     """
+    ours = attached(optimizer)
     numbers = {id(group): number for number, group in enumerate(optimizer.param_groups)}
     found = list(named(optimizer.param_groups))
     times = Counter(name for _, name, _ in found)
@@ -114,8 +115,8 @@ def _of_optimizer(optimizer: Optimizer) -> list[_Found]:
         _Found(
             name if times[name] == 1 else f"{numbers[id(group)]}.{name}",
             param,
-            as_tuples(option(optimizer, group, "chunks", 1))
-            if _is_layer(param, option(optimizer, group, "rotate", None))
+            as_tuples(option(optimizer, group, "chunks", ours.get("chunks", 1)))
+            if _is_layer(param, option(optimizer, group, "rotate", ours.get("rotate")))
             else None,
             option(optimizer, group, "chunk_names", None),
         )

@@ -1,7 +1,7 @@
 """Whether the layers of a checkpoint are those of the optimizer that loads it: a radius is the norm of one layer.
 
-torch replaces the options of a group by those of the checkpoint, so other chunks would silently become those of before,
-and radii of as many other layers would be taken for theirs.
+torch replaces the options of a group by those of the checkpoint, so chunks that were changed between two runs would
+silently become those of before. A group that says nothing, chunks=1, follows the checkpoint, as with every option.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -43,7 +43,7 @@ def check_same_layers(
         if ours is None or then is None or not rotates(param, ours) or not _has_radii(state):
             continue
         now = as_tuples(ours["chunks"])
-        if now != then and not cut_of(param, now, label).same_layers(cut_of(param, then, label)):
+        if now not in (1, then) and not cut_of(param, now, label).same_layers(cut_of(param, then, label)):
             others.setdefault((then, now), []).append(describe(label, param))
     if others:
         ((then, now), labels), *_ = others.items()

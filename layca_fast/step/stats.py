@@ -53,12 +53,16 @@ class RotationStats:
         return tuple(f"{self.name}{suffix}" for suffix in self.parts.suffixes(self.angle.numel()))
 
     def rows(self) -> "Iterator[tuple[str, RotationStats]]":
-        """What a table shows in a row each, with its name: the tensor, or each layer if the group has names for them."""
-        if self.parts is None or self.parts.given is None:
+        """What a table shows in a row each, with its name: the tensor, or its parts if the group has names for them."""
+        given = None if self.parts is None else self.parts.given
+        if self.parts is None or given is None or self.parts.cut.layers == 1:
             yield self.name, self
             return
-        for i, name in enumerate(self.layer_names):
-            yield name, replace(self, **{each: getattr(self, each)[i : i + 1] for each in _TENSORS})
+        for part, name in enumerate(given):
+            # Of a stack, that part of all matrices.
+            first = (part - self.parts.first) % len(given)
+            tensors = {each: getattr(self, each)[first :: len(given)] for each in _TENSORS}
+            yield f"{self.name}[{name}]", replace(self, **tensors)
 
 
 _TENSORS = tuple(field.name for field in fields(RotationStats) if field.name not in ("name", "parts"))
