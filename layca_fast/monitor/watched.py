@@ -137,11 +137,10 @@ def _chosen(found: Sequence[_Found], layers: Sequence[str]) -> list[_Found]:
 
 def _named(model: nn.Module) -> list[_Found]:
     """Every floating-point parameter, trainable or not; chunks as in :func:`_of_model`."""
-    chunks: dict[str, Chunks | None] = {}
-    if any(param.requires_grad for param in model.parameters()):
-        chunks = {each.name: each.chunks for each in _of_model(model)}
+    trainable = any(param.requires_grad for param in model.parameters())
+    known = {each.name: each for each in _of_model(model)} if trainable else {}
     return [
-        _Found(name, p, chunks.get(name))
+        known.get(name, _Found(name, p, None))
         for name, p in model.named_parameters()
         if p.is_floating_point() or p.is_complex()
     ]
