@@ -158,7 +158,7 @@ def _check_optimizer(optimizer: Any) -> None:
         )
     # Of the class: a learning rate scheduler replaces the method of the instance.
     arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
-    needed = [each.name for each in arguments if each.default is each.empty and each.kind is each.POSITIONAL_ORHOOKWORD]
+    needed = [each.name for each in arguments if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
     if needed:
         raise TypeError(
             f"optimizer is a {name}, whose step needs {', '.join(needed)}: it takes many steps inside one, of which "
