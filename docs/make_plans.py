@@ -74,8 +74,9 @@ def lora() -> Any:
 FAMILIES: Sequence[Family] = (
     Family(
         "GPT-2",
-        "The head is tied to the embedding. `Conv1D` stores its weights as (in, out): query, key and value are cut out "
-        "of the columns of `c_attn`.",
+        "The head is tied to the embedding. `Conv1D` stores its weights as (in, out): query, key and value are columns "
+        "of `c_attn`, which the torch backend turns. `rotate={Conv1D: 1}` leaves each weight one layer, for any "
+        "backend.",
         transformer(
             "GPT2LMHeadModel",
             "GPT2Config",

@@ -7,10 +7,11 @@ one layer, and the plan says so.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..formulas.chunks import COLUMNS, MATRICES, Chunks
 from .place import Place
 
 #: Module types that keep their weights as (in, out).
@@ -102,7 +103,8 @@ def _attention(place: Place, outputs: int, inputs: int) -> tuple[int, ...] | Non
     told = next((size for size in (_inputs_of(beside.get(name)) for name in _OUT) if size is not None), inputs)
     if outputs == 3 * told:
         return (told,) * 3
-    heads, width = _told(place, "num_key_value_heads", "num_kv_heads"), _told(place, "head_dim")
+    heads = _told(place, "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
+    width = _told(place, "head_dim", "head_size")
     if heads is not None and width is not None and outputs == told + 2 * heads * width:
         return told, heads * width, heads * width
     return None
@@ -156,7 +158,7 @@ GATE_UP, DOWN = re.compile(r"^gate_up_proj$"), ("down_proj",)
 class Packing(NamedTuple):
     """The layers that a tensor packs: ``chunks``, the names of the parts, and a word for the plan."""
 
-    chunks: Any
+    chunks: Chunks
     parts: tuple[str, ...] = ()
     reason: str = ""
 
@@ -169,8 +171,10 @@ def _described(parts: Sequence[str], sizes: Sequence[int]) -> str:
 
 def packing_of(place: Place, weight: Tensor) -> Packing | None:
     """What a weight (out, in), or (in, out) of a transposed type, packs; None where nothing says that it does."""
-    holder = "" if place.above is None else type(place.above.module).__module__
-    if any(holder.startswith(start) and names.search(place.name) for start, names in INTERLEAVED):
+    # Sharding makes types of its own of those that it wraps.
+    around = () if place.above is None else type(place.above.module).__mro__
+    homes = {"", *(kind.__module__ for kind in around)}
+    if any(names.search(place.name) and any(each.startswith(start) for each in homes) for start, names in INTERLEAVED):
         return Packing(1, reason=BY_HEAD)
     facts = [fact for fact in FACTS if fact.names.search(place.name)]
     if weight.dim() == 2:
@@ -181,7 +185,9 @@ def packing_of(place: Place, weight: Tensor) -> Packing | None:
             if sizes is not None and all(sizes):
                 split = len(sizes) if len(set(sizes)) == 1 else sizes
                 reason = _described(fact.parts, sizes)
-                return Packing(("columns", split) if transposed else split, fact.parts, reason)
+                if transposed:
+                    return Packing((COLUMNS, split), fact.parts, f"{reason}, along its columns")
+                return Packing(split, fact.parts, reason)
     return next((Packing(1, reason=fact.unsized) for fact in reversed(facts) if fact.unsized), None)
 
 
@@ -222,14 +228,16 @@ def stack_of(place: Place, leaf: str, weight: Tensor) -> Packing | None:
     """A parameter (experts, out, in) of a module that holds experts, each a layer, gate and up apart; else None."""
     module = place.module
     told = getattr(module, "num_experts", None)
-    if weight.dim() < 3 or not (EXPERTS.search(type(module).__name__) or weight.shape[0] == told):
+    if weight.dim() < 3 or 1 in weight.shape[-2:]:
+        return None
+    if not EXPERTS.search(type(module).__name__) and weight.shape[0] != told:
         return None
     experts = weight.shape[:-2].numel()
-    each: Any = experts if weight.dim() == 3 else "matrices"
+    each: Chunks = experts if weight.dim() == 3 else MATRICES
     if not GATE_UP.search(leaf):
         return Packing(each, reason="experts")
     downs = [down for name in DOWN if isinstance(down := getattr(module, name, None), Tensor) and down.dim() >= 3]
     halves = any(tuple(weight.shape[-2:]) == (2 * down.shape[-1], down.shape[-2]) for down in downs)
     if halves and getattr(module, "is_concatenated", True):
-        return Packing(("matrices", 2), GLU, f"gate and up of {experts} experts")
+        return Packing((MATRICES, 2), GLU, f"gate and up of {experts} experts")
     return Packing(each, reason="experts, gate and up as one")

@@ -46,6 +46,10 @@ class CodeGenAttention(Around):
     __module__ = "transformers.models.codegen.modeling_codegen"
 
 
+class FSDPCodeGenAttention(CodeGenAttention):
+    """As sharding makes one of it."""
+
+
 def linear(inputs: int, outputs: int) -> nn.Module:
     return nn.Linear(inputs, outputs, bias=False)
 
@@ -113,13 +117,20 @@ PACKED = (
         {},
         {"0.qkv_proj.weight": "its parts lie interleaved, so as one layer"},
     ),
+    Case(
+        "interleaved by the type around it, sharded",
+        lambda: nn.Sequential(FSDPCodeGenAttention(qkv_proj=linear(6, 18))),
+        {"0.qkv_proj.weight": 1},
+        {},
+        {"0.qkv_proj.weight": "its parts lie interleaved, so as one layer"},
+    ),
     Case("a convolution", lambda: Around(qkv=nn.Conv2d(4, 12, 1, bias=False)), {"qkv.weight": 1}),
     Case(
         "stored as (in, out)",
         lambda: Around(c_attn=Conv1D(12, 4), c_proj=Conv1D(4, 4)),
         {"c_attn.weight": ("columns", 3), "c_proj.weight": 1},
         {"c_attn.weight": QKV},
-        {"c_attn.weight": "query, key, value", "c_proj.weight": "stored as (in, out)"},
+        {"c_attn.weight": "query, key, value, along its columns", "c_proj.weight": "stored as (in, out)"},
     ),
     Case(
         "key and value of cross-attention, stored as (in, out)",
@@ -258,6 +269,7 @@ NO_LAYERS = (
         lambda: Around(rel_pos_h=torch.randn(5, 4), relative_position_bias_table=torch.randn(9, 2)),
         {"rel_pos_h": "positional table", "relative_position_bias_table": "positional table"},
     ),
+    ("scales of experts", lambda: Experts(scale=torch.ones(3, 1, 4)), {"scale": "unknown module type Experts"}),
     ("a norm layer by its name", lambda: GemmaRMSNorm(weight=torch.ones(4)), {"weight": "norm layer"}),
     (
         "a vector",
