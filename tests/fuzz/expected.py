@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layca_fast.formulas.bases import Formula
 from layca_fast.formulas.options import find_base
-from layca_fast.reference import BASES, SMALLEST_SINE, finite, orthogonal_part, reference_step
+from layca_fast.reference import BASES, SMALLEST_SINE, finite, orthogonal_part, reference_step, slices
 from layca_fast.state.compensation import HALVES
 from layca_fast.state.members import rotates
 
@@ -161,11 +161,8 @@ def _is_undecided(before: Before, grad: Tensor) -> bool:
         options["chunks"] = group["chunks"]
     step = finite(BASES[group["base"]](signed, known, **options))
     if before.turns:
-        count = 1
-        if group["chunks"] != 1 and grad.dim() > 0:
-            count = len(grad) if group["chunks"] == "all" else int(group["chunks"])
-        weights, steps = (each.reshape(count, -1) for each in (before.weight, step))
-        for layer, direction in zip(weights, steps, strict=True):
+        chunks = group["chunks"] if grad.dim() > 0 else 1
+        for layer, direction in zip(slices(before.weight, chunks), slices(step, chunks), strict=True):
             length = float(direction.norm())
             sine = float(orthogonal_part(layer, direction).norm()) / length if length else 0.0
             least, most = SMALLEST_SINE / 20, SMALLEST_SINE * 20

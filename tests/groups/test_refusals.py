@@ -54,6 +54,13 @@ BAD = (
         ValueError,
         r"chunks=3 does not divide.*'0\.weight' \(shape \(4, 3\)",
     ),
+    BadArgument(
+        "sizes that do not add up",
+        {"rotate": {nn.Linear: (3, 2)}},
+        ValueError,
+        r"chunks=\(3, 2\) adds up to 5.*'0\.weight' \(shape \(4, 3\)",
+    ),
+    BadArgument("names of chunks", {"chunk_names": "qk"}, TypeError, r"chunk_names='qk': layer_groups sets it itself"),
     BadArgument("chunks", {"chunks": 3}, TypeError, r"chunks=3: layer_groups sets it itself"),
     BadArgument("lr_factor", {"lr_factor": 0.5}, TypeError, r"lr_factor=0\.5: layer_groups sets it itself"),
     BadArgument("params", {"params": []}, TypeError, r"params=\[\]: layer_groups sets it itself"),

@@ -299,6 +299,10 @@ NO_MATRICES = (
     NoMatrix((6, 4), {"chunks": "all"}, r"chunks='all' cuts .*\(6, 4\).* into vectors.*fewer chunks"),
     NoMatrix((6, 4), {"chunks": 6}, r"chunks=6 cuts .*into vectors.*fewer chunks"),
     NoMatrix((6, 4), {"chunks": 4}, r"chunks=4 does not divide"),
+    NoMatrix((6, 4), {"chunks": "columns"}, r"chunks='columns' cuts .*into vectors.*fewer chunks"),
+    NoMatrix((6, 4, 3, 3), {"chunks": "columns"}, r"chunks='columns' cuts .*into vectors.*fewer chunks"),
+    NoMatrix((6, 4), {"chunks": ("columns", 4)}, r"'columns', 4.* cuts .*into vectors"),
+    NoMatrix((6, 4), {"chunks": (4, 1)}, r"chunks=\(4, 1\) adds up to 5"),
 )
 
 

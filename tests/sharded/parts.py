@@ -1,6 +1,6 @@
 """Tensors that are cut otherwise than in equal slices, on processes: unequal parts, stacks of matrices, columns."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,51 +60,51 @@ def parts_for(base: Mapping[str, Any]) -> Sequence[tuple[tuple[int, ...], Any, i
     return matrices if base.get("base") == "muon" else [*PARTS, *COLUMNS]
 
 
-def twins(mesh: DeviceMesh, base: Mapping[str, Any], **options: Any) -> Iterator[tuple[FusedLayca, FusedLayca]]:
-    """An optimizer of whole tensors and one of their shards; the second time columns lie one after the other."""
-    dtype = options.pop("dtype", torch.float32)
-    for is_turned in (False, True):
-        plain, shards = [], []
-        for shape, chunks, dim in parts_for(base):
-            param = torch.randn(shape, dtype=dtype)
-            own = shared(param, mesh, [Shard(dim)])
-            if is_turned:
-                local = own.to_local().transpose(0, 1).contiguous().transpose(0, 1)
-                own = DTensor.from_local(local, mesh, [Shard(dim)], shape=own.shape, stride=own.stride())
-            plain.append({"params": [Parameter(param)], "chunks": chunks})
-            shards.append({"params": [Parameter(own)], "chunks": chunks})
-        yield FusedLayca(plain, 0.02, **base, **options), FusedLayca(shards, 0.02, **base, **options)
+def twins(
+    mesh: DeviceMesh, base: Mapping[str, Any], turned: bool = False, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[FusedLayca, FusedLayca]:
+    """An optimizer of whole tensors and one of their shards; ``turned``: whose columns lie one after the other."""
+    plain, shards = [], []
+    for shape, chunks, dim in parts_for(base):
+        param = torch.randn(shape, dtype=dtype)
+        own = shared(param, mesh, [Shard(dim)])
+        if turned:
+            local = own.to_local().transpose(0, 1).contiguous().transpose(0, 1)
+            own = DTensor.from_local(local, mesh, [Shard(dim)], shape=own.shape, stride=own.stride())
+        plain.append({"params": [Parameter(param)], "chunks": chunks})
+        shards.append({"params": [Parameter(own)], "chunks": chunks})
+    return FusedLayca(plain, 0.02, **base, **options), FusedLayca(shards, 0.02, **base, **options)
 
 
 @on(1, 2, 3, 4)
 def parts_take_the_steps_of_the_whole_layers(place: Place) -> None:
-    for base in BASES:
-        for plain, sharded in twins(place.mesh(), base, backend="auto" if place.world % 2 else "torch"):
-            for _ in range(STEPS):
-                grads = draw(params_of(plain))
-                give(plain, grads)
-                give(sharded, grads)
-            check_alike(plain, sharded)
+    for number, base in enumerate(BASES):
+        plain, sharded = twins(place.mesh(), base, turned=bool(number % 2), backend=("auto", "torch")[number // 2])
+        for _ in range(STEPS):
+            grads = draw(params_of(plain))
+            give(plain, grads)
+            give(sharded, grads)
+        check_alike(plain, sharded)
 
 
 @on(2, 3)
 def parts_of_sixteen_bits_take_them_as_well(place: Place) -> None:
-    for plain, sharded in twins(place.mesh(), {"momentum": 0.9}, dtype=torch.bfloat16):
-        for _ in range(STEPS):
-            grads = [grad.bfloat16() for grad in draw(params_of(plain))]
-            give(plain, grads)
-            give(sharded, grads)
-        ours = [sharded.effective_weight(param) for param in params_of(sharded)]
-        assert off(ours, [plain.effective_weight(param) for param in params_of(plain)]) < 1e-6
+    plain, sharded = twins(place.mesh(), {"momentum": 0.9}, turned=place.world == 3, dtype=torch.bfloat16)
+    for _ in range(STEPS):
+        grads = [grad.bfloat16() for grad in draw(params_of(plain))]
+        give(plain, grads)
+        give(sharded, grads)
+    ours = [sharded.effective_weight(param) for param in params_of(sharded)]
+    assert off(ours, [plain.effective_weight(param) for param in params_of(plain)]) < 1e-6
 
 
 @on(2, 4)
 def all_parts_travel_in_one_sum(place: Place) -> None:
-    for _, sharded in twins(place.mesh(), {"momentum": 0.9}):
+    _, sharded = twins(place.mesh(), {"momentum": 0.9})
+    give(sharded, draw(params_of(sharded)))
+    with counting() as seen:
         give(sharded, draw(params_of(sharded)))
-        with counting() as seen:
-            give(sharded, draw(params_of(sharded)))
-        assert len(seen) == 1
+    assert len(seen) == 1
 
 
 @on(4)
@@ -138,22 +138,22 @@ def parts_cut_along_two_dimensions_take_the_steps_of_whole_ones(place: Place) ->
 @on(2, 3)
 def telemetry_and_curves_of_parts_have_the_names_of_whole_ones(place: Place) -> None:
     """Of layers that lie whole on one process the statistics are those here, under their names among all."""
-    for plain, sharded in twins(place.mesh(), {"momentum": 0.9}):
-        monitors = [RotationMonitor(each, per_step=True) for each in (plain, sharded)]
-        for _ in range(2):
-            grads = draw(params_of(plain))
-            give(plain, grads)
-            give(sharded, grads)
-            for monitor in monitors:
-                monitor.record()
-        theirs, ours = (monitor.curves for monitor in monitors)
-        assert ours.names == theirs.names
-        torch.testing.assert_close(ours.angle, theirs.angle, rtol=1e-3, atol=1e-6, equal_nan=True)
-        for one, other in zip(params_of(plain), params_of(sharded), strict=True):
-            expected, found = plain.rotation_stats()[one], sharded.rotation_stats()[other]
-            norms = dict(zip(expected.layer_names, expected.norm.tolist(), strict=True))
-            for name, norm in zip(found.layer_names, found.norm.tolist(), strict=True):
-                assert abs(norm / norms[name] - 1) < 1e-5
+    plain, sharded = twins(place.mesh(), {"momentum": 0.9}, turned=place.world == 2)
+    monitors = [RotationMonitor(each, per_step=True) for each in (plain, sharded)]
+    for _ in range(2):
+        grads = draw(params_of(plain))
+        give(plain, grads)
+        give(sharded, grads)
+        for monitor in monitors:
+            monitor.record()
+    theirs, ours = (monitor.curves for monitor in monitors)
+    assert ours.names == theirs.names
+    torch.testing.assert_close(ours.angle, theirs.angle, rtol=1e-3, atol=1e-6, equal_nan=True)
+    for one, other in zip(params_of(plain), params_of(sharded), strict=True):
+        expected, found = plain.rotation_stats()[one], sharded.rotation_stats()[other]
+        norms = dict(zip(expected.layer_names, expected.norm.tolist(), strict=True))
+        for name, norm in zip(found.layer_names, found.norm.tolist(), strict=True):
+            assert abs(norm / norms[name] - 1) < 1e-5
 
 
 @on(4)
