@@ -71,6 +71,26 @@ def lora() -> Any:
         return peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
 
 
+def timm_vit() -> Any:
+    """The modules of a VisionTransformer of timm, by their names and shapes: timm itself needs torchvision."""
+    import torch
+    from torch import nn
+
+    def block() -> nn.Module:
+        attention = nn.ModuleDict({"qkv": nn.Linear(32, 96), "proj": nn.Linear(32, 32)})
+        mlp = nn.ModuleDict({"fc1": nn.Linear(32, 48), "fc2": nn.Linear(48, 32)})
+        return nn.ModuleDict({"norm1": nn.LayerNorm(32), "attn": attention, "norm2": nn.LayerNorm(32), "mlp": mlp})
+
+    model = nn.Module()
+    model.cls_token = nn.Parameter(torch.randn(1, 1, 32))
+    model.pos_embed = nn.Parameter(torch.randn(1, 5, 32))
+    model.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, 32, 8, 8)})
+    model.blocks = nn.Sequential(*(block() for _ in range(2)))
+    model.norm = nn.LayerNorm(32)
+    model.head = nn.Linear(32, 10)
+    return model
+
+
 FAMILIES: Sequence[Family] = (
     Family(
         "GPT-2",
@@ -201,6 +221,7 @@ FAMILIES: Sequence[Family] = (
             num_labels=10,
         ),
     ),
+    Family("ViT of timm", "Names and shapes as timm has them.", timm_vit),
     Family(
         "ResNet",
         "",
@@ -240,7 +261,7 @@ def render() -> str:
     from layca_fast import layer_groups
 
     transformers.logging.set_verbosity_error()
-    parts = [HEAD, "\n".join(f"- [{family.title}](#{family.title.lower()})" for family in FAMILIES)]
+    parts = [HEAD, "\n".join(f"- [{family.title}](#{family.title.lower().replace(' ', '-')})" for family in FAMILIES)]
     for family in FAMILIES:
         note = f"{textwrap.fill(family.note, 120)}\n\n" if family.note else ""
         plan = layer_groups(family.make()).summary(short=True)

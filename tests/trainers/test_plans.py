@@ -1,14 +1,16 @@
 """layer_groups on the architectures of transformers and peft: docs/plans.md, and training by those plans."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from layca_fast import FusedLayca, layer_groups
+from layca_fast import FusedLayca, attach, layer_groups
+from layca_fast.groups.plan import LayerGroups
 
 from ..docs.support import ROOT
 from ..docs.test_pages import script
@@ -60,14 +62,27 @@ def norms(param: Tensor, chunks: Any) -> list[float]:
     return [norm_of(part) for part in parts(param.detach(), chunks)]
 
 
+def fused(groups: LayerGroups) -> Optimizer:
+    return FusedLayca(groups, base="adam")
+
+
+def attached(groups: LayerGroups) -> Optimizer:
+    optimizer = torch.optim.AdamW(groups, weight_decay=0)
+    attach(optimizer)
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [fused, attached])
 @pytest.mark.parametrize("title", TRAINED)
-def test_models_train_by_their_plans(plans: ModuleType, title: str, seed: int) -> None:
+def test_models_train_by_their_plans(
+    plans: ModuleType, title: str, make: Callable[[LayerGroups], Optimizer], seed: int
+) -> None:
     """Each layer, and each part of a packed one, keeps its norm; all tensors that get a gradient move."""
     # Without dropout the loss falls, step by step, on tokens that stay the same.
     model = made(plans, title).eval()
-    groups = layer_groups(model, 0.02, base="adam", others_lr=1e-3)
+    groups = layer_groups(model, 0.02, others_lr=1e-3)
     chunks = turning(groups)
-    optimizer = FusedLayca(groups)
+    optimizer = make(groups)
     named = {name: param for name, param in model.named_parameters() if param.requires_grad}
     before = {name: norms(named[name], each) for name, each in chunks.items()}
     start = {name: param.detach().clone() for name, param in named.items()}
