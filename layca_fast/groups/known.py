@@ -151,8 +151,8 @@ FACTS: Sequence[Fact] = (
     Fact(re.compile(r"^in_proj$"), ("hidden", "gate"), _half_of_what("out_proj"), PERHAPS),
 )
 
-#: Stacks of experts, (experts, out, in): which of their parameters hold gate and up, and which take half as many.
-GATE_UP, DOWN = re.compile(r"^gate_up_proj$"), ("down_proj",)
+#: Stacks of experts, (experts, out, in): those that hold gate and up, parameters or modules, and what takes half as many.
+GATE_UP, DOWN = ("gate_up_proj", "input_linear"), ("down_proj", "output_linear")
 
 
 class Packing(NamedTuple):
@@ -234,10 +234,12 @@ def stack_of(place: Place, leaf: str, weight: Tensor) -> Packing | None:
         return None
     experts = weight.shape[:-2].numel()
     each: Chunks = experts if weight.dim() == 3 else MATRICES
-    if not GATE_UP.search(leaf):
+    if leaf not in GATE_UP and place.name not in GATE_UP:
         return Packing(each, reason="experts")
-    downs = [down for name in DOWN if isinstance(down := getattr(module, name, None), Tensor) and down.dim() >= 3]
-    halves = any(tuple(weight.shape[-2:]) == (2 * down.shape[-1], down.shape[-2]) for down in downs)
+    beside = place.beside()
+    downs = [getattr(module, name, getattr(beside.get(name), "weight", None)) for name in DOWN]
+    shapes = [down.shape[-2:] for down in downs if isinstance(down, Tensor) and down.dim() == weight.dim()]
+    halves = any(tuple(weight.shape[-2:]) == (2 * inner, outer) for outer, inner in shapes)
     if halves and getattr(module, "is_concatenated", True):
         return Packing((MATRICES, 2), GLU, f"gate and up of {experts} experts")
     return Packing(each, reason="experts, gate and up as one")

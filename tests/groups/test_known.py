@@ -203,6 +203,14 @@ PACKED = (
         lambda: Experts(gate_up_proj=torch.randn(3, 10, 4), down_proj=torch.randn(3, 4, 5), is_concatenated=False),
         {"gate_up_proj": 3, "down_proj": 3},
     ),
+    Case(
+        "experts in a module for each projection",
+        lambda: Around(
+            input_linear=Experts(weight=torch.randn(3, 10, 4)), output_linear=Experts(weight=torch.randn(3, 4, 5))
+        ),
+        {"input_linear.weight": ("matrices", 2), "output_linear.weight": 3},
+        {"input_linear.weight": GLU},
+    ),
     Case("experts of several blocks", lambda: Experts(w1=torch.randn(2, 3, 5, 4)), {"w1": "matrices"}),
     Case("experts by their number", lambda: Around(w1=torch.randn(3, 5, 4), num_experts=3), {"w1": 3}),
 )
