@@ -151,7 +151,7 @@ FACTS: Sequence[Fact] = (
     Fact(re.compile(r"^in_proj$"), ("hidden", "gate"), _half_of_what("out_proj"), PERHAPS),
 )
 
-#: Stacks of experts, (experts, out, in): those that hold gate and up, parameters or modules, and what takes half as many.
+#: Stacks of experts, (experts, out, in): parameters or modules that hold gate and up, and those that take half as many.
 GATE_UP, DOWN = ("gate_up_proj", "input_linear"), ("down_proj", "output_linear")
 
 
@@ -242,4 +242,4 @@ def stack_of(place: Place, leaf: str, weight: Tensor) -> Packing | None:
     halves = any(tuple(weight.shape[-2:]) == (2 * inner, outer) for outer, inner in shapes)
     if halves and getattr(module, "is_concatenated", True):
         return Packing((MATRICES, 2), GLU, f"gate and up of {experts} experts")
-    return Packing(each, reason="experts, gate and up as one")
+    return Packing(each, reason="experts, gate and up as one" if leaf in GATE_UP else "experts")
