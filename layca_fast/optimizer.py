@@ -26,6 +26,7 @@ from .state.members import ignored_decay, rotates
 from .state.structure import check_entries
 from .step.capture import is_capturing
 from .step.interrupts import uninterrupted
+from .step.norms import NormDrifts, checked_plans, last_drifts, present_drifts
 from .step.plan import Plan
 from .step.stats import StepStats, rotation_stats
 from .step.unscaling import LossScale
@@ -59,8 +60,13 @@ class FusedLayca(Grouped):
         radius: the norm that a layer is put back to after each step: "initial", its norm before the first step that
             moved it; "current", its norm before the step; or "learned", which begins as "initial" and follows the
             gradient, R <- R exp(-radius_lr lr c) with c = <w, g> / (|w| |g|): for layers whose norm the output depends
-            on. It costs one more pass over weights and gradients.
+            on. It costs one more pass over weights and gradients. Or the norm itself: a number, or a function that
+            makes it of the layer's shape, a ``torch.Size`` of (rows, all else). The first step that moves the layer
+            leads there. A change counts after :meth:`reset_radius`.
         radius_lr: the rate of learned radii, as a multiple of lr; their product counts as 1 at most.
+        joins_at: the norm from which on a layer rotates: a number, or a function of the layer's shape as for radius.
+            Until its norm is that large a layer takes plain base steps, without weight decay, so it may begin at zero;
+            the norm at which it joins is then its radius. 0: from the start.
         weight_decay: decoupled decay of the tensors that do not rotate. Ignored, with a warning, where they do.
         maximize: ascend instead of descend.
         compensate: whether bfloat16 and float16 parameters keep the rest of their bits in the state ``remainder``, 2
@@ -82,7 +88,8 @@ class FusedLayca(Grouped):
 
     Every other argument may be set per param group. State per tensor: what torch's optimizer of that name keeps
     (``momentum_buffer``, ``exp_avg``, ``step``, ...), with ``step`` where the tensor is; and ``radius``, float64 of
-    shape (layers,), 0 until a step moves the layer, where the tensor rotates; and ``remainder``, raw 16-bit integers in
+    shape (layers,), where the tensor rotates: 0 until a step moves the layer, or, below 0, the norm that the first one
+    will lead to, or that the layer waits for; and ``remainder``, raw 16-bit integers in
     a tensor of its type, where it is compensated: see :meth:`effective_weight`. Under rotate=False each base takes the
     step of torch's optimizer, with decoupled weight decay (so adam is AdamW).
 
@@ -99,8 +106,9 @@ class FusedLayca(Grouped):
         rotate: bool | None = None,
         chunks: int | str | Sequence[Any] = 1,
         chunk_names: Sequence[str] | None = None,
-        radius: str = "initial",
+        radius: str | float | Callable[[torch.Size], float] = "initial",
         radius_lr: float = 9.0,
+        joins_at: float | Callable[[torch.Size], float] = 0.0,
         weight_decay: float = 0.0,
         maximize: bool = False,
         compensate: bool | None = None,
@@ -127,6 +135,7 @@ class FusedLayca(Grouped):
             "chunk_names": as_tuples(chunk_names),
             "radius": radius,
             "radius_lr": radius_lr,
+            "joins_at": joins_at,
             "weight_decay": weight_decay,
             "maximize": maximize,
             "compensate": compensate,
@@ -276,6 +285,43 @@ class FusedLayca(Grouped):
         if message is not None:
             self._warned_of_types = True
             warn_caller(message)
+
+    @torch.no_grad()
+    def check_norms(self, above: float | None = None, *, at: str = "step") -> NormDrifts:
+        """How far the norm of every rotating layer is from its radius, by name: the guard against foreign writes.
+
+        A step restores the norms, so what somebody else has done to the weights shows before it only. ``at`` says which
+        weights are looked at. "step": those that the last step has found, before it moved them, by the norms that it
+        has measured; costs next to nothing, so call it after every step. Where that step had no gradient for a tensor,
+        it is the last that had. "now": the present ones, in one pass over them: for after a resume.
+
+        Norms are compared with the state ``radius``, of learned radii with what it was before that step. NaN where that
+        says nothing: under radius="current", which keeps any norm it finds, of a layer that waits (``joins_at``) or has
+        no radius yet, and at the step that leads to a given radius.
+
+        Does not wait for a device unless ``above`` is given or the result read. Of sharded layers all processes call it
+        together, and each has all layers: one float64 all-reduce per mesh dimension for "now", at most one for "step".
+
+        Args:
+            above: raise :class:`layca_fast.NormDriftError` where a layer is farther than this from its radius, as
+                norm / radius - 1. 1e-3 is far above what rounding does, also in 16 bits.
+            at: "step" or "now".
+
+        Raises:
+            NormDriftError: as ``above`` says; ValueError for arguments that are none; RuntimeError where ``at="step"``
+                and no step was taken since the optimizer was made, loaded, or given other groups.
+        """
+        check_choice({"at": at}, "at", ("step", "now"))
+        names = {param: name for _, name, param in named(self.param_groups)}
+        if at == "now":
+            drifts = present_drifts(self.param_groups, self.state, names)
+        else:
+            plans = [] if self._plan is None or self._stale else [self._plan]
+            plans += [] if self._in_backward is None else self._in_backward.plans
+            drifts = last_drifts(checked_plans(plans), self.param_groups, names)
+        if above is not None:
+            drifts.raise_if(above)
+        return drifts
 
     def rotation_stats(self) -> StepStats:
         """What the last step did to each tensor, a dict by parameter; empty before the first. ``print`` shows a table.

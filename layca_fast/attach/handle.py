@@ -3,7 +3,7 @@
 import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ..formulas.chunks import as_tuples
-from ..messages import labelled
+from ..formulas.options import check_choice
+from ..formulas.plain import with_plain
+from ..messages import labelled, named
 from ..optimizer import FusedLayca
 from ..state.entries import drop_empty, with_all_entries
 from ..state.loading import (
@@ -25,7 +27,9 @@ from ..state.loading import (
 )
 from ..state.modes import out_of_inference
 from ..state.others import HOOK
+from ..state.radii import without_functions
 from ..step.hooks import is_nested, lacks_hooks
+from ..step.norms import NormDrifts, checked_plans, last_drifts, present_drifts
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
 
 #: torch's dicts of hooks on an optimizer, and the method of :class:`Handle` that goes into each.
@@ -54,6 +58,7 @@ class Handle:
         self.options = dict(options)
         self._shadow: Shadow | None = None
         self._steps = 0
+        self._was_loaded = False
         for hooks, method in _HOOKS.items():
             getattr(optimizer, hooks)[HOOK] = getattr(self, method)
         # The user's own hooks after a step or a load then see what this one has made of it.
@@ -76,6 +81,30 @@ class Handle:
             detach(optimizer)
             self._shadow = None
 
+    @torch.no_grad()
+    def check_norms(self, above: float | None = None, *, at: str = "step") -> NormDrifts:
+        """How far the norm of every rotating layer is from its radius: :meth:`layca_fast.FusedLayca.check_norms`.
+
+        RuntimeError where the handle was removed.
+        """
+        check_choice({"at": at}, "at", ("step", "now"))
+        optimizer = self._optimizer()
+        if optimizer is None or _handle_of(optimizer) is not self:
+            raise RuntimeError(
+                "check_norms: this handle was removed, and nothing turns the optimizer's layers any more"
+            )
+        names = {param: name for _, name, param in named(optimizer.param_groups)}
+        if at == "now":
+            drifts = present_drifts(plan_groups(optimizer, self.options), optimizer.state, names)
+        else:
+            shadow = None if self._was_loaded else self._shadow
+            plans = [] if shadow is None or shadow.plan is None else [shadow.plan]
+            aliases = {} if shadow is None else {alias: names[param] for param, alias in shadow.pairs if param in names}
+            drifts = last_drifts(checked_plans(plans), [] if shadow is None else shadow.groups, aliases)
+        if above is not None:
+            drifts.raise_if(above)
+        return drifts
+
     def __enter__(self) -> "Handle":
         return self
 
@@ -89,7 +118,7 @@ class Handle:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._optimizer = weakref.ref(state["optimizer"])
         self.options, self._steps = state["options"], state.get("steps", 0)
-        self._shadow = None
+        self._shadow, self._was_loaded = None, False
 
     def _state_of_optimizer(self) -> dict[str, Any]:
         optimizer = self._optimizer()
@@ -115,6 +144,7 @@ class Handle:
         if not is_nested(self):
             self._fitting_shadow(optimizer).turn(optimizer)
             self._steps += 1
+            self._was_loaded = False
 
     def _fitting_shadow(self, optimizer: Optimizer) -> Shadow:
         groups = plan_groups(optimizer, self.options, self._steps + 1)
@@ -138,9 +168,12 @@ class Handle:
     def _after_load(self, optimizer: Optimizer) -> None:
         unshield_radii(optimizer)
         drop_empty(optimizer.state)
+        self._was_loaded = True
 
     def _after_save(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-        return with_chunks(optimizer, with_all_entries(optimizer, saved), self.options["chunks"])
+        saved = with_all_entries(optimizer, saved)
+        saved = {**saved, "param_groups": [without_functions(group) for group in saved["param_groups"]]}
+        return with_chunks(optimizer, saved, self.options["chunks"])
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -177,7 +210,8 @@ def attach(
     rotate: bool | None = None,
     *,
     chunks: int | str | Sequence[Any] = 1,
-    radius: str = "initial",
+    radius: str | float | Callable[[torch.Size], float] = "initial",
+    joins_at: float | Callable[[torch.Size], float] = 0.0,
     backend: str = "auto",
 ) -> Handle:
     """Make any torch optimizer turn its layers by exactly atan(lr) per step, in the direction of its own step.
@@ -190,13 +224,14 @@ def attach(
     Args:
         optimizer: any torch.optim.Optimizer whose ``step`` needs no closure. Its rotating parameters are float32 or
             float64 and dense. Its lr becomes the rotation rate too: a rotating layer turns by atan(lr) radians.
-        rule: as in FusedLayca, like the next four.
+        rule: as in FusedLayca, like the next five.
         rotate: which tensors rotate: True, False, or None for those with two or more dimensions longer than 1.
         chunks: which parts of a rotating tensor are layers: 1, n, "all", sizes, "matrices", "columns", ...
-        radius: "initial" or "current", the norm that each step restores.
+        radius: the norm that each step restores: "initial", "current", a number, or a function of the layer's shape.
+        joins_at: the norm from which on a layer rotates: until then it takes the optimizer's own steps.
         backend: "auto", "cpu", "triton", "cuda" or "torch".
 
-    A param group's own "rule", "rotate", "chunks", "radius" or "backend" wins over the argument.
+    A param group's own "rule", "rotate", "chunks", "radius", "joins_at" or "backend" wins over the argument.
 
     State: ``optimizer.state[param]["radius"]``, float64 of shape (layers,), kept with its type by load_state_dict. A
     state loaded without radii takes them from the weights at the next step.
@@ -228,7 +263,10 @@ def attach(
             here, or, for parameters and options that changed since and layers whose weights are all zero, at the step.
     """
     _check_optimizer(optimizer)
-    options = {"rule": rule, "rotate": rotate, "chunks": as_tuples(chunks), "radius": radius, "backend": backend}
+    options = with_plain(
+        {"rule": rule, "rotate": rotate, "chunks": chunks, "radius": radius, "joins_at": joins_at, "backend": backend}
+    )
+    options["chunks"] = as_tuples(options["chunks"])
     check_turning(plan_groups(optimizer, options))
     return Handle(optimizer, options)
 

@@ -24,6 +24,7 @@ class Case:
 
     Of 16-bit types what is compared is the weight that the parameter and its remainder stand for.
 
+    ``turned``: the weights lie in memory with their first two dimensions swapped, as every backend can walk columns.
     ``sine``: of the angle between weights and gradient of the layers that rotate; None for random directions.
     """
 
@@ -34,6 +35,7 @@ class Case:
     steps: int = 50
     lr: float = 0.05
     sine: float | None = None
+    turned: bool = False
 
 
 BASE_OPTIONS: tuple[Mapping[str, Any], ...] = (
@@ -127,11 +129,17 @@ def cases(effort: Effort) -> Iterator[Case]:
         momentum = {"base": "sgd", "momentum": 0.9}
         slices = {**momentum, "chunks": "all", "radius": "current", "maximize": True}
         yield Case("chunks=all, radius=current", ((12, 30), (5, 4, 7)), slices, dtype, steps)
+        yield Case("chunks=(9, 2, 1)", ((12, 30), (12, 4, 7)), {**momentum, "chunks": (9, 2, 1)}, dtype, steps)
+        experts = {**momentum, "chunks": ("matrices", 2)}
+        yield Case("chunks=('matrices', 2)", ((2, 3, 4, 7), (5, 6, 20)), experts, dtype, steps)
+        columns = {**momentum, "chunks": "columns"}
+        yield Case("chunks=columns", ((12, 30), (5, 4, 3, 3)), columns, dtype, steps, turned=True)
         adam = {"base": "adam", "betas": (0.8, 0.95), "eps": 1e-3}
         learned = {**adam, "radius": "learned", "radius_lr": 2.0, "chunks": "all"}
         yield Case("radius=learned", ((12, 30), (5, 4, 7)), learned, dtype, steps)
         tilted = {**momentum, "radius": "learned", "maximize": True}
         yield Case("radius=learned, maximize", ((40, 30), (2, 1)), tilted, dtype, steps)
+        yield Case("radius=2.5", ((12, 30), (5, 4, 7)), {**momentum, "radius": 2.5, "chunks": "all"}, dtype, steps)
         plain = {**momentum, "rotate": False, "weight_decay": 0.1}
         yield Case("no rotation, weight decay", ODD_SHAPES, plain, dtype, steps)
         if dtype not in (torch.float32, torch.bfloat16):

@@ -69,6 +69,10 @@ def layers_of(tensor: Tensor, chunks: Any) -> list[Tensor]:
     return [layer.flatten() for layer in slices(wide, chunks)]
 
 
+def _turned(weight: Tensor) -> Tensor:
+    return weight.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 def _gradient(param: Tensor, case: Case, turns: bool, generator: torch.Generator) -> Tensor:
     noise = torch.randn(param.shape, dtype=torch.float64, device="cpu", generator=generator)
     if case.sine is None or not turns:
@@ -92,7 +96,8 @@ def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Er
     """Run ``case`` on one backend beside the reference in float64 on the same gradients."""
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(shape, dtype=case.dtype, device="cpu", generator=generator) for shape in case.shapes]
-    params = [weight.to(device, copy=True).requires_grad_() for weight in weights]
+    placed = [_turned(weight) if case.turned else weight for weight in weights]
+    params = [weight.to(device, copy=True).requires_grad_() for weight in placed]
     expected = [weight.to(torch.float64, copy=True) for weight in weights]
     states: list[dict[str, Any]] = [{} for _ in params]
     optimizer = FusedLayca(params, case.lr, backend=backend, **case.options)

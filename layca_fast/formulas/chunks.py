@@ -1,11 +1,11 @@
 """The option ``chunks``: which parts of a tensor are layers, each with a norm of its own. Its forms, and their checks.
 
-    1, n, "all"             equal slices of the first dimension; "all": one for each index
-    (2048, 512, 512)        slices of the first dimension, of these sizes
-    "matrices"              the last two dimensions, once for each index of those before them
-    ("matrices", n)         the same, each matrix as n equal parts of its rows
-    "columns"               one for each index of the second dimension: the weights behind one input
-    ("columns", n), ("columns", (2048, 512, 512))    slices of the second dimension, as above of the first
+1, n, "all"             equal slices of the first dimension; "all": one for each index
+(2048, 512, 512)        slices of the first dimension, of these sizes
+"matrices"              the last two dimensions, once for each index of those before them
+("matrices", n)         the same, each matrix as n equal parts of its rows
+"columns"               one for each index of the second dimension: the weights behind one input
+("columns", n), ("columns", (2048, 512, 512))    slices of the second dimension, as above of the first
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ _FORMS = (
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
 
 
 def _are_sizes(value: Any) -> bool:
@@ -61,7 +61,7 @@ def as_tuples(value: Any) -> Any:
 
 
 def parts_of(chunks: Chunks) -> tuple[str, Split]:
-    """"rows", "matrices" or "columns", and how these are split. ``chunks`` has been checked."""
+    """What is split, "rows", "matrices" or "columns", and how. ``chunks`` has been checked."""
     if isinstance(chunks, tuple) and isinstance(chunks[0], str):
         return chunks[0], as_tuples(chunks[1])
     if chunks == MATRICES:
@@ -83,5 +83,6 @@ def check_chunk_names(names: Any, chunks: Any) -> None:
     count = len(split) if isinstance(split, tuple) else split
     if isinstance(count, int) and count > 1 and len(names) != count:
         raise ValueError(
-            f"chunk_names={names!r}: are {len(names)} names, and chunks={chunks!r} cuts {count} parts: give one for each"
+            f"chunk_names={names!r}: are {len(names)} names, and chunks={chunks!r} cuts {count} parts: give one for "
+            "each"
         )

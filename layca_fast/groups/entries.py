@@ -9,15 +9,18 @@ from ..formulas.chunks import Chunks
 from ..state.checks import check_initialized
 from ..state.cut import Cut, cut_of
 from ..state.layout import is_vector
-from ..state.zeros import have_zero_layers
 from .others import head_of
 from .place import Place, places_of
 from .roles import Asked, asked_of, decide
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
-    """One trainable tensor on its way into a group; ``chunks`` is None where it does not rotate."""
+    """One trainable tensor on its way into a group; ``chunks`` is None where it does not rotate.
+
+    ``grows``: whether it is known to start at zero, also where it has left it. ``joins_at``: the norm from which on it
+    rotates, 0 where that is from the start.
+    """
 
     name: str
     param: Tensor
@@ -25,6 +28,8 @@ class Entry:
     reason: str
     unknown: type[nn.Module] | None = None
     parts: tuple[str, ...] = ()
+    grows: bool = False
+    joins_at: float = 0.0
 
     @property
     def layers(self) -> int:
@@ -33,8 +38,7 @@ class Entry:
     @property
     def cut(self) -> Cut:
         """How it is cut into layers, where it rotates; ValueError where its chunks do not fit."""
-        assert self.chunks is not None
-        return cut_of(self.param, self.chunks, f"parameter {self.name!r}")
+        return cut_of(self.param, 1 if self.chunks is None else self.chunks, f"parameter {self.name!r}")
 
 
 def trainable_entries(model: nn.Module, asked: Asked) -> tuple[dict[Tensor, str], list[Entry]]:
@@ -82,17 +86,6 @@ def decide_on_head(entries: Sequence[Entry], model: nn.Module, asked: Asked, hea
         elif entry.chunks is not None or entry.unknown is not None or tied:
             entry.chunks, entry.unknown, entry.parts = None, None, ()
             entry.reason = "embedding and logits" if tied else "logits"
-
-
-def set_aside_zeros(entries: Sequence[Entry]) -> list[Entry]:
-    """Move tensors with a layer of zeros to the others, and return them. Waits once for each device."""
-    rotating = [entry for entry in entries if entry.chunks is not None]
-    zeros = have_zero_layers([(entry.param, entry.cut) for entry in rotating])
-    moved = [entry for entry, is_zero in zip(rotating, zeros, strict=True) if is_zero]
-    for entry in moved:
-        entry.reason = "all zero" if entry.layers == 1 else f"one of its {entry.layers} layers is all zero"
-        entry.chunks = entry.unknown = None
-    return moved
 
 
 def set_aside_vectors(entries: Iterable[Entry]) -> None:

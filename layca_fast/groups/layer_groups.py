@@ -2,22 +2,23 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from ..formulas.bases import scaled_rate
 from ..formulas.chunks import Chunks
 from ..formulas.options import check_choice, check_lr, misspelt
 from ..formulas.plain import plain, with_plain
 from ..messages import warn_caller
-from .entries import Entry, decide_on_head, set_aside_vectors, set_aside_zeros, trainable_entries
+from .entries import Entry, decide_on_head, set_aside_vectors, trainable_entries
 from .left_out import doubt
 from .others import check_others_base, split_options
 from .plan import LayerGroups, Row
 from .roles import EMBEDDINGS, asked_types
+from .zeros import check_zeros, rotating_later, set_aside_zeros
 
 OTHERS = ("train", "freeze")
 
@@ -61,16 +62,16 @@ def _training(group: Mapping[str, Any]) -> dict[str, Any]:
 def _rotating_groups(
     entries: Sequence[Entry], factors: Sequence[float], lr: float | Tensor | None, options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    groups: dict[tuple[float, Chunks | None, tuple[str, ...]], dict[str, Any]] = {}
+    groups: dict[tuple[float, Chunks | None, tuple[str, ...], float], dict[str, Any]] = {}
     # Nothing decays on a sphere: another optimizer's own default must not step in.
     shared = {**options, "weight_decay": 0.0} if "weight_decay" in options else options
     for entry, factor in zip(entries, factors, strict=True):
-        key = factor, entry.chunks, entry.parts
+        key = factor, entry.chunks, entry.parts, entry.joins_at
         if key not in groups:
             rate = {} if lr is None else {"lr": scaled_rate(lr, factor)}
             ours = {"params": [], "rotate": True, "chunks": entry.chunks, "lr_factor": factor}
             names = {"chunk_names": entry.parts} if entry.parts else {}
-            groups[key] = {**ours, **names, **rate, **shared}
+            groups[key] = {**ours, **names, **rate, **shared, **rotating_later(entry.joins_at, shared)}
         groups[key]["params"].append((entry.name, entry.param))
     return list(groups.values())
 
@@ -110,6 +111,8 @@ def _check_arguments(
     embeddings: Any,
     head: Any,
     names: Any,
+    zeros: Any,
+    joins_at: Any,
     options: Mapping[str, Any],
 ) -> None:
     """Raise TypeError or ValueError for what ``layer_groups`` cannot take."""
@@ -120,6 +123,7 @@ def _check_arguments(
     check_choice({"embeddings": embeddings}, "embeddings", (False, True))
     check_choice({"head": head}, "head", (None, False, True))
     check_choice({"names": names}, "names", (False, True))
+    check_zeros(zeros, joins_at)
     for name, rate in (("lr", lr), ("others_lr", others_lr)):
         if rate is not None:
             check_lr(rate, name)
@@ -131,7 +135,8 @@ def _check_arguments(
         if name in options:
             raise TypeError(f"{name}={options[name]!r}: layer_groups sets it itself; leave it out")
     check_others_base(others_base, others)
-    message = misspelt(options, ("alpha", "others", "others_lr", "others_base", "embeddings", "head", "names"))
+    options_here = ("alpha", "others", "others_lr", "others_base", "embeddings", "head", "names", "zeros")
+    message = misspelt(options, options_here)
     if message is not None:
         raise TypeError(message)
     if options.get("base") == "rmsprop" and alpha != 0:
@@ -152,6 +157,8 @@ def layer_groups(
     head: bool | None = None,
     rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, Any] = (),
     names: bool = True,
+    zeros: str = "others",
+    joins_at: float | Callable[[Size], float] | None = None,
     **options: Any,
 ) -> LayerGroups:
     """Param groups in which the weights of the model's layers rotate, and nothing else; ``print`` shows the plan.
@@ -164,10 +171,10 @@ def layer_groups(
 
     The others: biases, norm layers, embeddings, positional tables, tokens, routers of experts, LoRA's B, the head over
     a vocabulary (see ``head``), vectors (at most one dimension longer than 1: a Linear with one output has one),
-    parametrized weights (weight_norm and the like, unless asked for), weights of which a layer is all zero, and
-    whatever modules of unknown types hold (see ``rotate``). Parameters with requires_grad=False are left out. A tied
-    tensor counts once, under its first name; it rotates if any module that shares it makes it rotate, but one that is
-    an embedding anywhere is an embedding.
+    parametrized weights (weight_norm and the like, unless asked for), weights of which a layer is all zero (see
+    ``zeros``), and whatever modules of unknown types hold (see ``rotate``). Parameters with requires_grad=False are
+    left out. A tied tensor counts once, under its first name; it rotates if any module that shares it makes it rotate,
+    but one that is an embedding anywhere is an embedding.
 
     Zeros are looked for now: call it before trained weights are loaded, as for the run that is resumed. Warns where
     nothing rotates, and where unknown types hold more than a tenth of the weights that could.
@@ -199,6 +206,11 @@ def layer_groups(
             for what is not to rotate, such as a head without normalisation. Also for the types above.
         names: whether the groups name their parameters, for messages. Then torch's own optimizers take no group without
             names later, as callbacks add them that unfreeze layers (FusedLayca does): pass False for those.
+        zeros: what becomes of weights of which a layer is all zero, and of LoRA's B: "others", or "rotate-later": they
+            take plain base steps at their group's lr, without decay, until the norm of the layer has reached
+            ``joins_at``, and rotate from then on, at that norm. With alpha they count among those that rotate.
+        joins_at: for zeros="rotate-later", the norm from which on such a layer rotates: a number > 0, or a function of
+            its shape, a ``torch.Size`` of (rows, all else).
         options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0
             into those that rotate.
 
@@ -210,9 +222,11 @@ def layer_groups(
         TypeError, ValueError: for arguments out of range, lazy parameters that are not initialized, no trainable
             parameter at all, and trainable parameters that would land in no group; before anything is modified.
     """
-    lr, alpha, others_lr = plain(lr), plain(alpha), plain(others_lr)
+    lr, alpha, others_lr, joins_at = plain(lr), plain(alpha), plain(others_lr), plain(joins_at)
     options = with_plain(options)
-    _check_arguments(model, lr, alpha, others, others_lr, others_base, embeddings, head, names, options)
+    _check_arguments(
+        *(model, lr, alpha, others, others_lr, others_base, embeddings, head, names, zeros, joins_at), options
+    )
     ours, theirs = split_options(options, others_base)
     asked = asked_types(rotate)
     if embeddings:
@@ -221,7 +235,7 @@ def layer_groups(
     trainable, entries = trainable_entries(model, asked)
     decide_on_head(entries, model, asked, head, last=head is not None or others_base is not None)
     set_aside_vectors(entries)
-    zeros = set_aside_zeros(entries)
+    set_aside = set_aside_zeros(entries, joins_at)
     rotating = [entry for entry in entries if entry.chunks is not None]
     rest = [entry for entry in entries if entry.chunks is None]
     factors = lr_factors(len(rotating), alpha)
@@ -239,13 +253,14 @@ def layer_groups(
         # Where warnings are errors, nothing is frozen yet.
         warn_caller(message)
     if others == "freeze":
-        _freeze(rest, zeros)
+        _freeze(rest, set_aside)
     factor_of = dict(zip((entry.param for entry in rotating), factors, strict=True))
     group_of = {param: group for group in groups for _, param in group["params"]}
     rows = [
         Row(
             *(entry.name, tuple(entry.param.shape), entry.layers, factor_of.get(entry.param), entry.reason),
             **_training(group_of[entry.param]),
+            joins_at=entry.joins_at,
         )
         for entry in entries
     ]

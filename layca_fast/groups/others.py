@@ -11,7 +11,7 @@ from ..state.layout import is_vector
 from .roles import EMBEDDINGS
 
 #: Options of a group that say how a tensor rotates.
-OF_ROTATION = ("rule", "radius")
+OF_ROTATION = ("rule", "radius", "joins_at")
 
 
 #: Names of embeddings that no logits are over: of positions, segments and the like.

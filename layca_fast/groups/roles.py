@@ -68,13 +68,14 @@ class Role(NamedTuple):
     """``chunks`` of a tensor that rotates, with a word on it or ""; else None, with the reason.
 
     ``unknown``: the module type that is to blame where nobody has said whether the tensor is a layer. ``parts``: the
-    names of what ``chunks`` cuts, where they have some.
+    names of what ``chunks`` cuts, where they have some. ``grows``: whether it is known to start at zero.
     """
 
     chunks: Chunks | None
     reason: str = ""
     unknown: type[nn.Module] | None = None
     parts: tuple[str, ...] = ()
+    grows: bool = False
 
 
 def _check_not_cut(kind: type, chunks: Any) -> None:
@@ -172,7 +173,7 @@ def _role(place: Place, leaf: str, param: Tensor, asked: Asked) -> Role:
         return Role(None, "router")
     reason = growing(place, leaf)
     if reason is not None:
-        return Role(None, reason)
+        return Role(None, reason, grows=True)
     if stem in packed or is_transposed(kind):
         return _layer(place, stem, param, packed)
     stack = stack_of(place, leaf, param)

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import choose
-from ..formulas.options import check_groups
+from ..formulas.options import check_groups, waits
 from ..messages import describe, labelled
 from ..state.checks import cut_for
 from ..state.members import rotates
@@ -244,7 +244,8 @@ class StepInBackward:
         new = []
         for param, place in self._places.items():
             ((group, label, _),) = labelled(place.groups)
-            if param.requires_grad and rotates(param, group) and "radius" not in place.state.get(param, {}):
+            turns = param.requires_grad and rotates(param, group) and not waits(group)
+            if turns and "radius" not in place.state.get(param, {}):
                 new.append(Layers(group, label, param, cut_for(param, group, label)))
         check_norms(new)
 

@@ -28,6 +28,7 @@ _GROUP: Mapping[str, Any] = {
     "rule": "layca",
     "radius": "current",
     "radius_lr": 0.0,
+    "joins_at": 0.0,
     "lr": 0.0,
     "weight_decay": 0.0,
     "maximize": False,

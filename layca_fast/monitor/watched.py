@@ -82,7 +82,9 @@ def _watched(found: _Found) -> list[Watched]:
     if is_fake(param):
         raise TypeError(f"{label} is a FakeTensor, without numbers to measure: make the monitor outside of that mode")
     check_memory(param, label)
-    cut = cut_for(param, {"chunks": 1 if found.chunks is None else found.chunks, "chunk_names": found.chunk_names}, label)
+    cut = cut_for(
+        param, {"chunks": 1 if found.chunks is None else found.chunks, "chunk_names": found.chunk_names}, label
+    )
     names = tuple(f"{name}{suffix}" for suffix in LayerNames(cut, found.chunk_names).suffixes(cut.layers))
     sharding = sharding_of(param, cut, label, know_all=True)
     pieces = [(names[piece.first : piece.first + piece.layers], piece) for piece in sharding.pieces]
@@ -167,10 +169,7 @@ def watched_layers(source: nn.Module | Optimizer, layers: Iterable[str] | None) 
         raise TypeError(
             f"model_or_optimizer is a {type(source).__name__}: it must be a torch.nn.Module or a torch.optim.Optimizer"
         )
-    if layers is None:
-        chosen = [each for each in found if each.chunks is not None]
-    else:
-        chosen = _chosen(found, list(layers))
+    chosen = [each for each in found if each.chunks is not None] if layers is None else _chosen(found, list(layers))
     if not chosen:
         raise ValueError(f"model_or_optimizer: {_why_none(source, found)}")
     if layers is None:

@@ -183,4 +183,3 @@ def check_names(cut: Cut, names: Sequence[str] | None, name: str) -> None:
             f"chunk_names={tuple(names)!r}: are {len(names)} names, and {name} is cut into {cut.layers} layers: give "
             "one for each, or put the tensor in a group with other chunk_names"
         )
-

@@ -60,7 +60,7 @@ def usable(state: Any) -> Any:
 
 
 def layers_are_dense(tensor: Tensor, layers: int) -> bool:
-    """Whether each row of ``tensor.reshape(layers, -1)`` is one run of memory, in whatever order, one after the other."""
+    """Whether each row of ``tensor.reshape(layers, -1)``, in any order, is one run of memory, one after the other."""
     if not is_dense(tensor):
         return False
     rest = tensor.numel()
@@ -84,4 +84,3 @@ def memory_order(tensor: Tensor) -> Tensor:
 def scalar_device(device: torch.device) -> torch.device:
     """Where the float64 dots and coefficients of tensors on ``device`` live: MPS has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
-

@@ -26,6 +26,7 @@ from .cut import Cut
 from .layout import is_vector, layers_are_dense, scalar_device, usable
 from .memory import Written
 from .modes import check_modes
+from .radii import settle, starting_radii
 from .runner import Choose, Runs
 from .sharding import (
     Piece,
@@ -80,6 +81,8 @@ class Member(Generic[Runs]):
     #: How it is cut into layers; None where it is one, and nobody asks for a matrix.
     cut: Cut | None
     dense: bool
+    #: Of each layer, the radius state that it begins with, <= 0: see :func:`starting_radii`. None: 0.
+    starts: Sequence[float] | None = None
 
     @property
     def layers(self) -> int:
@@ -210,6 +213,13 @@ class Member(Generic[Runs]):
             raise ValueError(self._wrong_shape("radius", old))
         return old.to(device=home, dtype=torch.float64).contiguous()
 
+    def settle(self, local: Mapping[str, Tensor]) -> None:
+        """Once the states are the optimizer's, in place: see :func:`layca_fast.state.radii.settle`."""
+        radius = local.get("radius")
+        if radius is not None and not is_fake(radius):
+            first = self.sharding.start
+            settle(radius, self.starts and self.starts[first : first + len(radius)])
+
     def slots(self, entry: Mapping[str, Any], local: Mapping[str, Tensor], fresh: bool, number: int) -> Iterator[Slot]:
         """The places of this member in a batch: one, or one for each piece of a shard that cuts layers."""
         states = [local[name] for name in self.formula.states]
@@ -238,6 +248,7 @@ class Member(Generic[Runs]):
                 whole=self.param if is_sharded(self.param) or piece.is_view else None,
                 piece=piece,
                 cut=self.cut,
+                start=self.sharding.start,
                 number=number,
             )
 
@@ -294,12 +305,15 @@ def members(
                     f"backend='auto' or 'torch', or {_stored_well(cut)}"
                 )
             backend = choose("torch", local.device)
-        yield Member(param, local, sharding, group, label, backend, formula, turning, cut, dense)
+        starts = starting_radii(param, group, cut, label) if turning and cut is not None else None
+        yield Member(param, local, sharding, group, label, backend, formula, turning, cut, dense, starts)
 
 
 def _stored_well(cut: Cut | None) -> str:
     if cut is not None and cut.turned:
-        return "store it with its columns one after the other, torch.nn.Parameter(weight.mT.contiguous().mT) of a matrix"
+        return (
+            "store it with its columns one after the other, torch.nn.Parameter(weight.mT.contiguous().mT) of a matrix"
+        )
     return "make the parameter contiguous"
 
 

@@ -37,19 +37,24 @@ def check_same_layers(
     ``present``: the options of a parameter before the checkpoint is loaded, None where it has none; ``saved``: the
     chunks of a saved group, None where it does not say.
     """
-    others: dict[tuple[Any, Any], list[str]] = {}
+    others: dict[tuple[str, str, Any], list[str]] = {}
     for theirs, label, param, state in pairs:
         ours, then = present(param), as_tuples(saved(theirs))
-        if ours is None or then is None or not rotates(param, ours) or not _has_radii(state):
+        if ours is None or not rotates(param, ours) or not _has_radii(state):
             continue
         now = as_tuples(ours["chunks"])
-        if now not in (1, then) and not cut_of(param, now, label).same_layers(cut_of(param, then, label)):
-            others.setdefault((then, now), []).append(describe(label, param))
+        if now in (1, then):
+            continue
+        cut, count = cut_of(param, now, label), len(state["radius"])
+        if then is None and count != cut.layers:
+            others.setdefault((f"with {count} radii", "the chunks of that run", now), []).append(describe(label, param))
+        elif then is not None and not cut.same_layers(cut_of(param, then, label)):
+            others.setdefault((f"under chunks={then!r}", f"chunks={then!r}", now), []).append(describe(label, param))
     if others:
-        ((then, now), labels), *_ = others.items()
+        ((saved_as, way_back, now), labels), *_ = others.items()
         raise ValueError(
-            f"state_dict: {', '.join(labels)} was saved under chunks={then!r}, and has chunks={now!r} here, so its "
-            f"radii are the norms of other layers: give its group chunks={then!r}. Or, to go on with other layers, "
+            f"state_dict: {', '.join(labels)} was saved {saved_as}, and has chunks={now!r} here, so its radii are the "
+            f"norms of other layers: give its group {way_back}. Or, to go on with other layers, "
             "take the 'radius' of each such parameter out of state_dict['state'], and set 'chunks' of its group in "
             "state_dict['param_groups']: norms are then taken from the weights"
         )

@@ -84,10 +84,7 @@ _NOTHING = (slice(0, 0),)
 
 @dataclass(frozen=True)
 class Piece:
-    """What a local tensor has of ``layers`` layers: all of them, or a part of each; from ``first`` on among those here.
-
-    ``start``: the number among all layers of the first that this process knows.
-    """
+    """What a local tensor has of ``layers`` layers, all or a part of each, from number ``first`` on among those here."""
 
     first: int
     layers: int
@@ -96,7 +93,6 @@ class Piece:
     #: Whether other processes hold more of it.
     is_part: bool = False
     turned: bool = False
-    start: int = 0
 
     @property
     def is_view(self) -> bool:
@@ -127,6 +123,8 @@ class Sharding:
     groups: "tuple[ProcessGroup, ...]" = ()
     #: Dimensions of the mesh over which whole layers are shared out, and with them their radii.
     whole: tuple[int, ...] = ()
+    #: The number among all layers of the first that this process knows.
+    start: int = 0
 
 
 def _ranges(tensor: "DTensor", cut: Cut) -> list[tuple[int, int]]:
@@ -171,7 +169,7 @@ def _runs_of_layers(cut: Cut, ranges: Sequence[tuple[int, int]], is_part: bool) 
         places = list(zip(lead, ranges, strict=False))
         is_here = all(begin <= index < stop for index, (begin, stop) in places)
         low, high = (start, end) if is_here else (0, 0)
-        here = (*(index - begin for index, (begin, _) in places), slice(None))
+        here: tuple[int | slice, ...] = (*(index - begin for index, (begin, _) in places), slice(None))
         for count, index in ((low, _NOTHING), (high - low, here), (size - high, _NOTHING)):
             if count:
                 yield Piece(first, count * each, index, is_part, cut.turned)
@@ -209,8 +207,8 @@ def sharding_of(tensor: Tensor, cut: Cut, name: str, *, know_all: bool = False) 
         summed = [i for i in cutting if i not in between]
         here = cut.walked(local_of(tensor)).shape[0] * layers // cut.shape[0]
         start = _ranges(tensor, cut)[0][0] * layers // cut.shape[0]
-        whole = [Piece(0, here, None, bool(summed), cut.turned, start)] if here else []
-        return Sharding(here, tuple(whole), _groups(mesh, summed), tuple(between))
+        whole = [Piece(0, here, None, bool(summed), cut.turned)] if here else []
+        return Sharding(here, tuple(whole), _groups(mesh, summed), tuple(between), start)
     ranges = _ranges(tensor, cut) if between else everything
     return Sharding(layers, _pieces(cut, ranges, is_part=bool(cutting)), _groups(mesh, cutting))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..formulas.bases import Base
+from ..formulas.options import waits
 from ..formulas.rotation import RULES
 from ..formulas.tables import Flag
 from .checks import check_gradient
@@ -25,7 +26,8 @@ class Slot:
     was created for the coming step. ``entry`` is what the optimizer keeps for the parameter: the states by their names.
     ``remainder`` completes a 16-bit parameter (compensation.py); None where it has none. ``whole`` is the
     parameter of which ``param``, like the states, is the ``piece`` that lies here (None: ``param`` is it), ``cut`` how
-    that is cut into layers (None: it is one), ``number`` its place among the tensors that are summed over processes.
+    that is cut into layers (None: it is one), ``start`` the number of the first that this process knows among all, and
+    ``number`` its place among the tensors that are summed over processes.
     """
 
     param: Tensor
@@ -43,6 +45,7 @@ class Slot:
     whole: Tensor | None = None
     piece: Piece = field(default_factory=lambda: Piece(0, 1))
     cut: Cut | None = None
+    start: int = 0
     number: int = 0
 
     @property
@@ -71,7 +74,8 @@ class Slot:
         if self.radius is None:
             return 0
         current = Flag.CURRENT if self.group["radius"] == "current" else 0
-        return Flag.ROTATES | current | (Flag.PART if self.piece.is_part else 0)
+        waiting = Flag.WAITS if waits(self.group) else 0
+        return Flag.ROTATES | current | waiting | (Flag.PART if self.piece.is_part else 0)
 
     @property
     def rule(self) -> int:

@@ -152,8 +152,9 @@ def spread_of(param: Any, sharding: Sharding, cut: Cut, name: str) -> Spread:
     runs = (spread.runs(dim, spread.here) for dim in range(param.dim()))
     if tuple(sum(count for _, count in each) for each in runs) != local:
         raise ValueError(
-            f"{name} has a shard of shape {tuple(local_of(param).shape)} on this process, which is not what its placements {placements} make "
-            f"of {tuple(param.shape)}: where the whole matrix is needed, shards must lie as distribute_tensor cuts them"
+            f"{name} has a shard of shape {tuple(local_of(param).shape)} on this process, which is not what its "
+            f"placements {placements} make of {tuple(param.shape)}: where the whole matrix is needed, shards must lie "
+            "as distribute_tensor cuts them"
         )
     return spread
 

@@ -107,6 +107,6 @@ def check_norms(tensors: Sequence[Layers]) -> list[Layers]:
         names = ", ".join(describe(each.label, each.param) for each in zero)
         raise ValueError(
             f"all weights of a layer are zero in {names}: such a layer has no direction to turn. Put these parameters "
-            "in a group with rotate=False, or initialize them"
+            "in a group with rotate=False, or with joins_at, the norm from which on they rotate, or initialize them"
         )
     return zero

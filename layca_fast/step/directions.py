@@ -274,6 +274,12 @@ class Directed(Batch):
                 continue
             rows, columns = _sides(slot)
             direction = directions[id(slot.group)]
-            run = Run(by_layer(step, slot.layers, slot.layer_dims), first, direction, rows > columns, direction.gain(rows, columns))
+            run = Run(
+                by_layer(step, slot.layers, slot.layer_dims),
+                first,
+                direction,
+                rows > columns,
+                direction.gain(rows, columns),
+            )
             runs.append(((rows, columns), run))
         return stacks_of(runs, stack_limit(self.device), self._scratch, self._home)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,10 @@ class RotationStats:
     ``angle``: the commanded rotation in radians, 0 where the layer was kept or does not rotate: atan(lr) under the rule
     "layca", atan2(lr sin(phi), 1 - lr cos(phi)) under "hyperball", with phi the angle between weights and step.
     ``cosine``: of the angle between weights and base step, before the step. ``step_norm``: of the base step. ``norm``:
-    of the weights, before the step. ``radius``: the norm that steps restore (0: not yet set), of tensors that do not
-    rotate their own. ``drift``: norm / radius - 1, what storing the weights has cost since the last step. Of a learned
-    radius ``radius`` is what this step has made of it, and ``drift`` compares with what it was before.
+    of the weights, before the step. ``radius``: the norm that steps restore (0: not yet set, or the layer waits for
+    ``joins_at``), of tensors that do not rotate their own. ``drift``: norm / radius - 1, what storing the weights has
+    cost since the last step; at the first moving step under a radius that was given, how far the layer was from it. Of
+    a learned radius ``radius`` is what this step has made of it, and ``drift`` compares with what it was before.
 
     Counted since the optimizer was made: ``non_finite`` elements that counted as zero (of the gradient, which under
     rmsprop, adagrad and adam is one, too, where its square overflows; of state or step), steps with ``no_direction`` to
@@ -61,7 +63,7 @@ class RotationStats:
         for part, name in enumerate(given):
             # Of a stack, that part of all matrices.
             first = (part - self.parts.first) % len(given)
-            tensors = {each: getattr(self, each)[first :: len(given)] for each in _TENSORS}
+            tensors: dict[str, Any] = {each: getattr(self, each)[first :: len(given)] for each in _TENSORS}
             yield f"{self.name}[{name}]", replace(self, **tensors)
 
 
@@ -114,9 +116,10 @@ def _stats_of(batch: Batch, slot: Slot, rows: slice, name: str, factors: Tensor 
         check_memory(slot.radius, f"the state 'radius' of {slot.label}")
         sigma = orthogonal_square(n2, d, q).clamp(min=0.0).sqrt()
         along, across = rotation(torch.full_like(norm, slot.rule), norm, d, q, sigma, batch.hyperparameters.lr_of(slot))
-        turned = torch.where(kept, 0.0, torch.atan2(across, along))
+        # Of a layer that waits, the radius is below 0, and the step was a plain one.
+        turned = torch.where(kept | (slot.radius < 0), 0.0, torch.atan2(across, along))
         if slot.group["radius"] != "current":
-            radius = slot.radius.clone()
+            radius = slot.radius.clamp(min=0.0)
             before = radius if factors is None else radius / factors[rows]
             drift = torch.where(radius > 0, norm / before - 1, 0.0)
     counts = batch.counts[rows].clone()
@@ -131,7 +134,7 @@ def _stats_of(batch: Batch, slot: Slot, rows: slice, name: str, factors: Tensor 
         non_finite=counts[:, Count.NON_FINITE],
         no_direction=counts[:, Count.NO_DIRECTION],
         broken=counts[:, Count.BROKEN],
-        parts=None if slot.cut is None else LayerNames(slot.cut, slot.group.get("chunk_names"), slot.piece.start),
+        parts=None if slot.cut is None else LayerNames(slot.cut, slot.group.get("chunk_names"), slot.start),
     )
 
 
@@ -139,7 +142,8 @@ def _joined(parts: Sequence[RotationStats]) -> RotationStats:
     """The stats of a tensor whose layers are in several slots, in their order."""
     if len(parts) == 1:
         return parts[0]
-    return replace(parts[0], **{name: torch.cat([getattr(each, name) for each in parts]) for name in _TENSORS})
+    joined: dict[str, Any] = {name: torch.cat([getattr(each, name) for each in parts]) for name in _TENSORS}
+    return replace(parts[0], **joined)
 
 
 def rotation_stats(plans: Iterable[Iterable[tuple[Batch, Slot, slice]]], names: Mapping[Tensor, str]) -> StepStats:

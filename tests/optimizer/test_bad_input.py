@@ -97,9 +97,12 @@ BAD_STARTS = (
         {"chunks": "columns", "rotate": True},
         r"chunks='columns' cuts columns, and parameter 'v' .*has none.*chunks=1",
     ),
-    BadStart("a zero part", {"w": (6, 4)}, lambda p: p["w"][1:3].zero_(), {"chunks": (1, 2, 3)}, rf"'w'.*{ZERO_WAY_OUT}"),
-    BadStart("a zero expert", {"w": (2, 3, 4)}, lambda p: p["w"][1].zero_(), {"chunks": "matrices"}, rf"'w'.*{ZERO_WAY_OUT}"),
-    BadStart("a zero column", {"w": (6, 4)}, lambda p: p["w"][:, 2].zero_(), {"chunks": "columns"}, rf"'w'.*{ZERO_WAY_OUT}"),
+    BadStart(
+        "a zero part", {"w": (6, 4)}, lambda p: p["w"][1:3].zero_(), {"chunks": (1, 2, 3)}, rf"'w'.*{ZERO_WAY_OUT}"
+    ),
+    BadStart(
+        "a zero expert", {"w": (2, 3, 4)}, lambda p: p["w"][1].zero_(), {"chunks": "matrices"}, rf"'w'.*{ZERO_WAY_OUT}"
+    ),
     BadStart(
         "chunks of a scalar", {"s": ()}, lambda p: None, {"chunks": 2, "rotate": True}, r"chunks=2 .*'s'.*chunks=1"
     ),

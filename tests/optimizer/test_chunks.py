@@ -119,6 +119,14 @@ def test_columns_that_lie_row_by_row_take_the_torch_backend_or_an_error_says_so(
     assert torch.equal(params_of(named)[0], weight)
 
 
+def test_a_column_of_zeros_is_found_before_anything_moves(seed: int) -> None:
+    param = Parameter(torch.randn(6, 5).index_fill_(1, torch.tensor(2), 0.0))
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match=r"all weights of a layer are zero in parameter 'w'"):
+        train(FusedLayca([("w", param)], 0.1, chunks="columns"), [[torch.randn(6, 5)]])
+    assert torch.equal(param, before)
+
+
 def test_a_vector_in_a_group_of_stacked_matrices_is_one_layer(seed: int) -> None:
     vector, stack = Parameter(torch.randn(7)), Parameter(torch.randn(3, 4, 5))
     optimizer = FusedLayca([vector, stack], 0.1, rotate=True, chunks="matrices")

@@ -51,7 +51,7 @@ def feed(model: nn.Module, optimizer: FusedLayca, seed: int) -> None:
         optimizer.step()
 
 
-@on(2)
+@on(2, exhaustive=(2,))
 def two_processes_write_checkpoints(place: Place) -> None:
     for number, (base, dtype) in enumerate(CHECKPOINTED):
         model, optimizer = checkpointed(place, base, "cpu", dtype)
@@ -64,7 +64,7 @@ def two_processes_write_checkpoints(place: Place) -> None:
             torch.save(ends, place.folder / f"ends-{number}.pt")
 
 
-@on(1, 2, 3, 4)
+@on(2, 3, exhaustive=(1, 4))
 def any_number_of_processes_goes_on_from_a_checkpoint(place: Place) -> None:
     for number, (base, dtype) in enumerate(CHECKPOINTED):
         for backend in ("cpu", "torch"):

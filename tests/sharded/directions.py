@@ -25,7 +25,7 @@ def model_of() -> nn.Sequential:
     return nn.Sequential(nn.Linear(7, 10), nn.Tanh(), nn.Linear(10, 5), nn.Tanh(), nn.Linear(5, 3), nn.Linear(3, 6))
 
 
-@on(1, 2, 3, 4)
+@on(3, exhaustive=(1, 2, 4))
 def muon_under_fsdp2_is_that_of_one_process(place: Place) -> None:
     torch.manual_seed(place.seed)
     plain = model_of()
@@ -54,7 +54,7 @@ def muon_under_fsdp2_is_that_of_one_process(place: Place) -> None:
                 other.copy_(whole(one))
 
 
-@on(2, 3, 4)
+@on(3, exhaustive=(2, 4))
 def muon_along_either_dimension_is_that_of_whole_matrices(place: Place) -> None:
     """With as many collectives as there may be, and each matrix made once."""
     backwards = DeviceMesh("cpu", list(reversed(range(place.world))))
@@ -91,7 +91,7 @@ def two_dimensions(mesh: DeviceMesh) -> Sequence[Sequence[Placement]]:
     )
 
 
-@on(4, 6)
+@on(4, exhaustive=(6,))
 def muon_on_a_mesh_of_two_dimensions_is_that_of_whole_matrices(place: Place) -> None:
     """Two all-to-alls along each dimension that shards, however many tensors it shards how."""
     mesh = init_device_mesh("cpu", (2, place.world // 2))

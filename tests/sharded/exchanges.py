@@ -51,7 +51,7 @@ def layers_that_lie_whole_on_a_process_are_not_sent(place: Place) -> None:
     assert len(made) == 6 // place.world + 2 + 2
 
 
-@on(2, 3)
+@on(3, exhaustive=(2,))
 def windows_of_any_size_give_the_same_bits_in_memory_that_does_not_grow(place: Place) -> None:
     plain = directions.WINDOW["cpu"]
     results, rooms = [], []

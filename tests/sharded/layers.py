@@ -89,13 +89,10 @@ def check_alike(whole_one: FusedLayca, sharded: FusedLayca) -> None:
                 torch.testing.assert_close(whole(value), expected[name], rtol=1e-5, atol=1e-6)
 
 
-@on(1, 2, 3, 4)
+@on(2, exhaustive=(1, 3, 4))
 def every_base_takes_the_steps_of_the_whole_layers(place: Place) -> None:
-    """All with up to two processes; of the others, either world takes every second."""
     mesh = place.mesh()
     for number, base in enumerate(BASE_OPTIONS):
-        if place.world > 2 and number % 2 != place.world % 2:
-            continue
         for backend in ("cpu", "torch") if number % 3 == 0 or base["base"] == "muon" else ("cpu",):
             plain, sharded = optimizers(mesh, backend=backend, **base)
             before = [whole(param).clone() for param in params_of(sharded)]
@@ -108,7 +105,7 @@ def every_base_takes_the_steps_of_the_whole_layers(place: Place) -> None:
             check_alike(plain, sharded)
 
 
-@on(2, 3)
+@on(2, exhaustive=(3,))
 def sixteen_bits_take_the_steps_of_the_whole_layers(place: Place) -> None:
     bases = ({"momentum": 0.9}, {"base": "muon"}, {"base": "muon", "ns_dtype": torch.bfloat16})
     for dtype, base in product((torch.bfloat16, torch.float16), bases):
@@ -221,7 +218,7 @@ def what_is_wrong_is_said_before_anything_moves(place: Place) -> None:
     expect(ValueError, "Redistribute it to Shard or Replicate first", lambda: FusedLayca([partial], 0.1))
 
 
-@on(2, 3)
+@on(2, exhaustive=(3,))
 def a_gradient_may_be_placed_otherwise_than_its_parameter(place: Place) -> None:
     """As tensor parallel leaves some; the parameter must not, nor may its states change their placement."""
     mesh = place.mesh()

@@ -35,25 +35,30 @@ class Place:
 
 
 Case = Callable[[Place], None]
-_CASES: dict[str, tuple[tuple[int, ...], Case]] = {}
+
+#: The sets of cases, each run by one worker: what `make test` runs, and what `make test-exhaustive` adds.
+SETS = ("default", "exhaustive")
+
+#: By name: the numbers of processes in each set, and the case.
+_CASES: dict[str, tuple[dict[str, tuple[int, ...]], Case]] = {}
 
 
-def on(*worlds: int) -> Callable[[Case], Case]:
-    """Run the case on these numbers of processes."""
+def on(*worlds: int, exhaustive: Sequence[int] = ()) -> Callable[[Case], Case]:
+    """Run the case on these numbers of processes, and on others among the exhaustive tests."""
 
     def add(case: Case) -> Case:
-        _CASES[case.__name__] = worlds, case
+        _CASES[case.__name__] = dict(zip(SETS, (worlds, tuple(exhaustive)), strict=True)), case
         return case
 
     return add
 
 
-def cases_of(world: int) -> dict[str, Case]:
-    return {name: case for name, (worlds, case) in _CASES.items() if world in worlds}
+def cases_of(chosen: str, world: int) -> dict[str, Case]:
+    return {name: case for name, (worlds, case) in _CASES.items() if world in worlds[chosen]}
 
 
-def names() -> list[tuple[int, str]]:
-    return [(world, name) for name, (worlds, _) in _CASES.items() for world in worlds]
+def names(chosen: str) -> list[tuple[int, str]]:
+    return [(world, name) for name, (worlds, _) in _CASES.items() for world in worlds[chosen]]
 
 
 def start(rank: int, world: int, meeting: Path) -> None:

@@ -23,10 +23,8 @@ class Run:
     folder: Path
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Run:
-    folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "tests.sharded.worker", str(folder), str(pytestconfig.layca_seed)]
+def _run(folder: Path, seed: int, chosen: str) -> Run:
+    command = [sys.executable, "-m", "tests.sharded.worker", str(folder), str(seed), chosen]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     found: dict[int, list[dict[str, str]]] = {}
@@ -37,11 +35,31 @@ def run(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -
     return Run(found, folder)
 
 
-@pytest.mark.parametrize(("world", "case"), names())
-def test_on_real_processes(run: Run, world: int, case: str) -> None:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Run:
+    return _run(tmp_path_factory.mktemp("sharded"), pytestconfig.layca_seed, "default")
+
+
+@pytest.fixture(scope="module")
+def exhaustive_run(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Run:
+    return _run(tmp_path_factory.mktemp("sharded"), pytestconfig.layca_seed, "exhaustive")
+
+
+def _check(run: Run, world: int, case: str) -> None:
     for rank, outcome in enumerate(run.outcomes[world]):
         if outcome.get(case) != "":
             pytest.fail(f"rank {rank}: {outcome.get(case, 'did not come to it')}", pytrace=False)
+
+
+@pytest.mark.parametrize(("world", "case"), names("default"))
+def test_on_real_processes(run: Run, world: int, case: str) -> None:
+    _check(run, world, case)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("world", "case"), names("exhaustive"))
+def test_on_other_numbers_of_processes(exhaustive_run: Run, world: int, case: str) -> None:
+    _check(exhaustive_run, world, case)
 
 
 def test_a_killed_run_goes_on_with_another_number_of_processes(run: Run, seed: int) -> None:

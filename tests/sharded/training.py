@@ -42,7 +42,7 @@ def learn(model: nn.Sequential, optimizer: FusedLayca, seed: int, steps: int = S
         optimizer.step()
 
 
-@on(1, 2, 3, 4)
+@on(2, 3, exhaustive=(1, 4))
 def fully_shard_trains_as_one_process_does(place: Place) -> None:
     """With clipping, layer_groups of the sharded model, and a parameter that FSDP2 was told to leave alone."""
     plain, model = twin_networks(place)
@@ -56,7 +56,7 @@ def fully_shard_trains_as_one_process_does(place: Place) -> None:
     assert isinstance(model[0].weight, DTensor)
 
 
-@on(1, 2, 3, 4)
+@on(1, 3, exhaustive=(2, 4))
 def learned_radii_of_shards_are_those_of_whole_layers(place: Place) -> None:
     """In the same all-reduce: the dots of the gradients travel with the others."""
     plain, model = twin_networks(place)

@@ -1,14 +1,11 @@
-"""One of two processes that watch sharded layers: every check of test_sharded.py, on its rank."""
+"""RotationMonitor and diagnostics of DTensors, on two processes: the curves are those of the whole tensors."""
 
 import copy
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,6 +16,7 @@ from layca_fast.diagnostics import convergence_rate, convergence_rates, gradient
 from layca_fast.monitor.keeping import KEEPS
 
 from ..support import same_bits
+from .support import Place, on
 
 WORLD = 2
 
@@ -70,7 +68,9 @@ def watched_twice(keep: str, sketch_size: int) -> tuple[RotationMonitor, Rotatio
     return monitors[0], monitors[1]
 
 
-def check_every_keep() -> None:
+@on(WORLD)
+def monitors_of_shards_show_whole_layers(place: Place) -> None:
+    """Uneven and empty shards, replicas counted once, every ``keep``."""
     for keep in KEEPS:
         # Shards shorter than a sketch are kept whole, so even that must agree.
         sharded, whole = (monitor.curves for monitor in watched_twice(keep, 4096))
@@ -81,16 +81,17 @@ def check_every_keep() -> None:
             )
 
 
-def check_sketches_of_shards() -> None:
-    """Each shard has a sketch of its own, of 31 numbers: both estimates are within six standard deviations."""
+@on(WORLD)
+def each_shard_has_a_sketch_of_its_own(place: Place) -> None:
+    """Of 31 numbers: both estimates are within six standard deviations."""
     sharded, whole = (monitor.curves.rotation for monitor in watched_twice("sketch", 31))
     assert (sharded - whole)[1:, [0, 3]].abs().min() > 0, "each process has signs of its own"
     assert (sharded - whole).abs().max() < 2 * 6 / math.sqrt(31)
     assert torch.equal(sharded[:, REPLICA], whole[:, REPLICA]), "what is on every process counts once"
 
 
-def check_fsdp(folder: Path, rank: int) -> None:
-    """Under FSDP2, with a resume from each rank's state."""
+@on(WORLD)
+def monitors_under_fsdp2_resume_from_the_state_of_each_rank(place: Place) -> None:
     model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3))
     plain = copy.deepcopy(model)
     for layer in (model[0], model[2], model):
@@ -107,7 +108,7 @@ def check_fsdp(folder: Path, rank: int) -> None:
             each(batch).square().mean().backward()
             optimizer.step()
         if step == 2:
-            torch.save(monitors[0].state_dict(), folder / f"{rank}.pt")
+            torch.save(monitors[0].state_dict(), place.folder / f"monitor-{place.rank}.pt")
     sharded, whole = (monitor.curves for monitor in monitors)
     assert sharded.names == whole.names == ["0.weight", "2.weight"]
     assert sharded.steps == [0, 2, 4, 6]
@@ -115,21 +116,23 @@ def check_fsdp(folder: Path, rank: int) -> None:
     torch.testing.assert_close(sharded.angle, whole.angle, rtol=1e-4, atol=1e-7, equal_nan=True)
 
     resumed = RotationMonitor(model, per_step=True, every=2)
-    resumed.load_state_dict(torch.load(folder / f"{rank}.pt", weights_only=True))
+    resumed.load_state_dict(torch.load(place.folder / f"monitor-{place.rank}.pt", weights_only=True))
     for step in (4, 6):
         resumed.record(step)
     assert same_bits(resumed.curves.rotation[[0, 1, 3]], sharded.rotation[[0, 1, 3]])
 
 
-def check_refusals() -> None:
+@on(WORLD)
+def monitors_refuse_partial_sums(place: Place) -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
     partial = nn.ParameterList([nn.Parameter(DTensor.from_local(torch.ones(3, 3), mesh, [Partial()]))])
     with pytest.raises(ValueError, match=r"parameter '0' .* has placements .*Redistribute it to Shard or Replicate"):
         RotationMonitor(partial)
 
 
-def check_diagnostics() -> None:
-    """Convergence rates of sharded layers are those of the whole ones; what needs a plain model says so."""
+@on(WORLD)
+def diagnostics_of_shards_are_those_of_whole_layers(place: Place) -> None:
+    """Or what needs a plain model says so."""
     mesh = init_device_mesh("cpu", (WORLD,))
     weights = [torch.randn(5, 4) for _ in range(3)]
     snapshots = []
@@ -149,22 +152,3 @@ def check_diagnostics() -> None:
     ):
         with pytest.raises(TypeError, match=r"parameter 'weight' .* is a DTensor: pass a plain model"):
             refused()
-
-
-def main(folder: Path, rank: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    check_every_keep()
-    check_sketches_of_shards()
-    check_fsdp(folder, rank)
-    check_refusals()
-    check_diagnostics()
-    dist.barrier()
-    dist.destroy_process_group()
-    print("all checks passed")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
