@@ -248,7 +248,8 @@ FAMILIES: Sequence[Family] = (
     ),
     Family(
         "LoRA",
-        "Adapters of peft. B starts at zero and has to grow: it takes plain steps, in a resumed run, too.",
+        "Adapters of peft. B starts at zero and has to grow: it takes plain steps, in a resumed run, too, or, with "
+        '`zeros="rotate-later"`, [until it has a norm](layer_groups.md#layers-that-start-at-zero).',
         lora,
     ),
 )

@@ -216,3 +216,20 @@ def test_the_plan_in_short_has_one_row_for_the_same_tensor_of_all_blocks(seed: i
     rates = layer_groups(model, alpha=-0.5).summary(short=True)
     assert "blocks.*" not in rates, "each has a rate of its own"
     assert "no: bias, frozen" in layer_groups(model, others="freeze").summary(short=True)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_adapters_known_by_their_names_wait_for_their_norm_in_a_plan_made_anew(trained: bool, seed: int) -> None:
+    """LoRA's B starts at zero and grows; by default it takes plain steps, then as before. One column is a vector."""
+    adapter = nn.ModuleDict({"lora_A": nn.Linear(6, 2, bias=False), "lora_B": nn.Linear(2, 4, bias=False)})
+    narrow = nn.ModuleDict({"lora_A": nn.Linear(6, 3, bias=False), "lora_B": nn.Linear(1, 4, bias=False)})
+    model = nn.ModuleList([adapter, narrow])
+    for each in (adapter, narrow):
+        nn.init.constant_(each["lora_B"].weight, float(trained))
+    assert set(turning(layer_groups(model))) == {"0.lora_A.weight", "1.lora_A.weight"}
+    groups = layer_groups(model, zeros="rotate-later", joins_at=0.25)
+    assert turning(groups) == {"0.lora_A.weight": 1, "1.lora_A.weight": 1, "0.lora_B.weight": 1}
+    assert [(row.name, row.joins_at) for row in groups.rows if row.joins_at] == [("0.lora_B.weight", 0.25)]
+    assert "from norm 0.25 on: LoRA's B, which starts at zero" in str(groups)
+    with pytest.warns(UserWarning, match="will never train") if not trained else warnings.catch_warnings():
+        layer_groups(model, others="freeze")
