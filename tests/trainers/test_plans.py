@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from layca_fast import FusedLayca, attach, layer_groups
@@ -115,3 +117,27 @@ def test_adapters_have_the_same_plan_once_they_are_trained(plans: ModuleType, se
     assert all(param.any() for param in grown)
     assert str(layer_groups(model)) == str(at_first)
     assert turning(layer_groups(model)) == turning(at_first)
+
+
+@pytest.mark.parametrize("title", ["Phi-3", "Qwen3-MoE", "DeepSeek-V3"])
+def test_sharding_does_not_change_the_plan(plans: ModuleType, title: str, seed: int) -> None:
+    """FSDP2 gives every module that it wraps a type of its own, and every parameter another."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = made(plans, title)
+        plain = layer_groups(model, 0.02)
+        mesh = init_device_mesh("cpu", (1,))
+        holders = [each for each in model.modules() if next(each.children(), None) is not None]
+        for module in reversed([each for each in holders if not isinstance(each, nn.ModuleList)]):
+            fully_shard(module, mesh=mesh)
+        sharded = layer_groups(model, 0.02)
+        assert str(sharded) == str(plain)
+        before = {name: param.full_tensor() for name, param in model.named_parameters()}
+        for param in model.parameters():
+            param.grad = (100 * param.detach()).cos()
+        FusedLayca(sharded).step()
+        for name, chunks in turning(sharded).items():
+            after = norms(model.get_parameter(name).full_tensor(), chunks)
+            assert after == pytest.approx(norms(before[name], chunks), rel=1e-5), name
+    finally:
+        distributed.destroy_process_group()
