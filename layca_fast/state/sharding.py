@@ -84,7 +84,7 @@ _NOTHING = (slice(0, 0),)
 
 @dataclass(frozen=True)
 class Piece:
-    """What a local tensor has of ``layers`` layers, all or a part of each, from number ``first`` on among those here."""
+    """What a local tensor has of ``layers`` layers, all or a part of each, from number ``first`` of those here on."""
 
     first: int
     layers: int
