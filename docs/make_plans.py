@@ -95,8 +95,8 @@ FAMILIES: Sequence[Family] = (
     Family(
         "GPT-2",
         "The head is tied to the embedding. `Conv1D` stores its weights as (in, out): query, key and value are columns "
-        "of `c_attn`, which the torch backend turns, [at its cost](options.md#which-parts-are-layers). "
-        "`rotate={Conv1D: 1}` leaves each weight one layer, for any backend.",
+        "of `c_attn`, which only the torch backend turns, [at its cost](options.md#which-parts-are-layers). They turn "
+        'as one unless you ask for them: `rotate={block.attn.c_attn: ("columns", 3) for block in model.transformer.h}`.',
         transformer(
             "GPT2LMHeadModel",
             "GPT2Config",

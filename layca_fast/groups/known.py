@@ -184,10 +184,8 @@ def packing_of(place: Place, weight: Tensor) -> Packing | None:
             sizes = fact.sizes(place, outputs, inputs)
             if sizes is not None and all(sizes):
                 split = len(sizes) if len(set(sizes)) == 1 else sizes
-                reason = _described(fact.parts, sizes)
-                if transposed:
-                    return Packing((COLUMNS, split), fact.parts, f"{reason}, along its columns")
-                return Packing(split, fact.parts, reason)
+                chunks: Chunks = (COLUMNS, split) if transposed else split
+                return Packing(chunks, fact.parts, _described(fact.parts, sizes))
     return next((Packing(1, reason=fact.unsized) for fact in reversed(facts) if fact.unsized), None)
 
 

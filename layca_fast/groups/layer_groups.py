@@ -165,9 +165,10 @@ def layer_groups(
 
     Rotating: the weights of Linear, Bilinear, Conv1d to 3d and ConvTranspose1d to 3d; MultiheadAttention's packed
     ``in_proj_weight`` as 3 layers; the weights of RNN, LSTM, GRU and their cells as one layer per gate; those of
-    transformers' Conv1D, stored as (in, out); stacks of experts, each expert a layer. A Linear or Conv1D that packs
-    query, key and value, gate and up, or the like, is cut into these where what is around it tells their sizes, which
-    need not be equal (``chunks``, with ``chunk_names``); else it is one layer, and the plan says so.
+    transformers' Conv1D, stored as (in, out); stacks of experts, each expert a layer. A Linear that packs query, key
+    and value, gate and up, or the like, is cut into these where what is around it tells their sizes, which need not be
+    equal (``chunks``, with ``chunk_names``); else it is one layer, and the plan says so, as is a packed Conv1D, whose
+    parts are columns (see ``rotate``).
 
     The others: biases, norm layers, embeddings, positional tables, tokens, routers of experts, LoRA's B, the head over
     a vocabulary (see ``head``), vectors (at most one dimension longer than 1: a Linear with one output has one),

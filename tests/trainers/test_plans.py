@@ -51,6 +51,11 @@ TRAINED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 }
 
 
+def columns(model: nn.Module) -> dict[Any, Any]:
+    """What docs/plans.md has for GPT-2."""
+    return {block.attn.c_attn: ("columns", 3) for block in model.transformer.h}
+
+
 def parts(param: Tensor, chunks: Any) -> list[Tensor]:
     """The layers that ``chunks`` makes of a tensor, by torch's own means."""
     if isinstance(chunks, tuple) and chunks[0] == "matrices":
@@ -75,15 +80,17 @@ def attached(groups: LayerGroups) -> Optimizer:
 
 
 @pytest.mark.parametrize("make", [fused, attached])
-@pytest.mark.parametrize("title", TRAINED)
+@pytest.mark.parametrize("title", [*TRAINED, "GPT-2, by columns"])
 def test_models_train_by_their_plans(
     plans: ModuleType, title: str, make: Callable[[LayerGroups], Optimizer], seed: int
 ) -> None:
     """Each layer, and each part of a packed one, keeps its norm; all tensors that get a gradient move."""
     # Without dropout the loss falls, step by step, on tokens that stay the same.
+    title, _, asked = title.partition(", ")
     model = made(plans, title).eval()
-    groups = layer_groups(model, 0.02, others_lr=1e-3)
+    groups = layer_groups(model, 0.02, others_lr=1e-3, rotate=columns(model) if asked else {})
     chunks = turning(groups)
+    assert bool(asked) == (("columns", 3) in chunks.values())
     optimizer = make(groups)
     named = {name: param for name, param in model.named_parameters() if param.requires_grad}
     before = {name: norms(named[name], each) for name, each in chunks.items()}
