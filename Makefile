@@ -51,7 +51,7 @@ TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-exhaustive test-trainers test-all bench bench-full gpu verify docs lint format fuzz sanitize FORCE
+.PHONY: help setup plans demo test test-exhaustive test-trainers test-all bench bench-full gpu verify docs lint format fuzz sanitize FORCE
 # Targets of one command run one after the other: their tests and timings want the cores for themselves.
 .NOTPARALLEL:
 
@@ -113,6 +113,9 @@ docs: $(DOCS_STAMP)  ## build the documentation into site/; warnings, such as of
 lint: $(STAMP)  ## run ruff, mypy and clang-format through pre-commit
 	@echo "==> Running the linters"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(RUN) pre_commit run --all-files $(ARGS)
+
+plans: $(TRAINERS_STAMP)  ## write docs/plans.md: what layer_groups does with the models of transformers and peft
+	@$(TRAINERS)/bin/python docs/make_plans.py $(ARGS)
 
 format: $(STAMP)  ## format Python and C++, and mend what ruff can
 	@$(RUN) ruff check --fix-only --quiet .

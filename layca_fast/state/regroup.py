@@ -22,9 +22,9 @@ from .sharding import local_of
 Group = Mapping[str, Any]
 
 _CAUSE = (
-    "layer_groups keeps layers that are all zero, such as LoRA's B at the start, from rotating, and made again on "
-    "trained weights it does not. Make the groups before the weights are loaded, or put these parameters where they "
-    "were by hand (rotate=False)"
+    "layer_groups keeps layers that are all zero, such as the last of a residual branch at first, from rotating, and "
+    "made again on trained weights it does not. Make the groups before the weights are loaded, or put these parameters "
+    "where they were by hand (rotate=False)"
 )
 
 
