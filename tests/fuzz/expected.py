@@ -161,6 +161,22 @@ class Expected:
                 return True
         return False
 
+    def _turned(self, step: Tensor, start: Tensor, expected: Tensor) -> float:
+        """How far the weights go because a unit of rounding turns the step.
+
+        It moves the end of the step by eps of its norm, and of that norm only the part across the weights, the sine of
+        the angle between them, says where they go. The changes of :func:`_nudges` may all lie along a short step.
+        """
+        before = self.before
+        if not before.turns or before.group["rule"] != "layca":
+            return 0.0
+        total = 0.0
+        for layer, direction, end in zip(*(_layers(before, each) for each in (start, step, expected)), strict=True):
+            across = float(orthogonal_part(layer, direction).norm())
+            if across > 0:
+                total += (float((end - layer).norm()) * float(direction.norm()) / across) ** 2
+        return before.eps * math.sqrt(total)
+
     def _complain_of_weight(self, weight: Tensor, stored: Mapping[str, Tensor], outcome: Outcome) -> str | None:
         before = self.before
         # What becomes of a broken weight that takes the plain step is nobody's business.
@@ -183,6 +199,7 @@ class Expected:
         if self._is_step_undecided(stored, outcome.base_step):
             self.tally["undecided"] += 1
             return None
+        allowed += PLAIN * self._turned(outcome.base_step, start, expected)
         slack = 0.0
         for inputs in _nudges(before, stored, self.grad):
             moved = reference(before, inputs["weight"], inputs["grad"], before.state, inputs["state"]).weight
