@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layca_fast.formulas.rotation import NEARLY_PARALLEL_SINE2
 from layca_fast.reference import SMALLEST_SINE, orthogonal_part, slices
 from layca_fast.state.compensation import HALVES
 
@@ -165,17 +166,20 @@ class Expected:
         """How far the weights go because a unit of rounding turns the step.
 
         It moves the end of the step by eps of its norm, and of that norm only the part across the weights, the sine of
-        the angle between them, says where they go. The changes of :func:`_nudges` may all lie along a short step.
+        the angle between them, says where they go. The changes of :func:`_nudges` may all lie along a short step. Where
+        the norm of that part is taken from three dots, their own rounding counts, by the square of the sine.
         """
         before = self.before
         if not before.turns or before.group["rule"] != "layca":
             return 0.0
         total = 0.0
         for layer, direction, end in zip(*(_layers(before, each) for each in (start, step, expected)), strict=True):
-            across = float(orthogonal_part(layer, direction).norm())
+            across, length = float(orthogonal_part(layer, direction).norm()), float(direction.norm())
             if across > 0:
-                total += (float((end - layer).norm()) * float(direction.norm()) / across) ** 2
-        return before.eps * math.sqrt(total)
+                square = (across / length) ** 2
+                of_dots = torch.finfo(torch.float64).eps / (2 * square) if square >= NEARLY_PARALLEL_SINE2 else 0.0
+                total += (float((end - layer).norm()) * (before.eps * length / across + of_dots)) ** 2
+        return math.sqrt(total)
 
     def _complain_of_weight(self, weight: Tensor, stored: Mapping[str, Tensor], outcome: Outcome) -> str | None:
         before = self.before
