@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..formulas.rotation import KEEP
-from ..formulas.tables import Coefficient
 from ..messages import aligned, labelled
 from ..state.checks import check_memory
 from ..state.compensation import fits, join
@@ -135,8 +133,11 @@ def check_limit(above: Any, name: str = "above") -> None:
         raise ValueError(f"{name}={above!r}: must be a finite number >= 0, such as 1e-3, the largest relative drift")
 
 
-def _last_drift(batch: Batch, slot: Slot, rows: slice, factors: Tensor | None, arriving: Tensor | None) -> Tensor:
-    """Of the layers of a slot, by the norms that its last step has found; ``arriving`` is brought up to date."""
+def _last_drift(batch: Batch, slot: Slot, rows: slice, factors: Tensor | None, old: Tensor | None) -> Tensor:
+    """Of the layers of a slot, by the norms that its last step has found.
+
+    ``old``: their radii before it; None where it is known that they were the same.
+    """
     assert slot.radius is not None
     n2, _, q = batch.dots[rows].unbind(1)
     before = slot.radius if factors is None else slot.radius / factors[rows]
@@ -145,9 +146,8 @@ def _last_drift(batch: Batch, slot: Slot, rows: slice, factors: Tensor | None, a
     known = (slot.radius > 0) & ((n2 != 0) | (q != 0))
     if slot.group["radius"] == "current":
         known = torch.zeros_like(known)
-    elif arriving is not None:
-        known &= ~arriving
-        arriving &= batch.coefficients[rows, Coefficient.MODE] == KEEP
+    elif old is not None:
+        known &= old > 0
     return torch.where(known, torch.where(drift.isfinite(), drift, math.inf), math.nan)
 
 
@@ -167,9 +167,8 @@ def last_drifts(
             if batch.learned is not None and batch not in factors:
                 factors[batch] = batch.learned.last_factors()
             check_memory(slot.radius, f"the state 'radius' of {slot.label}")
-            drift = _last_drift(
-                batch, slot, rows, factors.get(batch), plan.arriving.get((slot.owner, slot.piece.first))
-            )
+            old = plan.radii_before.get((slot.owner, slot.piece.first))
+            drift = _last_drift(batch, slot, rows, factors.get(batch), old)
             found.setdefault(slot.owner, []).append((slot.piece.first, drift))
     # Of one tensor in several batches they do not come in the order of its layers.
     ordered = {param: sorted(parts, key=lambda part: part[0]) for param, parts in found.items()}

@@ -145,7 +145,7 @@ class Plan:
         others = [param for _, _, param in labelled(groups) if id(param) not in member_ids]
         self._waiting = [param for param in others if not is_elsewhere(param)]
         self._frozen = [param for param in self._waiting if is_sharded(param)]
-        ahead: dict[int, Tensor] = {}
+        ahead: set[int] = set()
         slots: dict[tuple[Any, ...], list[Slot]] = {}
         kinds: dict[tuple[Any, ...], tuple[Backend, Formula, bool]] = {}
         layout: list[tuple[int, Groups]] = []
@@ -160,7 +160,7 @@ class Plan:
             entry.update(kept)
             member.settle(local)
             if member.starts is not None and is_given(member.group):
-                ahead[id(member.param)] = local["radius"] <= 0
+                ahead.add(id(member.param))
             if is_fake(member.local):
                 self._fake.append((member.param, list(local.values())))
                 continue
@@ -187,9 +187,9 @@ class Plan:
         self._learned = learned_radii(batch for _, batch in self.batches)
         if self._together is not None:
             self._together.share(choose, self._learned)
-        #: Of layers whose radius was given, which had not reached it when this was made: see norms.py.
-        self.arriving: dict[tuple[Tensor, int], Tensor] = {
-            (slot.owner, slot.piece.first): ahead[id(slot.owner)][slot.piece.first :][: slot.layers].clone()
+        #: What the radii of layers that were not on their spheres when this was made have been before the last step.
+        self.radii_before = {
+            (slot.owner, slot.piece.first): slot.radius.clone()
             for _, slot, _ in self.rows()
             if slot.radius is not None and id(slot.owner) in ahead
         }
@@ -264,9 +264,25 @@ class Plan:
             batch.refresh(loss_scale, capturing)
         for learned in self._learned.values():
             learned.refresh(loss_scale, capturing)
+        self._keep_radii()
         take(self._whole, self._finish)
         if self._together is not None:
             self._together.take(loss_scale, capturing, self._finish)
+
+    def _keep_radii(self) -> None:
+        """For check_norms: a layer that reaches its sphere in this step was on none before it."""
+        if not self.radii_before:
+            return
+        now = [
+            slot.radius
+            for _, slot, _ in self.rows()
+            if slot.radius is not None and (slot.owner, slot.piece.first) in self.radii_before
+        ]
+        if all(each.device.type == "cpu" for each in now) and bool((torch.cat(now) > 0).all()):
+            # Elsewhere, to know that all have arrived, the host would have to wait.
+            self.radii_before.clear()
+        else:
+            torch._foreach_copy_(list(self.radii_before.values()), now)
 
     def _announce(self) -> None:
         """Before anything is written: tell torch's modes what will be."""

@@ -110,7 +110,10 @@ def test_what_has_nothing_to_compare_with_is_nan(backend: str, seed: int) -> Non
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     train(optimizer, random_gradients(params, 1))
-    assert compared() == {"usual"}
+    for _ in range(2):
+        # To look changes nothing, so two monitors agree.
+        assert compared() == {"usual"}
+        optimizer.check_norms(above=1e-5)
     assert compared("now") == {"usual", "given"}
     train(optimizer, random_gradients(params, 1))
     assert compared() == compared("now") == {"usual", "given"}
@@ -118,6 +121,16 @@ def test_what_has_nothing_to_compare_with_is_nan(backend: str, seed: int) -> Non
     halve(params[2])
     train(optimizer, random_gradients(params, 1))
     assert list(optimizer.check_norms().above(1e-3)) == ["given"]
+
+
+@native_backends
+def test_a_first_look_long_after_a_given_radius_was_reached_sees_a_foreign_write(backend: str, seed: int) -> None:
+    param = parameter(4, 3, backend=backend)
+    optimizer = FusedLayca([("given", param)], 0.1, backend=backend, radius=9.0)
+    train(optimizer, random_gradients([param], 3))
+    halve(param)
+    train(optimizer, random_gradients([param], 1))
+    assert optimizer.check_norms().above(1e-3) == {"given": pytest.approx(-0.5, abs=1e-5)}
 
 
 @native_backends
