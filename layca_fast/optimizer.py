@@ -292,12 +292,12 @@ class FusedLayca(Grouped):
 
         A step restores the norms, so what somebody else has done to the weights shows before it only. ``at`` says which
         weights are looked at. "step": those that the last step has found, before it moved them, by the norms that it
-        has measured; costs next to nothing, so call it after every step. Where that step had no gradient for a tensor,
-        it is the last that had. "now": the present ones, in one pass over them: for after a resume.
+        has measured; costs next to nothing, so call it after every step. "now": the present ones, in one pass over
+        them: for after a resume.
 
         Norms are compared with the state ``radius``, of learned radii with what it was before that step. NaN where that
-        says nothing: under radius="current", which keeps any norm it finds, of a layer that waits (``joins_at``) or has
-        no radius yet, and at the step that leads to a given radius.
+        says nothing: of a tensor without a gradient in that step, under radius="current", which keeps any norm it
+        finds, of a layer that waits (``joins_at``) or has no radius yet, and at the step that leads to a given radius.
 
         Does not wait for a device unless ``above`` is given or the result read. Of sharded layers all processes call it
         together, and each has all layers: one float64 all-reduce per mesh dimension for "now", at most one for "step".

@@ -193,7 +193,7 @@ class Handle:
             optimizer.param_groups = before
             raise
         saved = without_chunks(saved, before, self.options["chunks"])
-        return shield(optimizer, keep_options(optimizer, saved, OPTIONS))
+        return shield(optimizer, keep_options(optimizer, saved, (*OPTIONS, "chunk_names")))
 
     def _after_load(self, optimizer: Optimizer) -> None:
         unshield(optimizer)

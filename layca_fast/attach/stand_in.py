@@ -39,7 +39,8 @@ def _version(param: Tensor) -> int:
 class StandIn:
     """What steps in the place of an optimizer, of which ``kind`` is the class: one step at a time, from :meth:`enter`.
 
-    Between steps it holds nothing. It stays the same object, so that a compiled step finds it again.
+    Between steps it holds nothing, but after one that has failed, until the next. It stays the same object, so that a
+    compiled step finds it again.
     """
 
     def __init__(self, kind: type[Optimizer]) -> None:

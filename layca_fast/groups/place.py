@@ -1,6 +1,5 @@
 """Where a module stands in its model: what is around it tells what it is for."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,13 +12,6 @@ class Place:
     module: nn.Module
     name: str = ""
     above: "Place | None" = None
-
-    def upwards(self) -> Iterator["Place"]:
-        """This place and all above it."""
-        place: Place | None = self
-        while place is not None:
-            yield place
-            place = place.above
 
     def beside(self) -> dict[str, nn.Module]:
         """The other modules of the one above, by name."""

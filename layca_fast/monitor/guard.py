@@ -12,7 +12,10 @@ ON_DRIFT = ("raise", "warn")
 
 def _check_of(optimizer: Any) -> Callable[[], NormDrifts] | None:
     """The ``check_norms`` of an optimizer, of the one inside of it, or of what is attached to either."""
-    while optimizer is not None:
+    seen: list[Any] = []
+    while optimizer is not None and all(optimizer is not each for each in seen):
+        # A wrapper may name itself as what it wraps.
+        seen.append(optimizer)
         hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
         for owner in (optimizer, *(getattr(hook, "__self__", None) for hook in hooks)):
             found: Callable[[], NormDrifts] | None = getattr(owner, "check_norms", None)

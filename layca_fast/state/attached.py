@@ -80,15 +80,16 @@ def follow_attached(optimizer: Optimizer, saved: dict[str, Any], defaults: Mappi
 
     ``defaults``: the options of groups that say nothing.
 
-    A checkpoint without radii is that of the plain optimizer, whose groups say nothing of what rotates.
+    A checkpoint without radii is that of the plain optimizer, whose groups say nothing of what rotates, or one from
+    before the first step.
     """
     check_saved(saved)
     saved = {**saved, "state": without_placeholders(saved["state"])}
+    before = groups = optimizer.param_groups
     if any(isinstance(each, Mapping) and "radius" in each for each in saved["state"].values()):
-        before = optimizer.param_groups
         groups, saved = follow_groups(optimizer, saved, defaults)
-        saved = {**saved, "param_groups": with_functions(before, groups, saved["param_groups"])}
-        optimizer.param_groups = groups
+    saved = {**saved, "param_groups": with_functions(before, groups, saved["param_groups"])}
+    optimizer.param_groups = groups
     return saved
 
 

@@ -199,8 +199,8 @@ def sharding_of(tensor: Tensor, cut: Cut, name: str, *, know_all: bool = False) 
     between = [i for i in cutting if dim_of[i] < cut.stack + (cut.parts > 1)] if layers > 1 else []
     if any(not tensor.placements[i].is_shard() for i in between):
         raise ValueError(
-            f"{name} holds {layers} layers (chunks) along its first dimension, which is shared out over two dimensions "
-            f"of the mesh in turns ({tensor.placements}): no process holds a run of its rows. Use chunks=1, or shard "
+            f"{name} holds {layers} layers (chunks) along a dimension that is shared out over two dimensions of the "
+            f"mesh in turns ({tensor.placements}): no process holds a run of them. Use chunks=1, or shard "
             "another dimension"
         )
     if between and not know_all and _are_whole(cut, [dim_of[i] for i in between], prod(map(mesh.size, between))):

@@ -271,3 +271,33 @@ def test_attach_leads_to_a_given_radius_too_and_resumes(
     for each in (optimizer, resumed):
         train(each, rows[2:])
     assert same_bits(param.detach(), twin.detach())
+
+
+def of_any_shape(shape: torch.Size) -> float:
+    return 2.0 + len(shape)
+
+
+@pytest.mark.parametrize("name", ["radius", "joins_at"])
+def test_an_attached_optimizer_keeps_its_functions_when_it_loads_what_was_saved_before_the_first_step(
+    name: str, seed: int
+) -> None:
+    def made() -> SGD:
+        optimizer = SGD([{"params": [parameter(4, 3)], name: of_any_shape}], 0.1)
+        attach(optimizer)
+        return optimizer
+
+    optimizer = made()
+    optimizer.load_state_dict(made().state_dict())
+    assert optimizer.param_groups[0][name] is of_any_shape
+    train(optimizer, random_gradients(optimizer.param_groups[0]["params"], 1))
+
+
+def test_names_of_parts_outlive_a_checkpoint_of_the_plain_optimizer(seed: int) -> None:
+    def made(**more: Any) -> SGD:
+        return SGD([{"params": [("packed", parameter(6, 3))], **more}], 0.1)
+
+    optimizer = made(chunks=3, chunk_names=("query", "key", "value"))
+    handle = attach(optimizer)
+    optimizer.load_state_dict(made().state_dict())
+    train(optimizer, random_gradients(optimizer.param_groups[0]["params"], 2))
+    assert set(handle.check_norms().above(-1.0)) == {"packed[query]", "packed[key]", "packed[value]"}
