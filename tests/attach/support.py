@@ -1,7 +1,9 @@
 """What the tests of ``attach`` share: torch's optimizers to attach to, and what a step did to each layer."""
 
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.optim import (
@@ -21,9 +23,11 @@ from torch.optim import (
     Rprop,
 )
 
+from layca_fast import attach
 from layca_fast.commands.verify import layers_of
+from layca_fast.state.compensation import HALVES
 
-from ..support import params_of
+from ..support import parameter, params_of
 
 #: Hyperparameters far from neutral, and no weight decay unless a test adds it.
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -63,3 +67,14 @@ def all_layers(optimizer: Optimizer, chunks: int | str = 1) -> list[Tensor]:
 
 def new_params(name: str, dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes_for(name)]
+
+
+every_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
+every_optimizer = pytest.mark.parametrize("name", ALL_OPTIMIZERS)
+
+
+def of_halves(make: Callable[..., Optimizer] = AdamW, **options: Any) -> Optimizer:
+    """Attached, of a bfloat16 matrix and a bfloat16 vector."""
+    optimizer = make([parameter(6, 5, dtype=torch.bfloat16), parameter(7, dtype=torch.bfloat16)], lr=0.02, **options)
+    attach(optimizer)
+    return optimizer

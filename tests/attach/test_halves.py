@@ -14,7 +14,6 @@ from layca_fast import FusedLayca, attach
 from layca_fast.attach import exchange
 from layca_fast.commands.verify import angle_between, layers_of
 from layca_fast.formulas.options import RULES
-from layca_fast.state.compensation import HALVES
 
 from ..support import (
     clones,
@@ -29,11 +28,9 @@ from ..support import (
     same_bits,
     train,
 )
-from .support import ALL_OPTIMIZERS, new_params
+from .support import ALL_OPTIMIZERS, every_half, every_optimizer, new_params
 
 BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
-every_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
-every_optimizer = pytest.mark.parametrize("name", ALL_OPTIMIZERS)
 
 
 def rotating(optimizer: Optimizer) -> list[Tensor]:

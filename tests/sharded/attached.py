@@ -1,19 +1,13 @@
 """Optimizers of torch that ``attach`` turns, on layers that are shared out: each case asserts on every process."""
 
-import copy
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -24,10 +18,14 @@ from .layers import LAYERS
 from .support import STEPS, Place, counting, draw, expect, give, network, off, on, params_of, shared, whole
 
 BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
 TYPES = (F32, BF16, FP16)
+
 
 #: Adafactor and Rprop need operations that torch does not have of DTensors, Muon even shards: see the case of its own.
 ELEMENTWISE = [name for name in ALL_OPTIMIZERS if name not in ("Adafactor", "Muon", "Rprop")]
+
 
 #: Of those groups that other optimizers know, too, and that rotate.
 TURNING = [(shape, lies, own) for shape, lies, own in LAYERS if not own.keys() & {"weight_decay", "maximize"}]
@@ -135,91 +133,6 @@ def one_sum_per_step_of_24_bytes_per_layer_under_attach(place: Place) -> None:
             layers = 1 + 1 + (3 if place.world == 2 else 0) + 8
             assert [tensor.dtype for tensor in seen] == [torch.float64]
             assert [tensor.numel() * tensor.element_size() for tensor in seen] == [24 * layers], seen[0].shape
-
-
-def learn(model: nn.Module, optimizer: Optimizer, seed: int) -> list[Tensor]:
-    """Steps by gradients of the network itself; what was summed over processes in them."""
-    draws = torch.Generator().manual_seed(seed)
-    sums: list[Tensor] = []
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        inputs, targets = torch.randn(16, 7, generator=draws), torch.randn(16, 2, generator=draws)
-        nn.functional.mse_loss(model(inputs), targets).backward()
-        with counting() as seen:
-            optimizer.step()
-        sums += seen
-    return sums
-
-
-def twins(place: Place) -> tuple[nn.Sequential, nn.Sequential]:
-    torch.manual_seed(place.seed)
-    plain = network()
-    torch.manual_seed(place.seed)
-    return plain, network()
-
-
-@on(3, exhaustive=(1, 2, 4))
-def fully_shard_under_attach_trains_as_one_process_does(place: Place) -> None:
-    plain, model = twins(place)
-    fully_shard(model[0])
-    fully_shard(model)
-    optimizers = [SGD(each.parameters(), 0.02, momentum=0.9) for each in (plain, model)]
-    for each in optimizers:
-        attach(each)
-    learn(plain, optimizers[0], place.seed)
-    sums = learn(model, optimizers[1], place.seed)
-    assert off(list(model.parameters()), list(plain.parameters())) < 2e-6
-    # The first step asks whether a layer is all zeros.
-    assert len(sums) == (STEPS + 1 if place.world > 1 else 0)
-
-
-@on(2)
-def a_model_of_16_bits_trains_under_fully_shard(place: Place) -> None:
-    """By the gradients that its own backward leaves: every layer keeps its norm, and turns by the angle."""
-    for dtype in (BF16, FP16):
-        torch.manual_seed(place.seed)
-        model = network().to(dtype)
-        fully_shard(model[0])
-        fully_shard(model)
-        # Biases take AdamW's own step, whose default eps is zero in float16.
-        optimizer = AdamW(model.parameters(), 1e-3, eps=1e-4, weight_decay=0.0)
-        handle = attach(optimizer)
-        layers = [param for param in model.parameters() if param.dim() > 1]
-        norms = [whole(param).double().norm() for param in layers]
-        for batch in torch.randn(STEPS, 16, 7).to(dtype):
-            before = effective(handle, layers)
-            optimizer.zero_grad()
-            model(batch).float().square().mean().backward()
-            optimizer.step()
-            for old, new, norm in zip(before, effective(handle, layers), norms, strict=True):
-                torch.testing.assert_close(new.double().norm(), norm, rtol=1e-6, atol=0)
-                old, new = old.double(), new.double()
-                cosine = (old * new).sum() / old.norm() / new.norm()
-                angle = torch.atan(torch.tensor(1e-3, dtype=torch.float64))
-                # Storing the weights in float32 moves each by 2**-24 of it.
-                torch.testing.assert_close(torch.acos(cosine), angle, rtol=1e-3, atol=0)
-
-
-@on(4)
-def fully_shard_over_tensor_parallel_under_attach(place: Place) -> None:
-    plain, model = twins(place)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    fully_shard(model, mesh=mesh["dp"])
-    optimizers = [AdamW(each.parameters(), 0.02, weight_decay=0.0) for each in (plain, model)]
-    for each in optimizers:
-        attach(each)
-    learn(plain, optimizers[0], place.seed)
-    sums = learn(model, optimizers[1], place.seed)
-    assert off(list(model.parameters()), list(plain.parameters())) < 5e-6
-    layers = [param for param in model.parameters() if param.dim() > 1]
-    on_tp = [param for param in layers if param.device_mesh.ndim == 2]
-    # One all-reduce per dimension of the mesh, of three float64 numbers per layer.
-    assert [tensor.numel() for tensor in sums[-2:]] == [3 * len(layers), 3 * len(on_tp)]
-    assert len(sums) == 2 * STEPS + 2
-    chunked = SGD([model[0].weight], 0.02)
-    attach(chunked, chunks=2)
-    expect(ValueError, "in turns", chunked.step)
 
 
 @on(4)
@@ -411,98 +324,6 @@ def detaching_from_shards_takes_out_what_attach_kept(place: Place) -> None:
         norm = whole(param).double().norm()
         give(optimizer, [torch.randn(6, 5).to(dtype)])
         assert abs(float(whole(param).double().norm() / norm) - 1) > 1e-4
-
-
-# Checkpoints: two processes write what other numbers of them go on from.
-
-CHECKPOINTED: Sequence[tuple[Callable[..., Optimizer], torch.dtype]] = (
-    (SGD, F32),
-    (lambda params, **options: AdamW(params, amsgrad=True, weight_decay=0.0, **options), F32),
-    (lambda params, **options: SGD(params, momentum=0.9, **options), BF16),
-    (lambda params, **options: AdamW(params, weight_decay=0.0, **options), FP16),
-)
-
-
-def checkpointed(place: Place, number: int) -> tuple[nn.Module, Optimizer, Handle]:
-    make, dtype = CHECKPOINTED[number]
-    torch.manual_seed(place.seed)
-    model = network().to(dtype)
-    fully_shard(model)
-    groups = [
-        {"params": [model[0].weight], "chunks": 2},
-        {"params": [model[2].weight], "chunks": "all"},
-        {"params": [param for name, param in model.named_parameters() if name not in ("0.weight", "2.weight")]},
-    ]
-    optimizer = make(groups, lr=0.02)
-    return model, optimizer, attach(optimizer)
-
-
-def feed(model: nn.Module, optimizer: Optimizer, seed: int) -> None:
-    """Steps by gradients that do not depend on how many processes made them."""
-    draws = torch.Generator().manual_seed(seed)
-    for _ in range(STEPS):
-        for param in model.parameters():
-            grad = torch.randn(param.shape, generator=draws).to(param.dtype)
-            param.grad = shared(grad, param.device_mesh, param.placements)
-        optimizer.step()
-
-
-def layers_of(model: nn.Module, handle: Handle) -> list[Tensor]:
-    """Biases of 16 bits are rounded as their own optimizer does it."""
-    return effective(handle, [param for param in model.parameters() if param.dim() > 1])
-
-
-@on(2, exhaustive=(2,))
-def two_processes_write_checkpoints_of_attached_optimizers(place: Place) -> None:
-    for number in range(len(CHECKPOINTED)):
-        model, optimizer, handle = checkpointed(place, number)
-        feed(model, optimizer, place.seed)
-        weights, state = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=place.folder / f"attached-{number}")
-        feed(model, optimizer, place.seed + 1)
-        ends = layers_of(model, handle)
-        if place.rank == 0:
-            torch.save(ends, place.folder / f"attached-ends-{number}.pt")
-
-
-@on(2, 3, exhaustive=(1, 4))
-def any_number_of_processes_goes_on_from_an_attached_checkpoint(place: Place) -> None:
-    for number in range(len(CHECKPOINTED)):
-        model, optimizer, handle = checkpointed(place, number)
-        with torch.no_grad():
-            for param in model.parameters():
-                # As to_empty() may leave them.
-                param.zero_()
-        weights, state = get_state_dict(model, optimizer)
-        saved = {"model": weights, "optimizer": state}
-        dcp.load(saved, checkpoint_id=place.folder / f"attached-{number}")
-        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
-        feed(model, optimizer, place.seed + 1)
-        ends = torch.load(place.folder / f"attached-ends-{number}.pt")
-        ours = layers_of(model, handle)
-        if place.world == 2:
-            assert all(torch.equal(a, b) for a, b in zip(ours, ends, strict=True))
-        assert off(ours, ends) < 1e-6
-
-
-@on(2)
-def a_full_state_dict_of_an_attached_optimizer_is_of_plain_tensors(place: Place) -> None:
-    """For a run in one process, and back."""
-    for number in range(len(CHECKPOINTED)):
-        model, optimizer, handle = checkpointed(place, number)
-        feed(model, optimizer, place.seed)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        weights, state = get_state_dict(model, optimizer, options=options)
-        values = chain.from_iterable(each.values() for each in state["state"].values())
-        assert not any(isinstance(value, DTensor) for value in values)
-        again, resumed, its_handle = checkpointed(place, number)
-        # Loaded as they are, counts of steps would be the same tensors.
-        state = copy.deepcopy(state)
-        set_state_dict(again, resumed, model_state_dict=weights, optim_state_dict=state, options=options)
-        for one, its in ((model, optimizer), (again, resumed)):
-            feed(one, its, place.seed + 1)
-        pairs = zip(layers_of(again, its_handle), layers_of(model, handle), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @on(2)

@@ -1,6 +1,7 @@
 """Checkpoints that two processes write, and other numbers of them, and other backends, go on from."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from layca_fast import FusedLayca
 
@@ -51,6 +53,17 @@ def feed(model: nn.Module, optimizer: FusedLayca, seed: int) -> None:
         optimizer.step()
 
 
+def restore(model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> None:
+    """Load a distributed checkpoint, over weights such as to_empty() may leave."""
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    weights, state = get_state_dict(model, optimizer)
+    saved = {"model": weights, "optimizer": state}
+    dcp.load(saved, checkpoint_id=checkpoint)
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+
+
 @on(2, exhaustive=(2,))
 def two_processes_write_checkpoints(place: Place) -> None:
     for number, (base, dtype) in enumerate(CHECKPOINTED):
@@ -69,14 +82,7 @@ def any_number_of_processes_goes_on_from_a_checkpoint(place: Place) -> None:
     for number, (base, dtype) in enumerate(CHECKPOINTED):
         for backend in ("cpu", "torch"):
             model, optimizer = checkpointed(place, base, backend, dtype)
-            with torch.no_grad():
-                for param in model.parameters():
-                    # As to_empty() may leave them.
-                    param.zero_()
-            weights, state = get_state_dict(model, optimizer)
-            saved = {"model": weights, "optimizer": state}
-            dcp.load(saved, checkpoint_id=place.folder / f"checkpoint-{number}")
-            set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+            restore(model, optimizer, place.folder / f"checkpoint-{number}")
             feed(model, optimizer, place.seed + 1)
             ends = torch.load(place.folder / f"ends-{number}.pt")
             ours = [whole(optimizer.effective_weight(param)) for param in model.parameters()]

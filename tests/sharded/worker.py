@@ -24,6 +24,8 @@ from layca_fast.backends import load
 from ..support import BACKENDS, HANGS
 from . import (  # noqa: F401  (they add their cases)
     attached,
+    attached_checkpoints,
+    attached_training,
     changes,
     checkpoints,
     directions,
