@@ -11,6 +11,7 @@ is the gradient, to be maximized. So rules, remainders, statistics, loss scales 
 from collections import ChainMap
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -53,9 +54,15 @@ def window_limit(device: torch.device) -> int:
     return WINDOW.get(device.type, ELSEWHERE)
 
 
-def stack_limit(device: torch.device) -> int:
-    """How many elements the matrices of a stack have on ``device``."""
-    return STACK.get(device.type, ELSEWHERE)
+def stack_size(device: torch.device, rows: int, columns: int) -> int:
+    """How many matrices of so many rows and columns share a stack on ``device``.
+
+    On the CPU a batched product gives each to a thread: there is one for every thread, if a window has room for them.
+    """
+    elements = max(1, rows * columns)
+    fitting = max(1, STACK.get(device.type, ELSEWHERE) // elements)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return max(fitting, threads) if threads * elements <= window_limit(device) else fitting
 
 
 def batches_of(formula: Formula, slots: Sequence[Slot], tile: int, scratch: Scratch) -> Iterator[Batch]:
@@ -282,4 +289,4 @@ class Directed(Batch):
                 direction.gain(rows, columns),
             )
             runs.append(((rows, columns), run))
-        return stacks_of(runs, stack_limit(self.device), self._scratch, self._home)
+        return stacks_of(runs, partial(stack_size, self.device), self._scratch, self._home)

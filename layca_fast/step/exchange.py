@@ -9,6 +9,7 @@ not be rounded otherwise.
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, product
 from math import prod
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from ..formulas.direction import Direction
 from ..state.cut import by_layer
 from ..state.reduction import Groups, home_of
 from ..state.spread import At, Spread
-from .directions import Directed, stack_limit
+from .directions import Directed, stack_size
 from .scratch import Scratch
 from .stacks import Run, Stack, stacks_of
 
@@ -215,7 +216,7 @@ class Exchange:
                 matrix = whole.view(1, *each.spread.matrix(each.layer))
                 # What it is multiplied by waits for the type of the steps.
                 runs.append(((rows, columns), Run(matrix, i, by_traveller[id(each)], rows > columns, 1.0)))
-        self._stacks = stacks_of(runs, stack_limit(self._device), self._scratch, self._device)
+        self._stacks = stacks_of(runs, partial(stack_size, self._device), self._scratch, self._device)
         self._directions = directions
 
     def run(self) -> None:

@@ -1,6 +1,6 @@
 """Matrices of one shape, stacked where they lie, so that their directions are made together."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -82,11 +82,11 @@ def cut(runs: Sequence[Run], limit: int) -> Iterator[list[Run]]:
 
 
 def stacks_of(
-    runs: Iterable[tuple[tuple[int, int], Run]], limit: int, scratch: Scratch, home: torch.device
+    runs: Iterable[tuple[tuple[int, int], Run]], limit: Callable[[int, int], int], scratch: Scratch, home: torch.device
 ) -> list[Stack]:
-    """Stacks of ``limit`` elements at most, or of one matrix, for runs given with the (rows, columns) of theirs.
+    """Stacks for runs that are given with the (rows, columns) of their matrices.
 
-    ``home``: where the squared norms of the matrices lie.
+    ``limit``: how many matrices of so many rows and columns share one. ``home``: where their squared norms lie.
     """
     alike: dict[tuple[Direction, int, int], list[Run]] = {}
     for sides, run in runs:
@@ -95,5 +95,5 @@ def stacks_of(
     return [
         Stack(part, (rows, columns), scratch, home)
         for (_, rows, columns), each in alike.items()
-        for part in cut(each, max(1, limit // (rows * columns)))
+        for part in cut(each, limit(rows, columns))
     ]
