@@ -1,5 +1,8 @@
 """FusedLayca: rotation-controlled optimization for PyTorch (Layca, arXiv 1806.01603)."""
 
+# The one place of the version. Above the imports: the package of CUDA kernels is compared with it there.
+__version__ = "0.2.0"
+
 from .attach import Handle, attach, detach
 from .backends import backends
 from .figures import drawing
@@ -22,7 +25,5 @@ __all__ = [
     "detach",
     "layer_groups",
 ]
-
-__version__ = "0.1.0"
 
 draw_with(drawing)
