@@ -143,6 +143,8 @@ class BuildNative(build_ext):
 
     #: By the name of the backend that each serves.
     modules = MODULES
+    #: Whether what runs without a module is told why it is missing.
+    noted = True
 
     def run(self) -> None:
         """Build into build_lib and, for an editable install, copy from there into the source tree."""
@@ -156,7 +158,7 @@ class BuildNative(build_ext):
                 for old in folder.glob(name.rpartition(".")[2] + ".*.*"):
                     old.unlink()
         super().run()
-        for folder in folders:
+        for folder in folders if self.noted else ():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "_build.json").write_text(json.dumps(self.reasons, indent=2) + "\n", encoding="utf-8")
 

@@ -1,8 +1,5 @@
 """FusedLayca: rotation-controlled optimization for PyTorch (Layca, arXiv 1806.01603)."""
 
-# The one place of the version. Above the imports: the package of CUDA kernels is compared with it there.
-__version__ = "0.2.0"
-
 from .attach import Handle, attach, detach
 from .backends import backends
 from .figures import drawing
@@ -11,6 +8,7 @@ from .monitor import Curves, RotationMonitor
 from .monitor.curves import draw_with
 from .optimizer import FusedLayca
 from .step.stats import RotationStats
+from .version import __version__
 
 __all__ = [
     "Curves",

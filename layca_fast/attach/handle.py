@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from ..compat import not_compiled
 from ..messages import labelled
 from ..optimizer import FusedLayca
 from ..state.entries import drop_empty, with_all_entries
@@ -95,13 +95,13 @@ class Handle:
         return {**state, **ours, "__getstate__": self._state_of_optimizer}
 
     # To compile what the hooks do on the host would gain nothing, and be done again for every new lr.
-    @_disable_dynamo
+    @not_compiled
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not is_nested(self):
             self._fitting_shadow(optimizer).keep(optimizer)
 
-    @_disable_dynamo
+    @not_compiled
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Some optimizers put new memory under a parameter while they step, and hooks may have changed lr.

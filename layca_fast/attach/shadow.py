@@ -15,10 +15,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..backends import choose
+from ..compat import is_fake
 from ..formulas.bases import BASES
 from ..formulas.options import check_groups
 from ..messages import describe, labelled
-from ..state.checks import check_parameter, check_writable, count_layers, is_fake
+from ..state.checks import check_parameter, check_writable, count_layers
 from ..state.compensation import HALVES
 from ..state.layout import is_dense, memory_order
 from ..state.members import rotates

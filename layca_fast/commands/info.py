@@ -9,6 +9,7 @@ import torch
 
 from ..backends import backends
 from ..figures.console import print_table
+from ..version import __version__
 
 
 def installed(package: str) -> str:
@@ -22,8 +23,6 @@ def installed(package: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print versions, devices, and the backends with the reasons of those that are missing."""
     argparse.ArgumentParser(prog="python -m layca_fast info", description=__doc__).parse_args(argv)
-    from .. import __version__
-
     facts = [
         ["layca_fast", __version__],
         ["Python", platform.python_version()],

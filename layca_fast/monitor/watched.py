@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
+from ..compat import is_fake
 from ..groups.layer_groups import trainable_entries
 from ..groups.roles import EMBEDDINGS
 from ..messages import named, warn_caller
-from ..state.checks import check_memory, check_parameter, count_layers, is_fake
+from ..state.checks import check_memory, check_parameter, count_layers
 from ..state.members import rotates
 from ..state.others import option
 from ..state.sharding import Piece, is_sharded, local_of, sharding_of

@@ -1,12 +1,12 @@
 """What tensors FusedLayca accepts. Each check raises an error that names the tensor and the way out."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compat import is_fake, is_fsdp1
 from ..formulas.options import find_base
 from ..messages import describe, labelled
 from .layout import bytes_needed, matrix_shape, overlaps
@@ -24,13 +24,6 @@ def is_wrapper(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-def is_fake(tensor: Tensor) -> bool:
-    """Whether it has a shape and a type and no numbers, as FakeTensorMode makes them to try a program out."""
-    # Imported by torch itself, in the versions that do; a fake tensor cannot be there before it.
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    return module is not None and isinstance(tensor, module.FakeTensor)
-
-
 def check_initialized(tensor: Tensor, label: str) -> None:
     """Raise ValueError for the parameter of a lazy module that has seen no input yet."""
     if torch.nn.parameter.is_lazy(tensor):
@@ -41,7 +34,7 @@ def check_parameter(tensor: Tensor, label: str) -> None:
     """Raise TypeError or ValueError for a tensor that no kernel may be handed."""
     check_initialized(tensor, label)
     name = describe(label, tensor)
-    if getattr(tensor, "_fsdp_flattened", False):
+    if is_fsdp1(tensor):
         raise TypeError(
             f"{name} is a part of an FSDP1 flat parameter, which knows no layers and so no norms of theirs, with "
             "use_orig_params=True neither: shard the model with FSDP2, torch.distributed.fsdp.fully_shard"

@@ -8,6 +8,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
+from ..compat import is_fake
 from ..formulas.bases import FORMULAS, Formula
 from ..formulas.options import decays, find_base
 from ..messages import describe, labelled
@@ -18,7 +19,6 @@ from .checks import (
     check_parameter,
     check_writable,
     count_layers,
-    is_fake,
 )
 from .compensation import HALVES, fits, is_compensated, state_dtype
 from .contents import check_complete

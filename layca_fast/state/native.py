@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from .. import __version__
+from ..version import __version__
 
 
 def import_native(backend: str) -> tuple[ModuleType | None, str | None]:

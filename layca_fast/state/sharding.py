@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
+from ..compat import first_row_of
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -110,16 +112,9 @@ class Sharding:
     whole: tuple[int, ...] = ()
 
 
-def _start_of(tensor: "DTensor") -> int:
-    """The row of the global tensor at which the local one begins."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    return int(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1][0])
-
-
 def _cut(tensor: "DTensor", layers: int) -> tuple[Piece, ...]:
     """A piece for each layer, empty where this process has nothing of it."""
-    rows, start, height = local_of(tensor).shape[0], _start_of(tensor), tensor.shape[0] // layers
+    rows, start, height = local_of(tensor).shape[0], first_row_of(tensor), tensor.shape[0] // layers
     # Where nothing is left for the last processes, torch's offsets may lie beyond the end.
     bounds = [min(max(layer * height - start, 0), rows) for layer in range(layers + 1)]
     return tuple(Piece(i, 1, slice(bounds[i], bounds[i + 1]), is_part=True) for i in range(layers))

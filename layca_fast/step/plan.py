@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..compat import is_fake
 from ..formulas.bases import Formula
 from ..formulas.options import decays, find_base
 from ..formulas.rotation import KEEP
 from ..formulas.tables import Coefficient
 from ..messages import labelled
-from ..state.checks import is_fake
 from ..state.compensation import state_dtype
 from ..state.members import Member, State, drop_remainders, members
 from ..state.memory import check_apart
