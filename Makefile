@@ -19,6 +19,8 @@ STAMP := $(VENV)/installed.txt
 BENCH_STAMP := $(VENV)/bench.txt
 DOCS := $(VENV)/docs
 DOCS_STAMP := $(DOCS)/installed.txt
+RELEASE := $(VENV)/release
+RELEASE_STAMP := $(RELEASE)/installed.txt
 TRAINERS := $(VENV)/trainers
 TRAINERS_STAMP := $(TRAINERS)/installed.txt
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
@@ -51,13 +53,14 @@ TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-exhaustive test-trainers test-all bench bench-full gpu verify docs lint format fuzz sanitize FORCE
+.PHONY: help setup demo test test-exhaustive test-trainers test-all bench bench-full gpu verify docs lint format fuzz sanitize wheel \
+    wheel-cuda test-versions FORCE
 # Targets of one command run one after the other: their tests and timings want the cores for themselves.
 .NOTPARALLEL:
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Options: PYTHON=python3.11 (for a new .venv), TORCH='torch==2.12.0', ARGS='...' (passed on to the command),"
 	@echo "  LAYCA_CUDA=ON (build the CUDA module where no GPU is visible), LAYCA_REQUIRE_NATIVE=1 (a failed build is an error)"
 
@@ -103,6 +106,15 @@ gpu:  ## build, prove and measure on an NVIDIA GPU; one file in bench/results (W
 verify: $(BUILT)  ## check the backends here against the float64 reference (a minute; ARGS=--full: every case)
 	@echo "==> Checking every backend against the reference"
 	@$(RUN) layca_fast verify $(ARGS)
+
+wheel: $(RELEASE_STAMP)  ## sdist and wheel into dist/, checked, and tried in fresh environments (ARGS='--python python3.12')
+	@$(RELEASE)/bin/python -m release.wheel $(ARGS)
+
+wheel-cuda: $(RELEASE_STAMP)  ## the CUDA kernels for all GPUs as the package layca_fast_cuda (needs nvcc; many minutes)
+	@$(RELEASE)/bin/python -m release.wheel --cuda $(ARGS)
+
+test-versions: $(RELEASE_STAMP)  ## core tests under several versions of Python and torch; writes the table of docs/backends.md
+	@$(TEST_ENVIRONMENT) $(RELEASE)/bin/python -m release.versions $(ARGS)
 
 docs: $(DOCS_STAMP)  ## build the documentation into site/; warnings, such as of dead links, are errors
 	@echo "==> Building site/index.html"
@@ -161,6 +173,13 @@ $(DOCS_STAMP): requirements/docs.txt
 	@echo "==> Installing Sphinx (once, some seconds)"
 	@$(PYTHON) -m venv --clear $(DOCS)
 	$(QUIETLY) $(DOCS)/bin/python -m pip install $(PIP_OPTIONS) --requirement requirements/docs.txt
+	@touch $@
+
+# The tools of a release: they make environments of their own, so this one has nothing else.
+$(RELEASE_STAMP): requirements/release.txt
+	@echo "==> Installing the tools of a release (once, some seconds)"
+	@$(PYTHON) -m venv --clear $(RELEASE)
+	$(QUIETLY) $(RELEASE)/bin/python -m pip install $(PIP_OPTIONS) --requirement requirements/release.txt
 	@touch $@
 
 # Dozens of packages, which what reads the installed ones (pytest's plugins, mypy) must not find in the other targets. So
