@@ -53,7 +53,7 @@ TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-exhaustive test-trainers test-all bench bench-full gpu verify docs lint format fuzz sanitize wheel \
+.PHONY: help setup demo test test-exhaustive test-trainers test-all bench bench-full gpu verify docs lint format fuzz sanitize wheel wheels \
     wheel-cuda test-versions FORCE
 # Targets of one command run one after the other: their tests and timings want the cores for themselves.
 .NOTPARALLEL:
@@ -109,6 +109,9 @@ verify: $(BUILT)  ## check the backends here against the float64 reference (a mi
 
 wheel: $(RELEASE_STAMP)  ## sdist and wheel into dist/, checked, and tried in fresh environments (ARGS='--python python3.12')
 	@$(RELEASE)/bin/python -m release.wheel $(ARGS)
+
+wheels: $(RELEASE_STAMP)  ## wheels for all versions of Python here by cibuildwheel (containers on Linux); see pyproject.toml
+	@$(RELEASE)/bin/python -m cibuildwheel --output-dir dist $(ARGS)
 
 wheel-cuda: $(RELEASE_STAMP)  ## the CUDA kernels for all GPUs as the package layca_fast_cuda (needs nvcc; many minutes)
 	@$(RELEASE)/bin/python -m release.wheel --cuda $(ARGS)

