@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adafactor, Adagrad, AdamW, Muon, Optimizer, RMSprop
+from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer, RMSprop
 
 from layca_fast.commands.verify import layers_of
 
@@ -20,8 +20,10 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "Adagrad": Adagrad,
     "RMSprop": lambda params, **options: RMSprop(params, **{"momentum": 0.5, "centered": True, **options}),
     "Adafactor": lambda params, **options: Adafactor(params, **{"weight_decay": 0.0, **options}),
-    "Muon": lambda params, **options: Muon(params, **{"weight_decay": 0.0, **options}),
 }
+if hasattr(torch.optim, "Muon"):
+    # It came with torch 2.9.
+    OPTIMIZERS["Muon"] = lambda params, **options: torch.optim.Muon(params, **{"weight_decay": 0.0, **options})
 
 
 def shapes_for(name: str) -> tuple[tuple[int, ...], ...]:
