@@ -188,12 +188,13 @@ $(RELEASE_STAMP): requirements/release.txt
 # Dozens of packages, which what reads the installed ones (pytest's plugins, mypy) must not find in the other targets. So
 # they lie in an environment of their own; a .pth file adds to it all that $(VENV) has, torch and pip included.
 PACKAGES_OF = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-$(TRAINERS_STAMP): $(STAMP) requirements/trainers.txt
+$(TRAINERS_STAMP): $(STAMP) requirements/trainers.txt requirements/recipes.txt
 	@echo "==> Installing the trainers (once, a minute)"
 	@$(RUN) venv --clear --without-pip $(TRAINERS)
 	@echo "$(call PACKAGES_OF,$(VENV))" > "$(call PACKAGES_OF,$(TRAINERS))/development.pth"
 	$(QUIETLY) $(TRAINERS)/bin/python -m pip install $(PIP_OPTIONS) \
 	    --constraint $(TORCH_STAMP) --requirement requirements/trainers.txt
+	$(QUIETLY) $(TRAINERS)/bin/python -m pip install $(PIP_OPTIONS) --no-deps --requirement requirements/recipes.txt
 	@touch $@
 
 # Set up again where a stamp was made for something else than is asked for now.

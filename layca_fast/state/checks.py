@@ -1,5 +1,6 @@
 """What tensors FusedLayca accepts. Each check raises an error that names the tensor and the way out."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,10 @@ from .sharding import check_placements, check_same_mesh, is_sharded, local_of
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+#: What in DeepSpeed takes steps on flat runs of many layers.
+FLATTENING = ("deepspeed.runtime.zero", "deepspeed.runtime.bf16_optimizer", "deepspeed.runtime.fp16.fused_optimizer")
+
+
 class SparseGradientError(TypeError, RuntimeError):
     """A gradient of a layout that no kernel walks; torch's optimizers raise RuntimeError for it."""
 
@@ -22,6 +27,20 @@ class SparseGradientError(TypeError, RuntimeError):
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether the numbers are in another tensor inside this one, as in DTensor."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def check_not_flattened() -> None:
+    """Raise TypeError where DeepSpeed takes the step: flat runs of many layers stand in place of the parameters."""
+    frame = sys._getframe() if "deepspeed" in sys.modules else None
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.startswith(FLATTENING):
+            raise TypeError(
+                f"this step was taken by {name}, which gives the optimizer flat runs of many layers instead of the "
+                "parameters, so there are no layers to turn: shard the model with FSDP2 "
+                "(torch.distributed.fsdp.fully_shard), or train float32 weights with ZeRO stage 0"
+            )
+        frame = frame.f_back
 
 
 def check_initialized(tensor: Tensor, label: str) -> None:

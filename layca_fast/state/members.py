@@ -16,6 +16,7 @@ from .checks import (
     check_gradient,
     check_matrices,
     check_memory,
+    check_not_flattened,
     check_parameter,
     check_writable,
     count_layers,
@@ -244,6 +245,7 @@ def members(
     ``choose`` finds what steps a tensor. ``stepped``: the ids of those that the plan before had. Of the ones that need
     no state these count as well.
     """
+    check_not_flattened()
     for group, label, param in labelled(groups):
         if is_elsewhere(param):
             continue
