@@ -125,7 +125,7 @@ docs: $(DOCS_STAMP)  ## build the documentation into site/; warnings, such as of
 	@$(DOCS)/bin/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env -c docs -d $(DOCS)/doctrees . site \
 	    $(ARGS)
 
-lint: $(STAMP)  ## run ruff, mypy and clang-format through pre-commit
+lint: $(STAMP)  ## run ruff, mypy, clang-format and the checks of workflows through pre-commit
 	@echo "==> Running the linters"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(RUN) pre_commit run --all-files $(ARGS)
 
