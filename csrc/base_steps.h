@@ -67,10 +67,12 @@ LAYCA_INLINE T finite_or_zero(T x) {
   return is_finite(x) ? x : T(0);
 }
 
-// Not (1 - weight)*mean + weight*x: in float32 the two factors do not add up to 1.
+// Not (1 - weight)*mean + weight*x: in float32 the two factors do not add up to 1. And where all the weight is on x,
+// x - mean + mean has lost what is small beside the mean.
 template <class T>
 LAYCA_INLINE T running_mean(T mean, T x, T weight) {
-  return mean + weight * (x - mean);
+  const T kept = mean * T(weight < T(1));
+  return kept + weight * (x - kept);
 }
 
 // torch's form, so that its roundings are ours, too.
@@ -198,9 +200,7 @@ struct Adam : Counted {
 
   template <class T>
   static LAYCA_INLINE void advance(T grad, T* state, const T* options) {
-    // Where all the weight is on the gradient (beta1 = 0), x - mean + mean has lost what is small beside the mean.
-    const T kept = state[0] * T(options[0] < T(1));
-    state[0] = running_mean(kept, grad, options[0]);
+    state[0] = running_mean(state[0], grad, options[0]);
     state[1] = running_square(state[1], grad, options[1], options[2]);
     if (amsgrad) state[2] = state[1] > state[2] ? state[1] : state[2];
   }

@@ -32,7 +32,7 @@ struct Column {
 
 // Bits of Column::FLAGS.
 struct Flag {
-  enum : int { ROTATES = 1, CURRENT = 2, PART = 4 };
+  enum : int { ROTATES = 1, CURRENT = 2, PART = 4, WAITS = 8 };
 };
 
 // Columns of the hyperparameter table, float64.

@@ -30,7 +30,7 @@ LAYCA_HOST_DEVICE inline void write_coefficients(const Batch& batch, std::int64_
   Rotation turn = keep_rotation(0);
   if (turns(tensor)) {
     double* const radius = tensor.pointer<double>(Column::RADIUS) + (layer - tensor.columns[Column::FIRST_LAYER]);
-    turn = rotation(dots, sigma2, lr, *radius, tensor.flag(Flag::CURRENT),
+    turn = rotation(dots, sigma2, lr, *radius, tensor.flag(Flag::CURRENT), tensor.flag(Flag::WAITS),
                     static_cast<int>(tensor.columns[Column::RULE]), tensor.hyper[Hyper::NOISE]);
     *radius = turn.radius;
     std::int64_t* const counts = batch.counts + layer * Count::WIDTH;

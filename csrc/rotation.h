@@ -83,21 +83,28 @@ LAYCA_HOST_DEVICE inline Turn hyperball(const Dots& dots, double n, double sigma
   return {1 - lr * (dots.d / (n * step_norm)), lr * (sigma / step_norm)};
 }
 
-// A rotating layer: turned as its rule says towards -u, onto the sphere of its radius (0: not yet set) or, with
-// `current`, of its norm. `noise` is what may be wrong with u, as a part of the norm of w.
+// A rotating layer: turned as its rule says towards -u, onto the sphere of its radius or, with `current`, of its norm.
+// `noise` is what may be wrong with u, as a part of the norm of w. What radii <= 0 and `waits` are:
+// layca_fast/formulas/rotation.py `coefficients`.
 LAYCA_HOST_DEVICE inline Rotation rotation(const Dots& dots, double sigma2, double lr, double radius, bool current,
-                                           int rule, double noise) {
+                                           bool waits, int rule, double noise) {
   using std::sqrt;
-  const double n = sqrt(dots.n2);
+  const double n = sqrt(dots.n2), size = radius < 0 ? -radius : radius;
+  const bool joins = waits && radius < 0;
+  if (joins && n < size) {
+    // A difference of weights, which alone has noise, is the step and its rate in one.
+    Rotation step = plain_step(dots.q, noise > 0 && lr > 0 ? 1 : lr, 0);
+    step.radius = radius;
+    return step;
+  }
   const double sigma = sqrt(sigma2 > 0 ? sigma2 : 0);
   // A NaN compares false everywhere here, so a layer with a non-finite dot never moves.
   const bool moves = lr > 0 && is_finite(lr * lr) && dots.n2 > 0 && is_finite(dots.n2) &&
-                     (current || n > smallest_share * radius) && sigma > smallest_sine * sqrt(dots.q) &&
+                     (current || n > smallest_share * size) && sigma > smallest_sine * sqrt(dots.q) &&
                      sigma > noise * n;
   if (!moves) return keep_rotation(radius);
 
-  const bool unset = radius == 0;
-  const double target = current || unset ? n : radius;
+  const double target = current || joins || radius == 0 ? n : size;
   const Turn turn = rule == Rule::HYPERBALL ? hyperball(dots, n, sigma, lr) : layca(lr);
   const double reach2 = turn.along * turn.along + turn.across * turn.across;
   const double shrink = target / sqrt(reach2);
@@ -106,7 +113,8 @@ LAYCA_HOST_DEVICE inline Rotation rotation(const Dots& dots, double sigma2, doub
   const bool cancels = is_nearly_parallel(sigma2, dots.q) || sigma2 * reach2 < turn.across * turn.across * dots.q;
   const bool out_of_range = -b < smallest_float32_b || -b > largest_float32_b;
   const bool precise = cancels || out_of_range;
-  return {precise ? k : k - b * c, b, c, precise ? Mode::PRECISE : Mode::LINEAR, unset && !current ? n : radius};
+  return {precise ? k : k - b * c, b, c, precise ? Mode::PRECISE : Mode::LINEAR,
+          radius < 0 || (radius == 0 && !current) ? target : radius};
 }
 
 }  // namespace layca

@@ -1,19 +1,16 @@
 """The search of train_lm.py for the best rate of each optimizer at each width, and the CSV that keeps its trainings."""
 
 import argparse
-import csv
 import math
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-import torch
+from result_rows import append, made_with, read
 from torch import distributed
 
-import layca_fast
 from layca_fast.figures.console import print_table
 
 RESULTS = Path(__file__).parent / "results" / "train_lm.csv"
@@ -52,30 +49,6 @@ class Row:
         return tuple(asdict(self).values())[:13]
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a CSV; none where there is no file."""
-    if not path.exists():
-        return []
-    types = {field.name: field.type for field in fields(Row)}
-    parsers = {bool: lambda cell: cell == "True"}
-    with path.open(newline="") as file:
-        return [
-            Row(**{name: parsers.get(kind, kind)(row[name]) for name, kind in types.items()})  # type: ignore[call-overload]
-            for row in csv.DictReader(file)
-        ]
-
-
-def append(path: Path, row: Row) -> None:
-    """One row more, under a head if it is the first."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
-
-
 class Search:
     """Trains what the CSV lacks: ``train`` is called on all processes alike, and the first of them writes."""
 
@@ -83,7 +56,7 @@ class Search:
         self.options, self.train = options, train
         self.is_first = distributed.get_rank() == 0
         # What one process finds is what all go by: other machines may not see the file.
-        found = [read(options.out) if self.is_first else None]
+        found = [read(options.out, Row) if self.is_first else None]
         distributed.broadcast_object_list(found)
         self.rows = {row.key(): row for row in found[0] or []}
 
@@ -103,9 +76,7 @@ class Search:
         )
         if row.key() not in self.rows:
             loss = self.train(name, width, 2.0**power, seed)
-            now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
-            made_with = {"date": now, "layca_fast": layca_fast.__version__, "torch": torch.__version__}
-            row = Row(**{**asdict(row), "held_out": float(f"{loss:.6g}"), **made_with})
+            row = Row(**{**asdict(row), "held_out": float(f"{loss:.6g}"), **made_with()})
             self.rows[row.key()] = row
             if self.is_first:
                 append(options.out, row)

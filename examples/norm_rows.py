@@ -1,19 +1,15 @@
 """The rows that fixed_norm.py trains, and the CSV that keeps them."""
 
-import csv
 import math
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from norm_tasks import Task
-
-import layca_fast
+from result_rows import append, made_with, read
 
 
 @dataclass(frozen=True)
@@ -55,32 +51,19 @@ def versions() -> dict[str, str]:
         transformers = version("transformers")
     except PackageNotFoundError:
         transformers = ""
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
-    ours = {"layca_fast": layca_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {"date": date, **ours, "transformers": transformers}
+    return {**made_with(), "python": platform.python_version(), "transformers": transformers}
 
 
 class Table:
     """The rows that a CSV has, to which new ones are appended as they come."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path, self.rows = path, list[Row]()
-        if path is not None and path.exists():
-            with path.open(newline="") as file:
-                types = {field.name: field.type for field in fields(Row)}
-                self.rows = [Row(**{name: types[name](row[name]) for name in types}) for row in csv.DictReader(file)]
+        self.path, self.rows = path, [] if path is None else read(path, Row)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        if self.path is None:
-            return
-        new = not self.path.exists()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(asdict(row))
+        if self.path is not None:
+            append(self.path, row)
 
     def of(
         self, task: Task, optimizer: str, others: int | None = None, seeds: Iterable[int] | None = None

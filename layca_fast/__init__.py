@@ -7,6 +7,7 @@ from .groups import LayerGroups, layer_groups
 from .monitor import Curves, RotationMonitor
 from .monitor.curves import draw_with
 from .optimizer import FusedLayca
+from .step.norms import NormDriftError, NormDrifts
 from .step.stats import RotationStats
 from .version import __version__
 
@@ -15,6 +16,8 @@ __all__ = [
     "FusedLayca",
     "Handle",
     "LayerGroups",
+    "NormDriftError",
+    "NormDrifts",
     "RotationMonitor",
     "RotationStats",
     "__version__",

@@ -87,11 +87,11 @@ def is_fsdp1(tensor: Tensor) -> bool:
     return bool(getattr(tensor, "_fsdp_flattened", False))
 
 
-def first_row_of(tensor: "DTensor") -> int:
-    """The row of the global tensor at which the local one begins."""
+def shard_offsets(tensor: "DTensor") -> tuple[int, ...]:
+    """Where in the global tensor the local one begins, in each dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    return int(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1][0])
+    return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
 
 
 def split_factor(placement: "Placement") -> int:

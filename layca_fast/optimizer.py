@@ -1,6 +1,6 @@
 """FusedLayca, the optimizer: param groups, state and the order of things. It does no arithmetic."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from .backends import choose
 from .compat import not_compiled
 from .formulas.bases import recommended_rate
+from .formulas.chunks import as_tuples
 from .formulas.options import (
     check_choice,
     check_groups,
@@ -25,6 +26,7 @@ from .state.members import ignored_decay, rotates
 from .state.structure import check_entries
 from .step.capture import is_capturing
 from .step.interrupts import uninterrupted
+from .step.norms import NormDrifts, checked_plans, last_drifts, present_drifts
 from .step.plan import Plan
 from .step.stats import StepStats, rotation_stats
 from .step.unscaling import LossScale
@@ -47,13 +49,24 @@ class FusedLayca(Grouped):
             longer than 1 is a vector: biases, the (out, 1) gains of weight_norm, the weights of a Linear with one
             output. A tensor that rotates again after a pause goes back to its old radius; :meth:`reset_radius` forgets
             it.
-        chunks: layers per rotating tensor, as equal slices of its first dimension: 1, a divisor of that dimension, or
-            "all" for one layer per slice.
+        chunks: which parts of a rotating tensor are layers. Slices of its first dimension: 1 (the whole tensor), a
+            divisor of that dimension, "all" (one for each index: the weights of one output), or their sizes, such as
+            (2048, 512, 512) for query, key and value; "matrices": the last two dimensions, once for each index of
+            those before them, such as (layers, experts, out, in), and ("matrices", n): each of these as n equal parts
+            of its rows; "columns": one for each index of the second dimension, the weights of one input, and
+            ("columns", n) or ("columns", sizes), as the first dimension's. See docs/options.md for what columns cost.
+        chunk_names: what to call the parts in :meth:`rotation_stats` and in the curves of RotationMonitor, such as
+            ("query", "key", "value"): one name for each layer of a tensor, or for each of the n parts of a matrix.
         radius: the norm that a layer is put back to after each step: "initial", its norm before the first step that
             moved it; "current", its norm before the step; or "learned", which begins as "initial" and follows the
             gradient, R <- R exp(-radius_lr lr c) with c = <w, g> / (|w| |g|): for layers whose norm the output depends
-            on. It costs one more pass over weights and gradients.
+            on. It costs one more pass over weights and gradients. Or the norm itself: a number, or a function that
+            makes it of the layer's shape, a ``torch.Size`` of (rows, all else). The first step that moves the layer
+            leads there. A change counts after :meth:`reset_radius`.
         radius_lr: the rate of learned radii, as a multiple of lr; their product counts as 1 at most.
+        joins_at: the norm from which on a layer rotates: a number, or a function of the layer's shape as for radius.
+            Until its norm is that large a layer takes plain base steps, without weight decay, so it may begin at zero;
+            the norm at which it joins is then its radius. 0: from the start.
         weight_decay: decoupled decay of the tensors that do not rotate. Ignored, with a warning, where they do.
         maximize: ascend instead of descend.
         compensate: whether bfloat16 and float16 parameters keep the rest of their bits in the state ``remainder``, 2
@@ -75,7 +88,8 @@ class FusedLayca(Grouped):
 
     Every other argument may be set per param group. State per tensor: what torch's optimizer of that name keeps
     (``momentum_buffer``, ``exp_avg``, ``step``, ...), with ``step`` where the tensor is; and ``radius``, float64 of
-    shape (layers,), 0 until a step moves the layer, where the tensor rotates; and ``remainder``, raw 16-bit integers in
+    shape (layers,), where the tensor rotates: 0 until a step moves the layer, or, below 0, the norm that the first one
+    will lead to, or that the layer waits for; and ``remainder``, raw 16-bit integers in
     a tensor of its type, where it is compensated: see :meth:`effective_weight`. Under rotate=False each base takes the
     step of torch's optimizer, with decoupled weight decay (so adam is AdamW).
 
@@ -90,9 +104,11 @@ class FusedLayca(Grouped):
         base: str = "sgd",
         rule: str = "layca",
         rotate: bool | None = None,
-        chunks: int | str = 1,
-        radius: str = "initial",
+        chunks: int | str | Sequence[Any] = 1,
+        chunk_names: Sequence[str] | None = None,
+        radius: str | float | Callable[[torch.Size], float] = "initial",
         radius_lr: float = 9.0,
+        joins_at: float | Callable[[torch.Size], float] = 0.0,
         weight_decay: float = 0.0,
         maximize: bool = False,
         compensate: bool | None = None,
@@ -115,9 +131,11 @@ class FusedLayca(Grouped):
             "base": base,
             "rule": rule,
             "rotate": rotate,
-            "chunks": chunks,
+            "chunks": as_tuples(chunks),
+            "chunk_names": as_tuples(chunk_names),
             "radius": radius,
             "radius_lr": radius_lr,
+            "joins_at": joins_at,
             "weight_decay": weight_decay,
             "maximize": maximize,
             "compensate": compensate,
@@ -268,11 +286,50 @@ class FusedLayca(Grouped):
             self._warned_of_types = True
             warn_caller(message)
 
+    @torch.no_grad()
+    def check_norms(self, above: float | None = None, *, at: str = "step") -> NormDrifts:
+        """How far the norm of every rotating layer is from its radius, by name: the guard against foreign writes.
+
+        A step restores the norms, so what somebody else has done to the weights shows before it only. ``at`` says which
+        weights are looked at. "step": those that the last step has found, before it moved them, by the norms that it
+        has measured; costs next to nothing, so call it after every step. Where that step had no gradient for a tensor,
+        it is the last that had. "now": the present ones, in one pass over them: for after a resume.
+
+        Norms are compared with the state ``radius``, of learned radii with what it was before that step. NaN where that
+        says nothing: under radius="current", which keeps any norm it finds, of a layer that waits (``joins_at``) or has
+        no radius yet, and at the step that leads to a given radius.
+
+        Does not wait for a device unless ``above`` is given or the result read. Of sharded layers all processes call it
+        together, and each has all layers: one float64 all-reduce per mesh dimension for "now", at most one for "step".
+
+        Args:
+            above: raise :class:`layca_fast.NormDriftError` where a layer is farther than this from its radius, as
+                norm / radius - 1. 1e-3 is far above what rounding does, also in 16 bits.
+            at: "step" or "now".
+
+        Raises:
+            NormDriftError: as ``above`` says; ValueError for arguments that are none; RuntimeError where ``at="step"``
+                and no step was taken since the optimizer was made, loaded, or given other groups.
+        """
+        check_choice({"at": at}, "at", ("step", "now"))
+        names = {param: name for _, name, param in named(self.param_groups)}
+        if at == "now":
+            drifts = present_drifts(self.param_groups, self.state, names)
+        else:
+            plans = [] if self._plan is None or self._stale else [self._plan]
+            plans += [] if self._in_backward is None else self._in_backward.plans
+            drifts = last_drifts(checked_plans(plans), self.param_groups, names)
+        if above is not None:
+            drifts.raise_if(above)
+        return drifts
+
     def rotation_stats(self) -> StepStats:
         """What the last step did to each tensor, a dict by parameter; empty before the first. ``print`` shows a table.
 
         Does not wait for a device, as reading or printing a number does. The table has the least and the largest of a
         tensor's layers, angles in radians, and under "kept" the steps without a direction to turn in.
+
+        ``layer_names`` of each says which layer is which; with ``chunk_names`` the table has a row for each part.
 
         Of a DTensor: to the layers that this process has something of. What it counts, of elements and of steps with a
         gradient here, is not summed over processes.

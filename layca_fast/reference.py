@@ -5,6 +5,7 @@ and put the result back on the sphere. Nothing here is shared with the backends,
 no batches, no cache of anything. Run it in float64 and compare.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,8 +40,8 @@ def sgd_amom(grad: Tensor, state: dict[str, Tensor], momentum: float = 0.9) -> T
 
 def _average(state: dict[str, Any], name: str, value: Tensor, decay: float) -> Tensor:
     """Advance the exponential moving average of ``value`` that ``state[name]`` holds, from 0, and return it."""
-    average: Tensor = decay * state.get(name, torch.zeros_like(value)) + (1 - decay) * value
-    state[name] = average
+    state[name] = decay * state.get(name, torch.zeros_like(value)) + (1 - decay) * value
+    average: Tensor = state[name]
     return average
 
 
@@ -59,15 +60,15 @@ def rmsprop(
     step = finite(grad / (spread.sqrt() + eps))
     if momentum == 0:
         return step
-    buffer: Tensor = momentum * state.get("momentum_buffer", torch.zeros_like(grad)) + step
-    state["momentum_buffer"] = buffer
+    state["momentum_buffer"] = momentum * state.get("momentum_buffer", torch.zeros_like(grad)) + step
+    buffer: Tensor = state["momentum_buffer"]
     return buffer
 
 
 def adagrad(grad: Tensor, state: dict[str, Any], eps: float = 1e-10, initial_accumulator_value: float = 0.0) -> Tensor:
     """The step of torch.optim.Adagrad without lr_decay: g over the root of the sum of all g^2 so far."""
-    total: Tensor = state.get("sum", torch.full_like(grad, initial_accumulator_value)) + grad.square()
-    state["sum"] = total
+    state["sum"] = state.get("sum", torch.full_like(grad, initial_accumulator_value)) + grad.square()
+    total: Tensor = state["sum"]
     return grad / (total.sqrt() + eps)
 
 
@@ -83,8 +84,8 @@ def adam(
     mean = _average(state, "exp_avg", grad, betas[0]) / (1 - betas[0] ** state["step"])
     square = _average(state, "exp_avg_sq", grad.square(), betas[1])
     if amsgrad:
-        square = torch.maximum(state.get("max_exp_avg_sq", square), square)
-        state["max_exp_avg_sq"] = square
+        state["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", square), square)
+        square = state["max_exp_avg_sq"]
     step: Tensor = mean / ((square / (1 - betas[1] ** state["step"])).sqrt() + eps)
     return step
 
@@ -106,7 +107,7 @@ def muon(
     eps: float = 1e-7,
     ns_dtype: Any = None,
     adjust_lr: str | None = None,
-    chunks: int | str = 1,
+    chunks: Any = 1,
 ) -> Tensor:
     """The step of torch.optim.Muon, which is a matrix's, for each of the matrices that ``chunks`` cuts.
 
@@ -115,17 +116,17 @@ def muon(
     """
     average = _average(state, "momentum_buffer", grad, momentum)
     ahead = momentum * average + (1 - momentum) * grad if nesterov else average
-    pieces = []
-    for piece in slices(ahead, chunks):
-        # A slice of stacked matrices is one of them; of a convolution, all but its first dimension are columns.
-        matrix = piece[0] if chunks != 1 and len(piece) == 1 else piece
+    result = torch.empty_like(ahead)
+    for piece, place in zip(slices(ahead, chunks), slices(result, chunks), strict=True):
+        # Of a convolution, all but its first dimension are columns.
+        matrix = matrix_of(piece, chunks)
         matrix = matrix.reshape(len(matrix), -1)
         rows, columns = matrix.shape
         adjusted = (
             0.2 * max(rows, columns) ** 0.5 if adjust_lr == "match_rms_adamw" else max(1, rows / max(columns, 1)) ** 0.5
         )
-        pieces.append(adjusted * newton_schulz(matrix, ns_steps, ns_coefficients, eps).reshape(piece.shape))
-    return torch.cat(pieces)
+        place.copy_(adjusted * newton_schulz(matrix, ns_steps, ns_coefficients, eps).reshape(piece.shape))
+    return result
 
 
 def newton_schulz(matrix: Tensor, steps: int, coefficients: Sequence[float], eps: float) -> Tensor:
@@ -149,9 +150,35 @@ BASES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def slices(tensor: Tensor, chunks: int | str) -> Sequence[Tensor]:
-    """The layers that a tensor holds, as equal slices of its first dimension."""
-    return [tensor] if chunks == 1 else tensor.chunk(len(tensor) if chunks == "all" else int(chunks))
+def slices(tensor: Tensor, chunks: Any) -> list[Tensor]:
+    """The layers that a tensor holds: views of it.
+
+    ``chunks``: a number of equal slices of the first dimension, their sizes, or "all" for slices of one; "matrices" for
+    the last two dimensions at each index of the others, ("matrices", n) for each of these in n; "columns" for slices
+    of one of the second dimension, ("columns", ...) for others. A layer of columns has the dimension that is cut first.
+    """
+    kind: str = chunks if isinstance(chunks, str) else ""
+    how: Any = None if kind else chunks
+    if isinstance(chunks, (tuple, list)) and isinstance(chunks[0], str):
+        kind, how = chunks
+    if kind == "matrices":
+        places = itertools.product(*map(range, tensor.shape[:-2]))
+        matrices = [tensor[place] for place in places] if tensor.dim() > 2 else [tensor]
+        return [part for matrix in matrices for part in slices(matrix, 1 if how is None or tensor.dim() < 2 else how)]
+    if kind == "columns":
+        return slices(tensor.transpose(0, 1), "all" if how is None else how)
+    if kind == "all":
+        how = len(tensor)
+    if isinstance(how, (tuple, list)):
+        return list(tensor.split(list(how)))
+    return [tensor] if how == 1 else list(tensor.chunk(how))
+
+
+def matrix_of(piece: Tensor, chunks: Any) -> Tensor:
+    """The matrix that a layer is: a slice of stacked ones is one of them. Parts of given sizes have rows, if only one."""
+    how = chunks[1] if isinstance(chunks, (tuple, list)) and isinstance(chunks[0], str) else chunks
+    is_slice = how != 1 and not isinstance(how, (tuple, list))
+    return piece[0] if is_slice and piece.dim() > 2 and len(piece) == 1 else piece
 
 
 def finite(x: Tensor) -> Tensor:
@@ -221,6 +248,14 @@ def weight_of(param: Tensor, remainder: Tensor) -> Tensor:
     return torch.where(param.isfinite(), weight, param.float())
 
 
+def given(radius: float | Callable[[tuple[int, int]], float], layer: Tensor) -> float:
+    """A radius that is no property of the weights: a number, or a function of the layer's rows and columns."""
+    if not callable(radius):
+        return float(radius)
+    rows = len(layer) if layer.dim() > 0 else 1
+    return float(radius((rows, layer.numel() // rows)))
+
+
 def reference_step(
     weight: Tensor,
     grad: Tensor,
@@ -230,9 +265,10 @@ def reference_step(
     base: str = "sgd",
     rule: str = "layca",
     rotate: bool | None = None,
-    chunks: int | str = 1,
-    radius: str = "initial",
+    chunks: Any = 1,
+    radius: str | float | Callable[[tuple[int, int]], float] = "initial",
     radius_lr: float = 9.0,
+    joins_at: float = 0.0,
     weight_decay: float = 0.0,
     maximize: bool = False,
     **base_options: Any,
@@ -255,11 +291,19 @@ def reference_step(
     ascent = -grad if maximize else grad
     layers = list(zip(slices(weight, chunks), slices(step, chunks), slices(ascent, chunks), strict=True))
     radii = state.setdefault("radius", [None] * len(layers))
+    # A radius that has been taken is the sign that a layer has joined.
+    waits = [
+        joins_at > 0 and known is None and layer.norm() < joins_at
+        for known, (layer, _, _) in zip(radii, layers, strict=True)
+    ]
     for i, (layer, direction, gradient) in enumerate(layers):
+        if waits[i]:
+            layer.copy_(layer - lr * direction)
+            continue
         if lr == 0 or not has_direction(layer, direction):
             continue
-        if radius != "current" and radii[i] is None:
-            radii[i] = layer.norm().item()
+        if radii[i] is None and (radius != "current" or joins_at > 0):
+            radii[i] = layer.norm().item() if isinstance(radius, str) else given(radius, matrix_of(layer, chunks))
         if radius == "learned":
             radii[i] *= math.exp(-min(radius_lr * lr, 1.0) * cosine(layer, gradient))
         layer.copy_(RULES[rule](layer, direction, lr, None if radius == "current" else radii[i]))

@@ -3,23 +3,34 @@
 import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from ..compat import not_compiled
-from ..messages import labelled
+from ..formulas.chunks import as_tuples
+from ..formulas.options import check_choice
+from ..formulas.plain import with_plain
+from ..messages import labelled, named
 from ..optimizer import FusedLayca
 from ..state.entries import drop_empty, with_all_entries
-from ..state.loading import check_radii, follow_attached, keep_options, shield_radii, unshield_radii
+from ..state.loading import (
+    check_radii,
+    follow_attached,
+    keep_options,
+    shield_radii,
+    unshield_radii,
+    with_chunks,
+    without_chunks,
+)
 from ..state.modes import out_of_inference
+from ..state.others import HOOK
+from ..state.radii import without_functions
 from ..step.hooks import is_nested, lacks_hooks
+from ..step.norms import NormDrifts, checked_plans, last_drifts, present_drifts
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
-
-#: Our key among the hooks. torch numbers hooks per process, so a number that came with a pickle could be given again.
-_KEY: Any = "layca_fast"
 
 #: torch's dicts of hooks on an optimizer, and the method of :class:`Handle` that goes into each.
 _HOOKS = {
@@ -33,7 +44,7 @@ _HOOKS = {
 
 def _handle_of(optimizer: Optimizer) -> "Handle | None":
     # Not an optimizer: has none either.
-    hook = getattr(optimizer, "_optimizer_step_pre_hooks", {}).get(_KEY)
+    hook = getattr(optimizer, "_optimizer_step_pre_hooks", {}).get(HOOK)
     handle: Handle | None = None if hook is None else hook.__self__
     return handle
 
@@ -44,14 +55,15 @@ class Handle:
     def __init__(self, optimizer: Optimizer, options: Mapping[str, Any]) -> None:
         # Weak: the optimizer holds its hooks, so a strong reference would keep its state from being freed at once.
         self._optimizer: weakref.ref[Optimizer] = weakref.ref(optimizer)
-        self._options = dict(options)
+        self.options = dict(options)
         self._shadow: Shadow | None = None
         self._steps = 0
+        self._was_loaded = False
         for hooks, method in _HOOKS.items():
-            getattr(optimizer, hooks)[_KEY] = getattr(self, method)
+            getattr(optimizer, hooks)[HOOK] = getattr(self, method)
         # The user's own hooks after a step or a load then see what this one has made of it.
         for hooks in ("_optimizer_step_post_hooks", "_optimizer_load_state_dict_post_hooks"):
-            getattr(optimizer, hooks).move_to_end(_KEY, last=False)
+            getattr(optimizer, hooks).move_to_end(HOOK, last=False)
         # torch leaves hooks out of copies and pickles. An instance attribute is found before the class's method.
         optimizer.__getstate__ = self._state_of_optimizer  # type: ignore[method-assign]
 
@@ -59,7 +71,7 @@ class Handle:
         optimizer = self._optimizer()
         if optimizer is None or _handle_of(optimizer) is not self:
             return "<layca_fast.attach: removed>"
-        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         return f"<layca_fast.attach to {type(optimizer).__name__}: {options}>"
 
     def remove(self) -> None:
@@ -69,6 +81,30 @@ class Handle:
             detach(optimizer)
             self._shadow = None
 
+    @torch.no_grad()
+    def check_norms(self, above: float | None = None, *, at: str = "step") -> NormDrifts:
+        """How far the norm of every rotating layer is from its radius: :meth:`layca_fast.FusedLayca.check_norms`.
+
+        RuntimeError where the handle was removed.
+        """
+        check_choice({"at": at}, "at", ("step", "now"))
+        optimizer = self._optimizer()
+        if optimizer is None or _handle_of(optimizer) is not self:
+            raise RuntimeError(
+                "check_norms: this handle was removed, and nothing turns the optimizer's layers any more"
+            )
+        names = {param: name for _, name, param in named(optimizer.param_groups)}
+        if at == "now":
+            drifts = present_drifts(plan_groups(optimizer, self.options), optimizer.state, names)
+        else:
+            shadow = None if self._was_loaded else self._shadow
+            plans = [] if shadow is None or shadow.plan is None else [shadow.plan]
+            aliases = {} if shadow is None else {alias: names[param] for param, alias in shadow.pairs if param in names}
+            drifts = last_drifts(checked_plans(plans), [] if shadow is None else shadow.groups, aliases)
+        if above is not None:
+            drifts.raise_if(above)
+        return drifts
+
     def __enter__(self) -> "Handle":
         return self
 
@@ -77,12 +113,12 @@ class Handle:
 
     # Weights and plan are made again at the next step: a copy of the optimizer has parameters of its own.
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer(), "options": self._options, "steps": self._steps}
+        return {"optimizer": self._optimizer(), "options": self.options, "steps": self._steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._optimizer = weakref.ref(state["optimizer"])
-        self._options, self._steps = state["options"], state.get("steps", 0)
-        self._shadow = None
+        self.options, self._steps = state["options"], state.get("steps", 0)
+        self._shadow, self._was_loaded = None, False
 
     def _state_of_optimizer(self) -> dict[str, Any]:
         optimizer = self._optimizer()
@@ -90,7 +126,7 @@ class Handle:
             raise RuntimeError(
                 "this optimizer is a shallow copy of an attached one that is gone: copy.deepcopy makes copies that last"
             )
-        ours = {hooks: OrderedDict({_KEY: getattr(self, method)}) for hooks, method in _HOOKS.items()}
+        ours = {hooks: OrderedDict({HOOK: getattr(self, method)}) for hooks, method in _HOOKS.items()}
         state: dict[str, Any] = type(optimizer).__getstate__(optimizer)
         return {**state, **ours, "__getstate__": self._state_of_optimizer}
 
@@ -108,9 +144,10 @@ class Handle:
         if not is_nested(self):
             self._fitting_shadow(optimizer).turn(optimizer)
             self._steps += 1
+            self._was_loaded = False
 
     def _fitting_shadow(self, optimizer: Optimizer) -> Shadow:
-        groups = plan_groups(optimizer, self._options, self._steps + 1)
+        groups = plan_groups(optimizer, self.options, self._steps + 1)
         if self._shadow is None or not self._shadow.fits(groups):
             with out_of_inference():
                 self._shadow = Shadow(optimizer, groups, self._shadow)
@@ -121,18 +158,22 @@ class Handle:
         before = optimizer.param_groups
         saved = follow_attached(optimizer, saved)
         try:
-            check_radii(optimizer, saved)
+            check_radii(optimizer, saved, before, self.options)
         except ValueError:
             optimizer.param_groups = before
             raise
+        saved = without_chunks(saved, before, self.options["chunks"])
         return shield_radii(keep_options(optimizer, saved, OPTIONS))
 
     def _after_load(self, optimizer: Optimizer) -> None:
         unshield_radii(optimizer)
         drop_empty(optimizer.state)
+        self._was_loaded = True
 
     def _after_save(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-        return with_all_entries(optimizer, saved)
+        saved = with_all_entries(optimizer, saved)
+        saved = {**saved, "param_groups": [without_functions(group) for group in saved["param_groups"]]}
+        return with_chunks(optimizer, saved, self.options["chunks"])
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -168,8 +209,9 @@ def attach(
     rule: str = "layca",
     rotate: bool | None = None,
     *,
-    chunks: int | str = 1,
-    radius: str = "initial",
+    chunks: int | str | Sequence[Any] = 1,
+    radius: str | float | Callable[[torch.Size], float] = "initial",
+    joins_at: float | Callable[[torch.Size], float] = 0.0,
     backend: str = "auto",
 ) -> Handle:
     """Make any torch optimizer turn its layers by exactly atan(lr) per step, in the direction of its own step.
@@ -182,13 +224,14 @@ def attach(
     Args:
         optimizer: any torch.optim.Optimizer whose ``step`` needs no closure. Its rotating parameters are float32 or
             float64 and dense. Its lr becomes the rotation rate too: a rotating layer turns by atan(lr) radians.
-        rule: as in FusedLayca, like the next four.
+        rule: as in FusedLayca, like the next five.
         rotate: which tensors rotate: True, False, or None for those with two or more dimensions longer than 1.
-        chunks: layers per rotating tensor: equal slices of its first dimension, or "all" for one per slice.
-        radius: "initial" or "current", the norm that each step restores.
+        chunks: which parts of a rotating tensor are layers: 1, n, "all", sizes, "matrices", "columns", ...
+        radius: the norm that each step restores: "initial", "current", a number, or a function of the layer's shape.
+        joins_at: the norm from which on a layer rotates: until then it takes the optimizer's own steps.
         backend: "auto", "cpu", "triton", "cuda" or "torch".
 
-    A param group's own "rule", "rotate", "chunks", "radius" or "backend" wins over the argument.
+    A param group's own "rule", "rotate", "chunks", "radius", "joins_at" or "backend" wins over the argument.
 
     State: ``optimizer.state[param]["radius"]``, float64 of shape (layers,), kept with its type by load_state_dict. A
     state loaded without radii takes them from the weights at the next step.
@@ -220,7 +263,10 @@ def attach(
             here, or, for parameters and options that changed since and layers whose weights are all zero, at the step.
     """
     _check_optimizer(optimizer)
-    options = {"rule": rule, "rotate": rotate, "chunks": chunks, "radius": radius, "backend": backend}
+    options = with_plain(
+        {"rule": rule, "rotate": rotate, "chunks": chunks, "radius": radius, "joins_at": joins_at, "backend": backend}
+    )
+    options["chunks"] = as_tuples(options["chunks"])
     check_turning(plan_groups(optimizer, options))
     return Handle(optimizer, options)
 
@@ -230,7 +276,7 @@ def detach(optimizer: Optimizer) -> None:
     if _handle_of(optimizer) is None:
         raise ValueError(f"optimizer is a {type(optimizer).__name__} to which nothing is attached")
     for hooks in _HOOKS:
-        del getattr(optimizer, hooks)[_KEY]
+        del getattr(optimizer, hooks)[HOOK]
     del optimizer.__dict__["__getstate__"]
     for _, _, param in labelled(optimizer.param_groups):
         state = optimizer.state.get(param, {})

@@ -33,7 +33,7 @@ from ..step.plan import Plan
 from ..step.watch import Layouts
 
 #: What a param group may say for itself; where it does not, the arguments of ``attach`` hold.
-OPTIONS = ("rule", "rotate", "chunks", "radius", "backend")
+OPTIONS = ("rule", "rotate", "chunks", "radius", "joins_at", "backend")
 
 #: Elements per exchange of weights and copies: what stays in a CPU's cache; enough for one launch to fill a GPU.
 BLOCK_ON_CPU, BLOCK_ELSEWHERE = 2**18, 2**22
@@ -67,6 +67,7 @@ def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any], step: int = 0
             )
         options = {name: option(optimizer, theirs, name, defaults[name]) for name in OPTIONS}
         ours = {**_AS_IT_IS, **options, "lr": theirs["lr"], "params": theirs["params"]}
+        ours["chunk_names"] = option(optimizer, theirs, "chunk_names", None)
         if "param_names" in theirs:
             ours["param_names"] = theirs["param_names"]
         if ours["radius"] == "learned":
@@ -197,24 +198,24 @@ class Shadow:
         check_apart([(partial(describe, label, param), local_of(param)) for label, param in written])
         self._lie = Layouts([local_of(param) for _, param in written if not is_fake(param)])
         self._made_for = _structure(groups)
-        old = {} if previous is None else {id(param): alias.grad for param, alias in previous._pairs}
+        old = {} if previous is None else {id(param): alias.grad for param, alias in previous.pairs}
         if previous is not None:
             previous._drop()
-        self._pairs: list[tuple[Tensor, Tensor]] = [(param, param.detach()) for _, _, param in turning(groups)]
+        self.pairs: list[tuple[Tensor, Tensor]] = [(param, param.detach()) for _, _, param in turning(groups)]
         # They have no addresses, and torch warns of being asked.
-        self._are_fake = any(is_fake(param) for param, _ in self._pairs)
-        for param, alias in self._pairs:
+        self._are_fake = any(is_fake(param) for param, _ in self.pairs)
+        for param, alias in self.pairs:
             alias.grad = _copy_of(param, old.pop(id(param), None))
-        aliases = {id(param): alias for param, alias in self._pairs}
+        aliases = {id(param): alias for param, alias in self.pairs}
         # Stands for every tensor that does not rotate. It has no gradient, so the plan leaves it out.
         absent = torch.empty(0, dtype=torch.float32, device="cpu")
-        self._groups = groups
+        self.groups = groups
         for group in groups:
             group["params"] = [aliases.pop(id(param), absent) for param in group["params"]]
         self._state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         self._published: set[Tensor] = set()
-        self._plan: Plan | None = None
-        self._weights = [alias for _, alias in self._pairs]
+        self.plan: Plan | None = None
+        self._weights = [alias for _, alias in self.pairs]
         self._copies = [alias.grad for alias in self._weights if alias.grad is not None]
         self._exchange = _Exchange(self._weights, self._copies)
         self._take_plan(optimizer)
@@ -222,7 +223,7 @@ class Shadow:
     def _drop(self) -> None:
         """Let the copies go: those of a shadow that replaces this one are to take their place in memory."""
         self._exchange, self._copies = _Exchange([], []), []
-        for _, alias in self._pairs:
+        for _, alias in self.pairs:
             alias.grad = None
 
     def fits(self, groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -236,7 +237,7 @@ class Shadow:
                 and param.shape == alias.shape
                 and param.dtype == alias.dtype
                 and param.device == alias.device
-                for param, alias in self._pairs
+                for param, alias in self.pairs
             )
         )
 
@@ -248,15 +249,15 @@ class Shadow:
 
     def take_rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Turn by the learning rates of ``groups`` from now on."""
-        for ours, theirs in zip(self._groups, groups, strict=True):
+        for ours, theirs in zip(self.groups, groups, strict=True):
             ours["lr"] = theirs["lr"]
 
     def turn(self, optimizer: Optimizer) -> None:
         """After the step: put the weights back, turn them by the step that was made, and store new radii."""
         self._exchange.run()
-        assert self._plan is not None
-        self._plan.step()
-        for param, alias in self._pairs:
+        assert self.plan is not None
+        self.plan.step()
+        for param, alias in self.pairs:
             # Optimizers make their state at a parameter's first gradient, and only where it has none yet.
             if param.grad is not None or optimizer.state.get(param):
                 optimizer.state.setdefault(param, {})["radius"] = self._state[alias]["radius"]
@@ -264,13 +265,13 @@ class Shadow:
 
     def _take_plan(self, optimizer: Optimizer) -> None:
         """Bring radii, which may have been loaded or deleted, and the plan up to date."""
-        for param, alias in self._pairs:
+        for param, alias in self.pairs:
             theirs, ours = optimizer.state.get(param, {}).get("radius"), self._state[alias]
             if theirs is not None and theirs is not ours.get("radius"):
                 ours["radius"] = theirs
             elif theirs is None and alias in self._published:
                 ours.pop("radius", None)
                 self._published.remove(alias)
-        if self._plan is None or not self._plan.holds(self._groups, self._state):
+        if self.plan is None or not self.plan.holds(self.groups, self._state):
             with uninterrupted():
-                self._plan = Plan(self._groups, self._state, choose, previous=self._plan)
+                self.plan = Plan(self.groups, self._state, choose, previous=self.plan)

@@ -223,6 +223,7 @@ class TorchBackend(Backend):
         hypers = batch.hypers[tensors[:, Column.HYPER]]
         rotates = tensors[:, Column.FLAGS] & Flag.ROTATES != 0
         current = tensors[:, Column.FLAGS] & Flag.CURRENT != 0
+        waits = tensors[:, Column.FLAGS] & Flag.WAITS != 0
         here = tensors[:, Column.FLAGS] & Flag.PART == 0
         rule, noise = tensors[:, Column.RULE], hypers[:, Hyper.NOISE]
         has_grad = tensors[:, Column.GRAD] != 0
@@ -239,7 +240,8 @@ class TorchBackend(Backend):
         if sigma2.device.type == "cpu":
             # Elsewhere, to know whether there is anything to measure again, the host would have to wait.
             self._measure_again(batch, sigma2, rotates & here & is_nearly_parallel(sigma2, q))
-        *abc, mode, after = coefficients(n2, d, q, sigma2, lr, before, weight_decay, rotates, current, rule, noise)
+        flags = rotates, current, waits
+        *abc, mode, after = coefficients(n2, d, q, sigma2, lr, before, weight_decay, *flags, rule, noise)
         mode = torch.where(has_grad, mode, KEEP)
         torch.stack([*abc, mode], 1, out=batch.coefficients)
         for radius, value in zip(radii, after.split([slot.layers for slot in batch.slots]), strict=True):

@@ -32,7 +32,8 @@ class RotationCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         writers: of :mod:`layca_fast.writers`; or a function that makes them for each training that this callback sees,
             by its number from 0 on: several (trials of a search) would begin the same file anew, one after the other.
-        options: of :class:`layca_fast.RotationMonitor`.
+        options: of :class:`layca_fast.RotationMonitor`; ``check_norms=1e-3`` raises, or warns with
+            ``on_drift="warn"``, at the step that finds a norm which other code has changed.
     """
 
     def __init__(self, writers: Writers = (), **options: Any) -> None:
@@ -62,7 +63,7 @@ class RotationCallback(TrainerCallback):  # type: ignore[misc]
                 )
             else:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
-        self._recorder.start(model, step, saved)
+        self._recorder.start(model, step, saved, [kwargs.get("optimizer")])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._recorder.record(state.global_step)

@@ -28,7 +28,8 @@ class RotationCallback(Callback):  # type: ignore[misc]
     Args:
         writers: of :mod:`layca_fast.writers`; or a function that makes them for each training that this callback sees,
             by its number from 0 on: several (trials of a search) would begin the same file anew, one after the other.
-        options: of :class:`layca_fast.RotationMonitor`.
+        options: of :class:`layca_fast.RotationMonitor`; ``check_norms=1e-3`` raises, or warns with
+            ``on_drift="warn"``, at the step that finds a norm which other code has changed.
     """
 
     def __init__(self, writers: Writers = (), **options: Any) -> None:
@@ -43,7 +44,7 @@ class RotationCallback(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         advise_rate(trainer.optimizers, trainer.estimated_stepping_batches)
-        self._recorder.start(pl_module, trainer.global_step, self._saved)
+        self._recorder.start(pl_module, trainer.global_step, self._saved, trainer.optimizers)
         self._saved = {}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:

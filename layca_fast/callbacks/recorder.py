@@ -22,12 +22,18 @@ class Recorder:
         self._options = dict(options)
         self.monitor: RotationMonitor | None = None
 
-    def start(self, model: nn.Module, step: int, saved: Mapping[str, Any] | None) -> None:
-        """Watch ``model`` from ``step`` on, or go on with the records and initial weights of ``saved``."""
+    def start(
+        self, model: nn.Module, step: int, saved: Mapping[str, Any] | None, optimizers: Iterable[Any] = ()
+    ) -> None:
+        """Watch ``model`` from ``step`` on, or go on with the records and initial weights of ``saved``.
+
+        ``optimizers``: those whose norms are checked, where the options ask for it.
+        """
         if self._make_writers is not None:
             self._writers = list(self._make_writers(self._trainings))
         self._trainings += 1
         self.monitor = RotationMonitor(model, **self._options)
+        self.monitor.guard(*optimizers)
         if saved:
             self.monitor.load_state_dict(dict(saved))
         elif step > 0:

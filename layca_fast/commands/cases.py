@@ -11,7 +11,7 @@ import torch
 from ..formulas.bases import Formula
 from ..formulas.options import find_base
 from ..state.compensation import HALVES
-from ..state.layout import matrix_shape
+from ..state.cut import cut_shape
 
 Shape = tuple[int, ...]
 
@@ -24,6 +24,7 @@ class Case:
 
     Of 16-bit types what is compared is the weight that the parameter and its remainder stand for.
 
+    ``turned``: the weights lie in memory with their first two dimensions swapped, as every backend can walk columns.
     ``sine``: of the angle between weights and gradient of the layers that rotate; None for random directions.
     """
 
@@ -34,6 +35,7 @@ class Case:
     steps: int = 50
     lr: float = 0.05
     sine: float | None = None
+    turned: bool = False
 
 
 BASE_OPTIONS: tuple[Mapping[str, Any], ...] = (
@@ -71,9 +73,7 @@ def shapes_of(options: Mapping[str, Any], shapes: tuple[Shape, ...]) -> tuple[Sh
     if not directs:
         return shapes
     chunks = options.get("chunks", 1)
-    layers = [(shape[0] if chunks == "all" else chunks) if shape else 1 for shape in shapes]
-    each = zip(shapes, layers, strict=True)
-    return tuple(shape for shape, count in each if len(matrix_shape(shape, count, chunks)) >= 2)
+    return tuple(shape for shape in shapes if len(cut_shape(shape, chunks).layer_shape()) >= 2)
 
 
 def describe_base(options: Mapping[str, Any]) -> tuple[str, Formula]:
@@ -129,11 +129,17 @@ def cases(effort: Effort) -> Iterator[Case]:
         momentum = {"base": "sgd", "momentum": 0.9}
         slices = {**momentum, "chunks": "all", "radius": "current", "maximize": True}
         yield Case("chunks=all, radius=current", ((12, 30), (5, 4, 7)), slices, dtype, steps)
+        yield Case("chunks=(9, 2, 1)", ((12, 30), (12, 4, 7)), {**momentum, "chunks": (9, 2, 1)}, dtype, steps)
+        experts = {**momentum, "chunks": ("matrices", 2)}
+        yield Case("chunks=('matrices', 2)", ((2, 3, 4, 7), (5, 6, 20)), experts, dtype, steps)
+        columns = {**momentum, "chunks": "columns"}
+        yield Case("chunks=columns", ((12, 30), (5, 4, 3, 3)), columns, dtype, steps, turned=True)
         adam = {"base": "adam", "betas": (0.8, 0.95), "eps": 1e-3}
         learned = {**adam, "radius": "learned", "radius_lr": 2.0, "chunks": "all"}
         yield Case("radius=learned", ((12, 30), (5, 4, 7)), learned, dtype, steps)
         tilted = {**momentum, "radius": "learned", "maximize": True}
         yield Case("radius=learned, maximize", ((40, 30), (2, 1)), tilted, dtype, steps)
+        yield Case("radius=2.5", ((12, 30), (5, 4, 7)), {**momentum, "radius": 2.5, "chunks": "all"}, dtype, steps)
         plain = {**momentum, "rotate": False, "weight_decay": 0.1}
         yield Case("no rotation, weight decay", ODD_SHAPES, plain, dtype, steps)
         if dtype not in (torch.float32, torch.bfloat16):

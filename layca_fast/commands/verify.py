@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends import backends, load
 from ..figures.console import print_table
 from ..optimizer import FusedLayca
-from ..reference import ANGLES, reference_step
+from ..reference import ANGLES, reference_step, slices
 from ..state.members import rotates
 from .cases import DEFAULT, FULL, QUICK, Case, cases, effort_of, interpreting
 from .progress import progress
@@ -63,12 +63,14 @@ def angle_tolerance(dtype: torch.dtype, angle: float, n: int) -> float:
     return exact + stored / (angle * math.sqrt(n))
 
 
-def layers_of(tensor: Tensor, chunks: int | str) -> list[Tensor]:
+def layers_of(tensor: Tensor, chunks: Any) -> list[Tensor]:
     """The layers of a rotating tensor as flat float64 vectors on the CPU."""
     wide = tensor.detach().to("cpu", torch.float64, copy=True)
-    if chunks == 1:
-        return [wide.flatten()]
-    return [layer.flatten() for layer in wide.chunk(len(wide) if chunks == "all" else int(chunks))]
+    return [layer.flatten() for layer in slices(wide, chunks)]
+
+
+def _turned(weight: Tensor) -> Tensor:
+    return weight.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def _gradient(param: Tensor, case: Case, turns: bool, generator: torch.Generator) -> Tensor:
@@ -94,7 +96,8 @@ def compare(case: Case, backend: str, device: torch.device, seed: int = 0) -> Er
     """Run ``case`` on one backend beside the reference in float64 on the same gradients."""
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(shape, dtype=case.dtype, device="cpu", generator=generator) for shape in case.shapes]
-    params = [weight.to(device, copy=True).requires_grad_() for weight in weights]
+    placed = [_turned(weight) if case.turned else weight for weight in weights]
+    params = [weight.to(device, copy=True).requires_grad_() for weight in placed]
     expected = [weight.to(torch.float64, copy=True) for weight in weights]
     states: list[dict[str, Any]] = [{} for _ in params]
     optimizer = FusedLayca(params, case.lr, backend=backend, **case.options)

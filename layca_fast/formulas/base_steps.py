@@ -40,8 +40,10 @@ def same_options(count, options):
 
 
 def running_mean(old, new, weight):
-    # Not (1 - weight)*old + weight*new: in float32 the two factors do not add up to 1.
-    return old + weight * (new - old)
+    # Not (1 - weight)*old + weight*new: in float32 the two factors do not add up to 1. And where all the weight is on
+    # the new value, new - old + old has lost what is small beside the old.
+    kept = old * (weight < 1.0)
+    return kept + weight * (new - kept)
 
 
 def running_square(old, grad, keep, weight):
@@ -127,9 +129,7 @@ def adam_prepare(count, options):
 
 
 def adam_advance(grad, state, options):
-    # Where all the weight is on the gradient (beta1 = 0), new - old + old has lost what is small beside the old.
-    kept = state[0] * (options[0] < 1.0)
-    return running_mean(kept, grad, options[0]), running_square(state[1], grad, options[1], options[2])
+    return running_mean(state[0], grad, options[0]), running_square(state[1], grad, options[1], options[2])
 
 
 def adam_step(grad, state, options):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from difflib import get_close_matches
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .base_options import ROUNDING, not_negative
 from .bases import BASES, Base
+from .chunks import as_tuples, check_chunk_names, check_chunks
 from .plain import settle
 from .rotation import RULES
 
@@ -22,8 +23,8 @@ STATE_DTYPES = (None, torch.bfloat16, torch.float32)
 
 #: What every group holds whatever its base is.
 COMMON_OPTIONS = (
-    *("lr", "base", "rule", "rotate", "chunks", "radius", "radius_lr", "weight_decay", "maximize"),
-    *("compensate", "state_dtype", "capturable", "backend"),
+    *("lr", "base", "rule", "rotate", "chunks", "chunk_names", "radius", "radius_lr", "joins_at", "weight_decay"),
+    *("maximize", "compensate", "state_dtype", "capturable", "backend"),
 )
 
 
@@ -70,16 +71,53 @@ def check_radius_lr(rate: Any) -> None:
         )
 
 
+def check_radius(radius: Any) -> None:
+    """Raise for a radius that is no name of a rule, no function and no positive number."""
+    if callable(radius):
+        return
+    if isinstance(radius, bool) or not isinstance(radius, Real):
+        if not isinstance(radius, str) or radius not in RADII:
+            raise ValueError(
+                f"radius={radius!r} is unknown: choose one of {list(RADII)}, a number, or a function that makes one "
+                "of a layer's shape"
+            )
+    elif not (0.0 < float(radius) < math.inf):
+        raise ValueError(f"radius={radius!r}: must be finite and > 0, the norm that layers are put to")
+
+
+def check_joins_at(norm: Any, radius: Any) -> None:
+    """Raise for a norm to wait for that is none, or beside a radius that is given."""
+    if callable(norm):
+        pass
+    elif isinstance(norm, bool) or not isinstance(norm, Real):
+        raise TypeError(
+            f"joins_at={norm!r}: must be the norm from which on a layer rotates, or a function that makes it of a "
+            "layer's shape"
+        )
+    elif not (0.0 <= float(norm) < math.inf):
+        raise ValueError(f"joins_at={norm!r}: must be finite and >= 0 (0: every layer rotates from the start)")
+    if waits({"joins_at": norm}) and not isinstance(radius, str):
+        raise ValueError(
+            f"radius={radius!r} with joins_at={norm!r}: a layer that waits keeps the norm at which it joins; put "
+            "radius='initial' into its group"
+        )
+
+
+def waits(group: Mapping[str, Any]) -> bool:
+    """Whether layers of this group take plain steps until their norms have reached a stated value."""
+    norm = group.get("joins_at", 0.0)
+    return callable(norm) or bool(norm > 0)
+
+
+def is_given(group: Mapping[str, Any]) -> bool:
+    """Whether the group itself says what the norm of a layer is to be."""
+    return not isinstance(group["radius"], str)
+
+
 def check_choice(group: Mapping[str, Any], name: str, choices: tuple[Any, ...]) -> None:
     """Raise ValueError if the option ``name`` of ``group`` is none of ``choices``."""
     if group[name] not in choices:
         raise ValueError(f"{name}={group[name]!r} is unknown: choose one of {list(choices)}")
-
-
-def check_chunks(chunks: Any) -> None:
-    """Raise ValueError for a number of layers per tensor that is none."""
-    if chunks != "all" and (isinstance(chunks, bool) or not isinstance(chunks, Integral) or chunks < 1):
-        raise ValueError(f"chunks={chunks!r}: must be a whole number >= 1, or 'all' (one layer per slice)")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -91,8 +129,9 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"base={base.name!r} needs {lacking}, which its param group lacks: set them in the group")
     base.check(group)
     check_choice(group, "rule", tuple(RULES))
-    check_choice(group, "radius", RADII)
+    check_radius(group["radius"])
     check_radius_lr(group["radius_lr"])
+    check_joins_at(group["joins_at"], group["radius"])
     check_choice(group, "backend", ("auto", *BACKENDS))
     check_choice(group, "maximize", (False, True))
     check_choice(group, "state_dtype", STATE_DTYPES)
@@ -105,6 +144,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     if group["rotate"] not in (None, True, False):
         raise ValueError(f"rotate={group['rotate']!r}: must be True, False, or None (all but vectors)")
     check_chunks(group["chunks"])
+    check_chunk_names(group.get("chunk_names"), group["chunks"])
     decay = group["weight_decay"]
     if not isinstance(decay, Real) or not (-ROUNDING <= float(decay) < math.inf):
         raise ValueError(f"weight_decay={decay!r}: must be a finite number >= 0")
@@ -119,6 +159,9 @@ def check_groups(groups: Sequence[MutableMapping[str, Any]], step: int) -> None:
     """
     for number, group in enumerate(groups):
         settle(group)
+        tuples = as_tuples(group.get("chunks"))
+        if tuples is not group.get("chunks"):
+            group["chunks"] = tuples
         try:
             check_group(group)
         except KeyError as error:

@@ -72,8 +72,8 @@ class NewtonSchulz:
         a, b, c = self.coefficients
         gram, change = squares
         for _ in range(self.steps):
-            products.multiply_symmetric(gram, x, x.mT)
-            products.add_product_symmetric(change, gram, gram, gram, b, c)
+            products.multiply_symmetric(gram, x, x.mT, spare)
+            products.add_product_symmetric(change, gram, gram, gram, spare, b, c)
             products.add_product(spare, x, change, x, a)
             x, spare = spare, x
         return x
@@ -84,17 +84,17 @@ class NewtonSchulz:
         gram, factor, product, temporary = squares
         for first in range(0, self.steps, ITERATIONS_OF_GRAM):
             count = min(ITERATIONS_OF_GRAM, self.steps - first)
-            products.multiply_symmetric(gram, x, x.mT)
+            products.multiply_symmetric(gram, x, x.mT, spare)
             for i in range(count):
                 polynomial = product if i == 0 else factor
-                products.add_product_symmetric(polynomial, gram, gram, gram, b, c)
+                products.add_product_symmetric(polynomial, gram, gram, gram, spare, b, c)
                 polynomial.diagonal(dim1=1, dim2=2).add_(a)
                 if i > 0:
-                    products.multiply_symmetric(temporary, factor, product)
+                    products.multiply_symmetric(temporary, factor, product, spare)
                     product, temporary = temporary, product
                 if i + 1 < count:
-                    products.multiply_symmetric(temporary, gram, polynomial)
-                    products.multiply_symmetric(gram, temporary, polynomial)
+                    products.multiply_symmetric(temporary, gram, polynomial, spare)
+                    products.multiply_symmetric(gram, temporary, polynomial, spare)
             products.multiply(spare, product, x)
             x, spare = spare, x
         return x

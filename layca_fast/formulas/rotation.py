@@ -69,12 +69,14 @@ def is_nearly_parallel(sigma2, q):
     return sigma2 < NEARLY_PARALLEL_SINE2 * q
 
 
-def coefficients(n2, d, q, sigma2, lr, radius, weight_decay, rotates, current, rule, noise):
+def coefficients(n2, d, q, sigma2, lr, radius, weight_decay, rotates, current, waits, rule, noise):
     """Three dots in, one linear combination out (the paper's Algorithm 1, in closed form).
 
     n2 = <w,w>, d = <w,u>, q = <u,u> and sigma2, all float64, of one layer (or tensors of many). ``radius`` is the
-    state, 0 while unset; ``rotates`` and ``current`` are booleans, ``rule`` is a number. ``noise`` is what may be wrong
-    with u, as a part of the norm of w: a sigma below it is no direction. Returns (a, b, c, mode, radius):
+    state, 0 while unset; ``rotates``, ``current`` and ``waits`` are booleans, ``rule`` is a number. ``noise`` is what
+    may be wrong with u, as a part of the norm of w: a sigma below it is no direction. A radius of -R is one that the
+    layer has yet to reach: its first turn leads onto the sphere of R; or, with ``waits``, onto that of its own norm,
+    before which it takes plain steps for as long as its norm is below R. Returns (a, b, c, mode, radius):
 
     - LINEAR: w+ = a*w + b*u;
     - PRECISE: w+ = a*w + b*(u - c*w) in float64, where a*w and b*u of LINEAR would cancel;
@@ -87,6 +89,9 @@ def coefficients(n2, d, q, sigma2, lr, radius, weight_decay, rotates, current, r
     w+ = R (along * w/n - across * (u - c*w)/sigma) / hypot(along, across).
     """
     n = sqrt(n2)
+    size = where(radius < 0.0, -radius, radius)
+    joins = waits & (radius < 0.0)
+    stays_plain = rotates & joins & (n < size)
     sigma = sqrt(where(sigma2 > 0.0, sigma2, 0.0))
     # A NaN compares false everywhere below, so a layer with a non-finite dot never moves.
     moves = (
@@ -95,11 +100,12 @@ def coefficients(n2, d, q, sigma2, lr, radius, weight_decay, rotates, current, r
         & (lr * lr * 0.0 == 0.0)
         & (n2 > 0.0)
         & (n2 - n2 == 0.0)
-        & (current | (n > SMALLEST_SHARE * radius))
+        & (current | (n > SMALLEST_SHARE * size))
+        & (stays_plain == False)  # noqa: E712  (``not`` is no elementwise operator)
         & (sigma > SMALLEST_SINE * sqrt(q))
         & (sigma > noise * n)
     )
-    target = where(current | (radius == 0.0), n, radius)
+    target = where(current | joins | (radius == 0.0), n, size)
     safe_n = where(moves, n, 1.0)
     safe_sigma = where(moves, sigma, 1.0)
     along, across = rotation(rule, safe_n, d, where(moves, q, 1.0), safe_sigma, lr)
@@ -119,6 +125,12 @@ def coefficients(n2, d, q, sigma2, lr, radius, weight_decay, rotates, current, r
     a = where(rotates, where(precise, k, k - b * c), 1.0)
     turn = where(moves, where(precise, PRECISE, LINEAR), KEEP)
     plain = where(steps, where(weight_decay > 0.0, PRECISE, LINEAR), KEEP)
-    first = moves & (radius == 0.0) & (current == False)  # noqa: E712  (``not`` is no elementwise operator)
     b, c, mode = where(rotates, b, -lr), where(rotates, c, -weight_decay), where(rotates, turn, plain)
-    return a, b, c, mode, where(first, n, radius)
+
+    # The same of a layer that waits, without decay. A difference of weights, which alone has noise, is the step and its
+    # rate in one.
+    a, c = where(stays_plain, 1.0, a), where(stays_plain, 0.0, c)
+    b = where(stays_plain, where((noise > 0.0) & (lr > 0.0), -1.0, -lr), b)
+    mode = where(stays_plain, where((lr > 0.0) & (q > 0.0), LINEAR, KEEP), mode)
+    first = moves & ((radius < 0.0) | ((radius == 0.0) & (current == False)))  # noqa: E712
+    return a, b, c, mode, where(first, target, radius)

@@ -33,6 +33,7 @@ class Flag(IntEnum):
     ROTATES = 1
     CURRENT = 2  # radius="current"
     PART = 4  # a part of its layers: their dots are those of all parts, which cannot be measured again here
+    WAITS = 8  # a radius below 0 is the norm from which on the layer turns: see coefficients of rotation.py
 
 
 class Hyper(IntEnum):

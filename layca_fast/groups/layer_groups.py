@@ -2,29 +2,31 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from ..formulas.bases import scaled_rate
+from ..formulas.chunks import Chunks
 from ..formulas.options import check_choice, check_lr, misspelt
 from ..formulas.plain import plain, with_plain
 from ..messages import warn_caller
-from ..state.checks import check_initialized, count_layers
+from ..state.checks import check_initialized
+from ..state.cut import Cut, cut_of
 from ..state.layout import is_vector
-from ..state.zeros import have_zero_layers
 from .left_out import doubt
 from .others import check_others_base, head_of, split_options
 from .plan import LayerGroups, Row
 from .roles import EMBEDDINGS, Asked, asked_of, asked_types, decide
+from .zeros import check_zeros, rotating_later, set_aside_zeros
 
 OTHERS = ("train", "freeze")
 
 #: Keys of a group that only ``layer_groups`` may set.
-RESERVED = ("params", "param_names", "chunks", "lr_factor")
+RESERVED = ("params", "param_names", "chunks", "chunk_names", "lr_factor")
 
 
 @dataclass
@@ -33,13 +35,20 @@ class _Entry:
 
     name: str
     param: Tensor
-    chunks: int | str | None
+    chunks: Chunks | None
     reason: str
     unknown: type[nn.Module] | None = None
+    joins_at: float = 0.0
 
     @property
     def layers(self) -> int:
-        return 1 if self.chunks is None else count_layers(self.param, self.chunks, f"parameter {self.name!r}")
+        return 1 if self.chunks is None else self.cut.layers
+
+    @property
+    def cut(self) -> Cut:
+        """How it is cut into layers, where it rotates; ValueError where its chunks do not fit."""
+        assert self.chunks is not None
+        return cut_of(self.param, self.chunks, f"parameter {self.name!r}")
 
 
 def _check_alpha(alpha: Any) -> None:
@@ -110,17 +119,6 @@ def _training(group: Mapping[str, Any]) -> dict[str, Any]:
     return {"base": group.get("base"), "rule": rule, "lr": lr}
 
 
-def _set_aside_zeros(entries: Sequence[_Entry]) -> list[_Entry]:
-    """Move tensors with a layer of zeros to the others, and return them. Waits once for each device."""
-    rotating = [entry for entry in entries if entry.chunks is not None]
-    zeros = have_zero_layers([(entry.param, entry.layers) for entry in rotating])
-    moved = [entry for entry, is_zero in zip(rotating, zeros, strict=True) if is_zero]
-    for entry in moved:
-        entry.reason = "all zero" if entry.layers == 1 else f"one of its {entry.layers} layers is all zero"
-        entry.chunks = entry.unknown = None
-    return moved
-
-
 def _set_aside_vectors(entries: Iterable[_Entry]) -> None:
     """Move tensors of one row or one column, as the gains of weight_norm are, to the others."""
     for entry in entries:
@@ -131,15 +129,15 @@ def _set_aside_vectors(entries: Iterable[_Entry]) -> None:
 def _rotating_groups(
     entries: Sequence[_Entry], factors: Sequence[float], lr: float | Tensor | None, options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    groups: dict[tuple[float, int | str | None], dict[str, Any]] = {}
+    groups: dict[tuple[float, Chunks | None, float], dict[str, Any]] = {}
     # Nothing decays on a sphere: another optimizer's own default must not step in.
     shared = {**options, "weight_decay": 0.0} if "weight_decay" in options else options
     for entry, factor in zip(entries, factors, strict=True):
-        key = factor, entry.chunks
+        key = factor, entry.chunks, entry.joins_at
         if key not in groups:
             rate = {} if lr is None else {"lr": scaled_rate(lr, factor)}
             ours = {"params": [], "rotate": True, "chunks": entry.chunks, "lr_factor": factor}
-            groups[key] = {**ours, **rate, **shared}
+            groups[key] = {**ours, **rate, **shared, **rotating_later(entry.joins_at, shared)}
         groups[key]["params"].append((entry.name, entry.param))
     return list(groups.values())
 
@@ -178,6 +176,8 @@ def _check_arguments(
     others_base: Any,
     embeddings: Any,
     names: Any,
+    zeros: Any,
+    joins_at: Any,
     options: Mapping[str, Any],
 ) -> None:
     """Raise TypeError or ValueError for what ``layer_groups`` cannot take."""
@@ -187,6 +187,7 @@ def _check_arguments(
     check_choice({"others": others}, "others", OTHERS)
     check_choice({"embeddings": embeddings}, "embeddings", (False, True))
     check_choice({"names": names}, "names", (False, True))
+    check_zeros(zeros, joins_at)
     for name, rate in (("lr", lr), ("others_lr", others_lr)):
         if rate is not None:
             check_lr(rate, name)
@@ -198,7 +199,7 @@ def _check_arguments(
         if name in options:
             raise TypeError(f"{name}={options[name]!r}: layer_groups sets it itself; leave it out")
     check_others_base(others_base, others)
-    message = misspelt(options, ("alpha", "others", "others_lr", "others_base", "embeddings", "names"))
+    message = misspelt(options, ("alpha", "others", "others_lr", "others_base", "embeddings", "names", "zeros"))
     if message is not None:
         raise TypeError(message)
     if options.get("base") == "rmsprop" and alpha != 0:
@@ -216,8 +217,10 @@ def layer_groups(
     others_lr: float | Tensor | None = None,
     others_base: str | None = None,
     embeddings: bool = False,
-    rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, int | str] = (),
+    rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, Any] = (),
     names: bool = True,
+    zeros: str = "others",
+    joins_at: float | Callable[[Size], float] | None = None,
     **options: Any,
 ) -> LayerGroups:
     """Param groups in which the weights of the model's layers rotate, and nothing else; ``print`` shows the plan.
@@ -226,9 +229,10 @@ def layer_groups(
     ``in_proj_weight`` as 3 layers; the weights of RNN, LSTM, GRU and their cells as one layer per gate; those of
     transformers' Conv1D, stored as (in, out), each as one layer. The others: biases, norm layers, embeddings, vectors
     (at most one dimension longer than 1: a Linear with one output has one), parametrized weights (weight_norm and the
-    like, unless asked for), weights of which a layer is all zero, and whatever modules of unknown types hold (see
-    ``rotate``). Parameters with requires_grad=False are left out. A tied tensor counts once, under its first name; it
-    rotates if any module that shares it makes it rotate, but one that is an embedding anywhere is an embedding.
+    like, unless asked for), weights of which a layer is all zero (see ``zeros``), and whatever modules of unknown types
+    hold (see ``rotate``). Parameters with requires_grad=False are left out. A tied tensor counts once, under its first
+    name; it rotates if any module that shares it makes it rotate, but one that is an embedding anywhere is an
+    embedding.
 
     Zeros are looked for now: call it before trained weights are loaded, as for the run that is resumed. Warns where
     nothing rotates, and where unknown types hold more than a tenth of the weights that could.
@@ -252,10 +256,15 @@ def layer_groups(
             that has them; those that both have, to ``base``.
         embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
         rotate: module types, or modules of the model with all inside of them, of which every tensor that is no vector,
-            biases apart, rotates besides; as a dict, with the ``chunks`` of each (1, n or "all"), or False for what is
-            not to rotate, such as a head without normalisation. Also for the types above.
+            biases apart, rotates besides; as a dict, with the ``chunks`` of each (as FusedLayca takes them), or False
+            for what is not to rotate, such as a head without normalisation. Also for the types above.
         names: whether the groups name their parameters, for messages. Then torch's own optimizers take no group without
             names later, as callbacks add them that unfreeze layers (FusedLayca does): pass False for those.
+        zeros: what becomes of weights of which a layer is all zero: "others", or "rotate-later": they take plain base
+            steps at their group's lr, without decay, until the norm of the layer has reached ``joins_at``, and rotate
+            from then on, at that norm. With alpha they count among those that rotate.
+        joins_at: for zeros="rotate-later", the norm from which on such a layer rotates: a number > 0, or a function of
+            its shape, a ``torch.Size`` of (rows, all else).
         options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0
             into those that rotate.
 
@@ -267,9 +276,9 @@ def layer_groups(
         TypeError, ValueError: for arguments out of range, lazy parameters that are not initialized, no trainable
             parameter at all, and trainable parameters that would land in no group; before anything is modified.
     """
-    lr, alpha, others_lr = plain(lr), plain(alpha), plain(others_lr)
+    lr, alpha, others_lr, joins_at = plain(lr), plain(alpha), plain(others_lr), plain(joins_at)
     options = with_plain(options)
-    _check_arguments(model, lr, alpha, others, others_lr, others_base, embeddings, names, options)
+    _check_arguments(model, lr, alpha, others, others_lr, others_base, embeddings, names, zeros, joins_at, options)
     ours, theirs = split_options(options, others_base)
     asked = asked_types(rotate)
     if embeddings:
@@ -279,7 +288,7 @@ def layer_groups(
     if others_base is not None:
         _set_aside(entries, model, asked)
     _set_aside_vectors(entries)
-    zeros = _set_aside_zeros(entries)
+    set_aside = set_aside_zeros(entries, joins_at)
     rotating = [entry for entry in entries if entry.chunks is not None]
     rest = [entry for entry in entries if entry.chunks is None]
     factors = lr_factors(len(rotating), alpha)
@@ -297,13 +306,14 @@ def layer_groups(
         # Where warnings are errors, nothing is frozen yet.
         warn_caller(message)
     if others == "freeze":
-        _freeze(rest, zeros)
+        _freeze(rest, set_aside)
     factor_of = dict(zip((entry.param for entry in rotating), factors, strict=True))
     group_of = {param: group for group in groups for _, param in group["params"]}
     rows = [
         Row(
             *(entry.name, tuple(entry.param.shape), entry.layers, factor_of.get(entry.param), entry.reason),
             **_training(group_of[entry.param]),
+            joins_at=entry.joins_at,
         )
         for entry in entries
     ]

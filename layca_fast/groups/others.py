@@ -9,7 +9,7 @@ from ..formulas.options import find_base
 from .roles import EMBEDDINGS
 
 #: Options of a group that say how a tensor rotates.
-OF_ROTATION = ("rule", "radius")
+OF_ROTATION = ("rule", "radius", "joins_at")
 
 
 def head_of(model: nn.Module) -> Tensor | None:

@@ -24,12 +24,15 @@ class Row:
     base: str | None = None
     rule: str | None = None
     lr: float | None = None
+    #: The norm from which on it rotates, 0 where that is from the start.
+    joins_at: float = 0.0
 
     def cells(self) -> tuple[str, ...]:
         """What :meth:`LayerGroups.summary` shows of it."""
         if self.lr_factor is None:
             return self.name, str(self.shape), f"no: {self.reason}", "-"
-        rotates = "yes" if self.layers == 1 else f"yes, as {self.layers} layers"
+        rotates = f"from norm {self.joins_at:.4g} on" if self.joins_at > 0 else "yes"
+        rotates += f", as {self.layers} layers" * (self.layers > 1)
         rotates += f": {self.reason}" * bool(self.reason)
         return self.name, str(self.shape), rotates, f"{self.lr_factor:.4g}"
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..formulas.options import check_chunks
+from ..formulas.chunks import COLUMNS, Chunks, as_tuples, check_chunks, parts_of
 
 #: Which weights of a module type rotate, and how many layers each packs along its first dimension. RNN weights go
 #: without the suffix that counts layers and directions.
@@ -52,7 +52,7 @@ _BIAS = re.compile(r"(^|_)bias$|^bias_")
 
 #: Modules and module types that the caller decides on; False: they do not rotate; None: packed as in WEIGHTS, else one
 #: layer per tensor.
-Asked = Mapping[Any, int | str | None]
+Asked = Mapping[Any, Chunks | None]
 
 
 class Role(NamedTuple):
@@ -61,7 +61,7 @@ class Role(NamedTuple):
     ``unknown``: the module type that is to blame where nobody has said whether the tensor is a layer.
     """
 
-    chunks: int | str | None
+    chunks: Chunks | None
     reason: str = ""
     unknown: type[nn.Module] | None = None
 
@@ -72,10 +72,11 @@ def is_transposed(kind: type) -> bool:
 
 
 def _check_not_cut(kind: type, chunks: Any) -> None:
-    if is_transposed(kind) and chunks not in (1, False):
+    if is_transposed(kind) and chunks not in (1, False) and parts_of(chunks)[0] != COLUMNS:
         raise ValueError(
             f"rotate: chunks={chunks!r} would cut the weights of {kind.__name__} along their inputs, as they are "
-            "stored as (in, out): leave the number out, and each weight rotates as one layer"
+            "stored as (in, out): cut their outputs, ('columns', n), or leave the number out, and each weight rotates "
+            "as one layer"
         )
 
 
@@ -87,13 +88,14 @@ def asked_types(rotate: Any) -> Asked:
             "layer_groups itself decides which tensors of other modules rotate"
         )
     given = dict(rotate) if isinstance(rotate, Mapping) else dict.fromkeys(rotate)
-    asked: dict[type[nn.Module] | nn.Module, int | str | None] = {}
+    asked: dict[type[nn.Module] | nn.Module, Chunks | None] = {}
     for key, chunks in given.items():
         kind = key if isinstance(key, type) else type(key)
         if not issubclass(kind, nn.Module):
             raise TypeError(f"rotate: {key!r} is no module type and no module: pass classes such as torch.nn.Linear")
         if isinstance(rotate, Mapping) and chunks is not False:
             check_chunks(chunks)
+            chunks = as_tuples(chunks)
         if issubclass(kind, NORMS) and chunks is not False:
             raise ValueError(f"rotate: {kind.__name__} is a norm layer, which never rotates: leave it out of rotate")
         if chunks is not None:
@@ -105,7 +107,7 @@ def asked_types(rotate: Any) -> Asked:
     return asked
 
 
-def asked_of(module: nn.Module, asked: Asked) -> tuple[bool, int | str | None]:
+def asked_of(module: nn.Module, asked: Asked) -> tuple[bool, Chunks | None]:
     """Whether the caller has decided on this module, by itself or by its type, and how."""
     if module in asked:
         return True, asked[module]
@@ -133,6 +135,8 @@ def _role(module: nn.Module, leaf: str, param: Tensor, asked: Asked) -> Role:
     if chunks is False:
         return Role(None, "as rotate says")
     if is_transposed(type(module)):
+        if is_asked and chunks not in (None, 1):
+            return Role(chunks, "stored as (in, out)")
         return Role(1, "stored as (in, out), so as one layer")
     if is_asked:
         return Role(packed.get(stem, 1) if chunks is None else chunks)

@@ -19,9 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import choose
 from ..compat import not_compiled, number_of_backward
-from ..formulas.options import check_groups
+from ..formulas.options import check_groups, waits
 from ..messages import describe, labelled
-from ..state.checks import count_layers
+from ..state.checks import cut_for
 from ..state.members import rotates
 from ..state.memory import check_apart, is_trained
 from ..state.sharding import is_sharded, local_of
@@ -244,8 +244,9 @@ class StepInBackward:
         new = []
         for param, place in self._places.items():
             ((group, label, _),) = labelled(place.groups)
-            if param.requires_grad and rotates(param, group) and "radius" not in place.state.get(param, {}):
-                new.append(Layers(group, label, param, count_layers(param, group["chunks"], label)))
+            turns = param.requires_grad and rotates(param, group) and not waits(group)
+            if turns and "radius" not in place.state.get(param, {}):
+                new.append(Layers(group, label, param, cut_for(param, group, label)))
         check_norms(new)
 
     def _check_memory(self) -> None:

@@ -56,11 +56,16 @@ class AfterSteps(ABC):
                 )
         if self._hooks:
             raise ValueError("this monitor records the steps of an optimizer already: call detach() first")
+        self._follow(inner)
         self._hooks = [
             inner.register_step_pre_hook(_stand_before_step),
             inner.register_step_post_hook(self._after_step),
         ]
         return self
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        """Called with the optimizer that the monitor is attached to."""
+        return
 
     def detach(self) -> None:
         """No longer record the steps of the optimizer. Does nothing where it does not."""

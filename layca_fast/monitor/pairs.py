@@ -28,6 +28,7 @@ _GROUP: Mapping[str, Any] = {
     "rule": "layca",
     "radius": "current",
     "radius_lr": 0.0,
+    "joins_at": 0.0,
     "lr": 0.0,
     "weight_decay": 0.0,
     "maximize": False,
@@ -120,7 +121,7 @@ def home_of(tensors: Sequence[Tensor]) -> torch.device:
 class Pairs:
     """Measures each of ``weights`` with the same of ``others``, of equal shapes.
 
-    ``layers`` is how many each holds, as equal slices of its first dimension. Tensors with one run of memory each lie
+    ``layers`` is how many each holds: rows of ``tensor.reshape(layers, -1)``. Tensors with one run of memory each lie
     in the same order of dimensions in both. The memory is kept in use: make another where weights or others move.
     """
 

@@ -18,6 +18,7 @@ from ..state.reduction import Reduction
 from ..step.capture import is_capturing
 from .after_steps import AfterSteps
 from .curves import QUANTITIES, Curves
+from .guard import guard_of
 from .keeping import KEEPS, Reference, Sketched, View, Whole
 from .saved import check_saved
 from .watched import replaced, watched_layers
@@ -86,6 +87,11 @@ class RotationMonitor(AfterSteps):
             share of the squared weights. A layer with no more elements than that is kept whole, in float32.
         seed: of the sketch's signs; the same seed gives the same sketch on every device.
         backend: "auto", "cpu", "triton", "cuda" or "torch": see :func:`layca_fast.backends`.
+        check_norms: the largest relative drift of a norm from its radius, such as 1e-3, to be looked for at every call
+            of :meth:`record`, whatever ``every``: by :meth:`layca_fast.FusedLayca.check_norms`, of the last step of the
+            optimizer that the monitor is made of or attached to, or of those of :meth:`guard`. Waits for the device.
+        on_drift: "raise" :class:`layca_fast.NormDriftError` beyond it, once the step is recorded, or "warn", once for
+            each layer.
 
     A record costs one fused pass over weights and copies (two with ``per_step``), in float64 sums of fixed order, and
     keeps 24 bytes a layer on the device until it is read; it does not wait for a GPU. What is kept elsewhere, or in
@@ -115,7 +121,10 @@ class RotationMonitor(AfterSteps):
         sketch_size: int = 4096,
         seed: int = 0,
         backend: str = "auto",
+        check_norms: float | None = None,
+        on_drift: str = "raise",
     ) -> None:
+        self._guard = guard_of(check_norms, on_drift)
         check_choice({"keep": keep}, "keep", KEEPS)
         check_choice({"per_step": per_step}, "per_step", (False, True))
         check_choice({"backend": backend}, "backend", ("auto", *BACKENDS))
@@ -160,6 +169,18 @@ class RotationMonitor(AfterSteps):
             self._before.set(weights)
         self._measure(weights, squares, first=True)
 
+    def guard(self, *optimizers: Optimizer | None) -> None:
+        """Check the norms of these optimizers, too, at every record, where ``check_norms`` asks for it.
+
+        None stands for no optimizer.
+        """
+        for optimizer in optimizers:
+            if self._guard is not None and optimizer is not None:
+                self._guard.watch(optimizer)
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        self.guard(optimizer)
+
     @not_compiled
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -169,8 +190,15 @@ class RotationMonitor(AfterSteps):
         ``step``: its number, greater than the last one; None: the next. Where numbers are left out, the first from each
         multiple of ``every`` on is measured. Neither waits for the device nor modifies anything but the monitor.
 
-        Raises RuntimeError while a CUDA graph is captured, and ValueError where weights have another shape.
+        Raises RuntimeError while a CUDA graph is captured, ValueError where weights have another shape, and what
+        ``check_norms`` asks for.
         """
+        measured = self._record(step)
+        if self._guard is not None:
+            self._guard.check(self._source)
+        return measured
+
+    def _record(self, step: int | None) -> bool:
         step = self.step + 1 if step is None else step
         step = _count("step", step, 0)
         if step <= self.step:

@@ -11,12 +11,14 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from ..compat import is_fake
+from ..formulas.chunks import Chunks, as_tuples
 from ..groups.layer_groups import trainable_entries
 from ..groups.roles import EMBEDDINGS
 from ..messages import named, warn_caller
-from ..state.checks import check_memory, check_parameter, count_layers
+from ..state.checks import check_memory, check_parameter, cut_for
+from ..state.cut import LayerNames
 from ..state.members import rotates
-from ..state.others import option
+from ..state.others import attached, option
 from ..state.sharding import Piece, is_sharded, local_of, sharding_of
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class Watched:
 
     @property
     def layers(self) -> int:
-        """How many it holds, as equal slices of its first dimension."""
+        """How many it holds: rows of ``local().reshape(layers, -1)``."""
         return len(self.layer_names)
 
     def local(self) -> Tensor:
@@ -64,25 +66,38 @@ class Watched:
         return tuple(coordinate[dim] for dim, each in placements if not each.is_replicate()) if coordinate else ()
 
 
-def _watched(name: str, param: Tensor, chunks: int | str) -> list[Watched]:
+@dataclass(frozen=True)
+class _Found:
+    """A parameter that may be watched: ``chunks`` is None where it is no layer."""
+
+    name: str
+    param: Tensor
+    chunks: Chunks | None
+    chunk_names: Sequence[str] | None = None
+
+
+def _watched(found: _Found) -> list[Watched]:
+    name, param = found.name, found.param
     label = f"parameter {name!r}"
     check_parameter(param, label)
     if is_fake(param):
         raise TypeError(f"{label} is a FakeTensor, without numbers to measure: make the monitor outside of that mode")
     check_memory(param, label)
-    layers = count_layers(param, chunks, label)
-    names = (name,) if layers == 1 else tuple(f"{name}[{index}]" for index in range(layers))
-    sharding = sharding_of(param, layers, label, know_all=True)
+    cut = cut_for(
+        param, {"chunks": 1 if found.chunks is None else found.chunks, "chunk_names": found.chunk_names}, label
+    )
+    names = tuple(f"{name}{suffix}" for suffix in LayerNames(cut, found.chunk_names).suffixes(cut.layers))
+    sharding = sharding_of(param, cut, label, know_all=True)
     pieces = [(names[piece.first : piece.first + piece.layers], piece) for piece in sharding.pieces]
     return [Watched(name, param, some, piece, sharding.groups) for some, piece in pieces]
 
 
-def _of_model(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
-    """Every trainable parameter with its chunks: None where it is no layer."""
+def _of_model(model: nn.Module) -> list[_Found]:
+    """Every trainable parameter."""
     # Also types that layer_groups does not know: nothing depends here on what such a tensor is.
     asked = {type(module): None for module in model.modules() if not isinstance(module, NO_LAYERS)}
     _, entries = trainable_entries(model, asked)
-    return [(entry.name, entry.param, entry.chunks) for entry in entries]
+    return [_Found(entry.name, entry.param, entry.chunks) for entry in entries]
 
 
 def _is_layer(param: Tensor, rotate: Any) -> bool:
@@ -90,46 +105,48 @@ def _is_layer(param: Tensor, rotate: Any) -> bool:
     return param.dim() >= 2 if rotate is None else rotates(param, {"rotate": rotate})
 
 
-def _of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor, int | str | None]]:
-    """Every parameter with its chunks: None where it does not rotate, or would not under FusedLayca's default.
+def _of_optimizer(optimizer: Optimizer) -> list[_Found]:
+    """Every parameter: a layer where it rotates, or would under FusedLayca's default.
 
     Names that several groups have, as those of two models do, begin with the number of the group.
     """
+    ours = attached(optimizer)
     numbers = {id(group): number for number, group in enumerate(optimizer.param_groups)}
     found = list(named(optimizer.param_groups))
     times = Counter(name for _, name, _ in found)
     return [
-        (
+        _Found(
             name if times[name] == 1 else f"{numbers[id(group)]}.{name}",
             param,
-            option(optimizer, group, "chunks", 1)
-            if _is_layer(param, option(optimizer, group, "rotate", None))
+            as_tuples(option(optimizer, group, "chunks", ours.get("chunks", 1)))
+            if _is_layer(param, option(optimizer, group, "rotate", ours.get("rotate")))
             else None,
+            option(optimizer, group, "chunk_names", None),
         )
         for group, name, param in found
     ]
 
 
-def _chosen(
-    found: Sequence[tuple[str, Tensor, int | str | None]], layers: Sequence[str]
-) -> list[tuple[str, Tensor, int | str]]:
+def _chosen(found: Sequence[_Found], layers: Sequence[str]) -> list[_Found]:
     for pattern in layers:
-        if not any(fnmatchcase(name, pattern) for name, _, _ in found):
+        if not any(fnmatchcase(each.name, pattern) for each in found):
             raise ValueError(
                 f"layers: {pattern!r} is the name of no parameter here; shell wildcards are allowed, and there are "
-                f"{[name for name, _, _ in found]}"
+                f"{[each.name for each in found]}"
             )
-    names = {name for name, _, _ in found if any(fnmatchcase(name, pattern) for pattern in layers)}
-    return [(name, param, 1 if chunks is None else chunks) for name, param, chunks in found if name in names]
+    names = {each.name for each in found if any(fnmatchcase(each.name, pattern) for pattern in layers)}
+    return [each for each in found if each.name in names]
 
 
-def _named(model: nn.Module) -> list[tuple[str, Tensor, int | str | None]]:
+def _named(model: nn.Module) -> list[_Found]:
     """Every floating-point parameter, trainable or not; chunks as in :func:`_of_model`."""
-    chunks = {}
+    chunks: dict[str, Chunks | None] = {}
     if any(param.requires_grad for param in model.parameters()):
-        chunks = {name: chunks for name, _, chunks in _of_model(model)}
+        chunks = {each.name: each.chunks for each in _of_model(model)}
     return [
-        (name, p, chunks.get(name)) for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()
+        _Found(name, p, chunks.get(name))
+        for name, p in model.named_parameters()
+        if p.is_floating_point() or p.is_complex()
     ]
 
 
@@ -154,22 +171,19 @@ def watched_layers(source: nn.Module | Optimizer, layers: Iterable[str] | None) 
         raise TypeError(
             f"model_or_optimizer is a {type(source).__name__}: it must be a torch.nn.Module or a torch.optim.Optimizer"
         )
-    if layers is None:
-        chosen = [(name, param, chunks) for name, param, chunks in found if chunks is not None]
-    else:
-        chosen = _chosen(found, list(layers))
+    chosen = [each for each in found if each.chunks is not None] if layers is None else _chosen(found, list(layers))
     if not chosen:
         raise ValueError(f"model_or_optimizer: {_why_none(source, found)}")
     if layers is None:
         chosen = _readable(chosen)
-    return [each for name, param, chunks in chosen for each in _watched(name, param, chunks)]
+    return [each for one in chosen for each in _watched(one)]
 
 
-def _why_none(source: nn.Module | Optimizer, found: Sequence[tuple[str, Tensor, int | str | None]]) -> str:
+def _why_none(source: nn.Module | Optimizer, found: Sequence[_Found]) -> str:
     """What to say, and to do, where nothing is a layer by itself."""
     kind = type(source).__name__
-    matrices = [name for name, param, _ in found if param.dim() >= 2]
-    names = matrices or [name for name, _, _ in found]
+    matrices = [each.name for each in found if each.param.dim() >= 2]
+    names = matrices or [each.name for each in found]
     start = f"no parameter of this {kind} has two or more dimensions"
     if matrices:
         start = f"no parameter of this {kind} is watched unless it is named: those of two or more dimensions are not "
@@ -177,21 +191,21 @@ def _why_none(source: nn.Module | Optimizer, found: Sequence[tuple[str, Tensor, 
     return f"{start}; name those to watch: layers={names}" if names else f"{start}: give it a parameter that is trained"
 
 
-def _readable(chosen: Sequence[tuple[str, Tensor, int | str]]) -> list[tuple[str, Tensor, int | str]]:
+def _readable(chosen: Sequence[_Found]) -> list[_Found]:
     """Those of a type that can be measured; warns of the rest. TypeError where there are none."""
     kept, errors = [], []
-    for name, param, chunks in chosen:
+    for each in chosen:
         try:
-            check_parameter(param, f"parameter {name!r}")
+            check_parameter(each.param, f"parameter {each.name!r}")
         except TypeError as error:
             errors.append(error)
         else:
-            kept.append((name, param, chunks))
+            kept.append(each)
     if errors and not kept:
         raise errors[0]
     if errors:
         warn_caller(
             f"RotationMonitor leaves {len(errors)} of {len(chosen)} layers out, which it cannot measure; name those to "
-            f"watch to silence this: layers={[name for name, _, _ in kept]}. The first is: {errors[0]}"
+            f"watch to silence this: layers={[each.name for each in kept]}. The first is: {errors[0]}"
         )
     return kept

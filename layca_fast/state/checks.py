@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..compat import is_fake, is_fsdp1
+from ..formulas.chunks import Chunks
 from ..formulas.options import find_base
 from ..messages import describe, labelled
-from .layout import bytes_needed, matrix_shape, overlaps
+from .cut import Cut, check_names, cut_of
+from .layout import bytes_needed, overlaps
 from .sharding import check_placements, check_same_mesh, is_sharded, local_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -151,19 +153,18 @@ def check_new(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
         seen[id(param)] = label
 
 
-def count_layers(param: Tensor, chunks: int | str, label: str) -> int:
-    """How many layers a rotating tensor holds; ValueError where ``chunks`` does not divide its first dimension."""
-    if chunks == 1:
-        return 1
-    rows = param.shape[0] if param.dim() > 0 else 1
-    if chunks == "all":
-        return max(rows, 1)
-    if rows % int(chunks) != 0:
-        raise ValueError(
-            f"chunks={chunks!r} does not divide the first dimension of {describe(label, param)}: choose a divisor of "
-            f"{rows}, or put the tensor in a group with chunks=1"
-        )
-    return int(chunks)
+def count_layers(param: Tensor, chunks: Chunks, label: str) -> int:
+    """How many layers a rotating tensor holds; ValueError where ``chunks`` does not fit its shape."""
+    return cut_of(param, chunks, label).layers
+
+
+def cut_for(param: Tensor, group: Mapping[str, Any], label: str) -> Cut:
+    """How the chunks of its group cut a tensor; ValueError where they, or names for them, do not fit its shape."""
+    cut = cut_of(param, group["chunks"], label)
+    names = group.get("chunk_names")
+    if names is not None:
+        check_names(cut, names, describe(label, param))
+    return cut
 
 
 def check_matrices(param: Tensor, group: Mapping[str, Any], label: str) -> None:
@@ -180,7 +181,8 @@ def check_matrices(param: Tensor, group: Mapping[str, Any], label: str) -> None:
             f"{describe(label, param)} is no matrix, and base={base.name!r} directs whole matrices: put it in a group "
             f"with another base, as layer_groups(model, base={base.name!r}, others_base='adam') does"
         )
-    if len(matrix_shape(param.shape, count_layers(param, chunks, label), chunks)) < 2:
+    cut = cut_of(param, chunks, label)
+    if len(cut.layer_shape()) < 2 or (cut.turned and cut.stack > 0):
         raise ValueError(
             f"chunks={chunks!r} cuts {describe(label, param)} into vectors, and base={base.name!r} directs whole "
             "matrices: choose fewer chunks, or another base for its group"

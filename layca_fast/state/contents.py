@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..formulas.bases import FORMULAS, SQUARES, Formula
 from ..messages import describe
-from .compensation import HALVES, compute_dtype
+from .compensation import HALVES
+from .radii import has_radii_ahead, largest_radius
 from .sharding import local_of
 
 #: The buffers of base optimizers, by name.
@@ -40,10 +41,13 @@ def check_complete(formula: Formula, state: Mapping[str, Any], where: str) -> No
             )
 
 
-def check_contents(name: str, value: Any, param: Tensor, label: str, layers: int) -> None:
+def check_contents(
+    name: str, value: Any, param: Tensor, label: str, layers: int, group: Mapping[str, Any] | None = None
+) -> None:
     """Raise ValueError for a state called ``name`` of ``param``, with so many layers, that no run can have left.
 
-    None stands for a buffer that is not there. Waits for the device of ``value``.
+    ``group``: the options that it was saved under. None stands for a buffer that is not there. Waits for the device of
+    ``value``.
     """
     where = describe(label, param)
     if value is None or (name not in BUFFERS and name not in ("radius", "step", "remainder")):
@@ -63,17 +67,26 @@ def check_contents(name: str, value: Any, param: Tensor, label: str, layers: int
     if not value.is_floating_point():
         raise ValueError(f"state_dict: {name!r} has dtype {value.dtype} for {where}: {_WAY_OUT}")
     least, largest = _range_of(local_of(value))
-    low = 0.0 if name in SQUARES or name == "radius" else -math.inf
+    may_be_ahead = group is not None and has_radii_ahead(group)
+    if name == "radius" and least < 0 and not may_be_ahead:
+        raise ValueError(
+            f"state_dict: 'radius' holds {least:g} for {where}: that of a layer that waits for this norm (joins_at), "
+            "or has yet to be put to it, in a group that asks for neither. layer_groups(zeros='rotate-later') makes "
+            "groups that wait of layers that are all zero: make the groups before the weights are loaded, as for the "
+            "run that was saved"
+        )
+    low = 0.0 if name in SQUARES else -math.inf
     if not (least >= low and math.isfinite(least) and math.isfinite(largest)):
         bad = least if not (least >= low and math.isfinite(least)) else largest
         kind = "finite numbers >= 0" if low == 0.0 else "finite numbers"
         raise ValueError(f"state_dict: {name!r} holds {bad} for {where}: it must hold {kind}; {_WAY_OUT}")
     if name == "radius":
-        highest = _largest_radius(param, layers)
-        if largest >= highest:
+        highest = largest_radius(param, max(param.numel() // max(layers, 1), 1))
+        farthest = max(largest, -least)
+        if farthest >= highest:
             raise ValueError(
-                f"state_dict: 'radius' holds {largest:g} for {where}, the norm of no layer of that type and size (less "
-                f"than {highest:g}): {_WAY_OUT}"
+                f"state_dict: 'radius' holds {farthest:g} for {where}, the norm of no layer of that type and size "
+                f"(less than {highest:g}): {_WAY_OUT}"
             )
 
 
@@ -85,14 +98,6 @@ def _range_of(value: Tensor) -> tuple[float, float]:
         value = value.float()
     least, largest = torch.aminmax(value.detach())
     return float(least), float(largest)
-
-
-def _largest_radius(param: Tensor, layers: int) -> float:
-    """Of a layer whose weights can be squared: nothing trains beyond."""
-    largest = torch.finfo(param.dtype).max
-    if param.dtype != torch.float16:
-        largest = math.sqrt(torch.finfo(compute_dtype(param.dtype)).max)
-    return largest * math.sqrt(max(param.numel() // max(layers, 1), 1))
 
 
 def _check_count(step: Any, where: str) -> None:

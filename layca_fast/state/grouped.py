@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..formulas.bases import Base, recommended_rate, scaled_rate
+from ..formulas.chunks import as_tuples
 from ..formulas.options import COMMON_OPTIONS, check_group, find_base, misspelt
 from ..formulas.plain import with_plain
 from ..messages import labelled, warn_caller
@@ -16,6 +17,7 @@ from .compensation import HALVES, join
 from .entries import drop_empty, with_all_entries
 from .loading import Loading
 from .others import Names, unread
+from .radii import without_functions
 from .sharding import local_of, wrap
 from .structure import check_saved
 
@@ -48,6 +50,7 @@ class Grouped(Optimizer):
             given["params"] = list(given["params"])
         base = find_base(given.get("base", self.defaults["base"]))
         group = {**self._options_of(base), **given}
+        group.update({name: as_tuples(group[name]) for name in ("chunks", "chunk_names")})
         if group["lr"] is None or ("lr" not in given and self._lr_is_recommended):
             group["lr"] = recommended_rate(base, group)
         check_group(group)
@@ -93,9 +96,12 @@ class Grouped(Optimizer):
         return {**common, **inherited}
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer. Trainable parameters without state have an empty entry where others have state."""
+        """As of any torch optimizer. Trainable parameters without state have an empty entry where others have state.
+
+        Where a group has a function (``radius``, ``joins_at``), the text "function" stands in its place.
+        """
         saved = with_all_entries(self, super().state_dict())
-        return {**saved, "param_groups": [with_plain(group) for group in saved["param_groups"]]}
+        return {**saved, "param_groups": [without_functions(with_plain(group)) for group in saved["param_groups"]]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; every state tensor keeps its dtype and is copied.
@@ -105,7 +111,8 @@ class Grouped(Optimizer):
         is modified, if groups or shapes do not fit.
 
         Parameters go by their names where both sides know them, and follow the checkpoint into its groups: a layer that
-        was all zero when ``layer_groups`` was called, and set aside, stays aside.
+        was all zero when ``layer_groups`` was called, and set aside, stays aside. Functions in groups (``radius``,
+        ``joins_at``) stay those of this optimizer.
         """
         check_saved(state_dict)
         with Loading(self, self._check_saved) as loading:
@@ -122,7 +129,11 @@ class Grouped(Optimizer):
         check_group({**self._options_of(base), **with_plain(group)})
 
     def reset_radius(self) -> None:
-        """Forget every layer's radius, after surgery on the weights: the next step that moves a layer sets it anew."""
+        """Forget every layer's radius, after surgery on the weights: the next step that moves a layer sets it anew.
+
+        To the layer's norm, or to what its group gives: ``radius`` as a number or a function. Where the group has
+        ``joins_at``, a layer whose norm is below that waits again.
+        """
         for state in self.state.values():
             state.pop("radius", None)
         drop_empty(self.state)

@@ -1,6 +1,5 @@
 """How a tensor lies in memory: what the kernels may walk as one run of addresses, and where its scalars live."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,13 +60,20 @@ def usable(state: Any) -> Any:
 
 
 def layers_are_dense(tensor: Tensor, layers: int) -> bool:
-    """Whether each of ``layers`` equal slices of the first dimension is one run of memory, one after the other."""
+    """Whether each row of ``tensor.reshape(layers, -1)``, in any order, is one run of memory, one after the other."""
     if not is_dense(tensor):
         return False
-    if layers == 1 or tensor.numel() == 0:
-        return True
-    # The first dimension must be the outermost in memory.
-    return tensor.stride(0) * tensor.shape[0] == tensor.numel()
+    rest = tensor.numel()
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if layers == 1 or rest == 0:
+            break
+        if size == 1:
+            continue
+        # Dimensions that layers are counted along must be the outermost in memory, in their order.
+        if stride * size != rest:
+            return False
+        rest, layers = rest // size, max(layers // size, 1)
+    return True
 
 
 def memory_order(tensor: Tensor) -> Tensor:
@@ -78,15 +84,3 @@ def memory_order(tensor: Tensor) -> Tensor:
 def scalar_device(device: torch.device) -> torch.device:
     """Where the float64 dots and coefficients of tensors on ``device`` live: MPS has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
-
-
-def matrix_shape(shape: Sequence[int], layers: int, chunks: int | str = 1) -> tuple[int, ...]:
-    """The shape of one of ``layers`` equal slices of the first dimension, whose rows are its first dimension.
-
-    A slice of one row of three or more dimensions, as ``chunks`` makes them of stacked matrices, is the matrix in it.
-    Of fewer than two dimensions it is no matrix.
-    """
-    if not shape:
-        return ()
-    height = shape[0] // layers
-    return tuple(shape[1:]) if height == 1 and chunks != 1 else (height, *shape[1:])

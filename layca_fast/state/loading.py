@@ -12,15 +12,19 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..formulas.chunks import as_tuples
 from ..formulas.options import find_base
 from ..messages import describe, labelled
-from .checks import check_memory, count_layers
+from .checks import check_memory
 from .contents import check_complete, check_contents
+from .cut import cut_of
 from .entries import drop_empty
 from .layout import scalar_device
 from .members import OUR_STATES
-from .others import OUR_OPTIONS
+from .others import OUR_OPTIONS, option
+from .radii import with_functions
 from .regroup import follow_groups
+from .same_layers import check_same_layers
 from .structure import check_saved
 
 
@@ -97,11 +101,13 @@ def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             is_ours = name in OUR_STATES and isinstance(value, Tensor)
             if is_ours:
                 check_memory(value, f"state_dict: the state {name!r} of {label}")
-            layers = count_layers(param, group.get("chunks", 1), label) if name == "radius" else 1
-            check_contents(name, value, param, label, layers)
+            cut = cut_of(param, group.get("chunks", 1), label) if name == "radius" else None
+            # Of unequal layers one may be as large as all.
+            equal = cut.layers if cut is not None and cut.is_even else 1
+            check_contents(name, value, param, label, equal, group)
             if not is_ours:
                 continue
-            expected = {"radius": (layers,), "step": ()}.get(name, tuple(param.shape))
+            expected = {"radius": (1 if cut is None else cut.layers,), "step": ()}.get(name, tuple(param.shape))
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"state_dict: {name!r} has shape {tuple(value.shape)}, but {describe(label, param)} needs "
@@ -160,11 +166,15 @@ class Loading:
             self._groups, self._saved = self._before, adopt(optimizer, saved)
         else:
             self._groups, self._saved = follow_groups(optimizer, saved)
-        for group in self._saved["param_groups"]:
+        saved_groups = with_functions(self._before, self._groups, self._saved["param_groups"])
+        self._saved = {**self._saved, "param_groups": saved_groups}
+        for group in saved_groups:
             self._check(group)
         # torch takes the parameters of each group from here.
         optimizer.param_groups = self._groups
         check_state(optimizer, self._saved)
+        ours = {param: group for group in self._before for param in group["params"]}
+        check_same_layers(_pairs(optimizer, self._saved), ours.get, lambda theirs: theirs.get("chunks"))
         return self._saved
 
     def _restore(self, optimizer: Optimizer) -> None:
@@ -193,14 +203,25 @@ class _Shielded:
     tensor: Tensor
 
 
-def check_radii(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError, for another optimizer than ours to load, for a saved radius that no run can have left."""
-    for _, label, param, state in _pairs(optimizer, saved):
+def check_radii(
+    optimizer: Optimizer, saved: Mapping[str, Any], before: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> None:
+    """Raise ValueError, for another optimizer than ours to load, for a saved radius that no run can have left.
+
+    Or that is of another layer than those of the groups ``before``, which mean ``options`` where they say nothing.
+    """
+    ours = {
+        param: {name: option(optimizer, group, name, options[name]) for name in ("rotate", "chunks")}
+        for group in before
+        for param in group["params"]
+    }
+    check_same_layers(_pairs(optimizer, saved), ours.get, lambda theirs: option(optimizer, theirs, "chunks", None))
+    for group, label, param, state in _pairs(optimizer, saved):
         if isinstance(state, Mapping):
             radius = state.get("radius")
             if isinstance(radius, Tensor):
                 check_memory(radius, f"state_dict: the state 'radius' of {label}")
-            check_contents("radius", radius, param, label, 1)
+            check_contents("radius", radius, param, label, 1, {**options, **group})
 
 
 def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +232,10 @@ def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, An
     check_saved(saved)
     saved = {**saved, "state": _without_placeholders(saved["state"])}
     if any(isinstance(each, Mapping) and "radius" in each for each in saved["state"].values()):
-        optimizer.param_groups, saved = follow_groups(optimizer, saved)
+        before = optimizer.param_groups
+        groups, saved = follow_groups(optimizer, saved)
+        saved = {**saved, "param_groups": with_functions(before, groups, saved["param_groups"])}
+        optimizer.param_groups = groups
     return saved
 
 
@@ -235,6 +259,27 @@ def unshield_radii(optimizer: Optimizer) -> None:
         state = optimizer.state.get(param, {})
         if isinstance(state.get("radius"), _Shielded):
             state["radius"] = _copied("radius", state["radius"].tensor, param)
+
+
+def with_chunks(optimizer: Optimizer, saved: dict[str, Any], chunks: Any) -> dict[str, Any]:
+    """The state_dict ``saved`` of another optimizer than ours with the chunks of groups that say nothing of them.
+
+    They are what the radii in it belong to. :func:`without_chunks` takes them out again.
+    """
+    if chunks == 1 or "chunks" in optimizer.defaults:
+        return saved
+    return {**saved, "param_groups": [{"chunks": chunks, **group} for group in saved["param_groups"]]}
+
+
+def without_chunks(saved: dict[str, Any], before: Sequence[Mapping[str, Any]], chunks: Any) -> dict[str, Any]:
+    """The state_dict ``saved`` without what :func:`with_chunks` has put in, for an optimizer of groups ``before``."""
+    if any("chunks" in group for group in before):
+        return saved
+    groups = [
+        {name: value for name, value in group.items() if name != "chunks" or as_tuples(value) != chunks}
+        for group in saved["param_groups"]
+    ]
+    return {**saved, "param_groups": groups}
 
 
 def keep_options(optimizer: Optimizer, saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

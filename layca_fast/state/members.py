@@ -19,13 +19,15 @@ from .checks import (
     check_not_flattened,
     check_parameter,
     check_writable,
-    count_layers,
+    cut_for,
 )
 from .compensation import HALVES, fits, is_compensated, state_dtype
 from .contents import check_complete
+from .cut import Cut
 from .layout import is_vector, layers_are_dense, scalar_device, usable
 from .memory import Written
 from .modes import check_modes
+from .radii import settle, starting_radii
 from .runner import Choose, Runs
 from .sharding import (
     Piece,
@@ -67,7 +69,7 @@ def ignored_decay(groups: Sequence[Mapping[str, Any]]) -> str | None:
 
 @dataclass
 class Member(Generic[Runs]):
-    """One parameter on its way into a batch; ``local`` is what this process has of it, ``layers`` those of all."""
+    """One parameter on its way into a batch; ``local`` is what this process has of it."""
 
     param: Tensor
     local: Tensor
@@ -77,8 +79,16 @@ class Member(Generic[Runs]):
     backend: Runs
     formula: Formula
     rotates: bool
-    layers: int
+    #: How it is cut into layers; None where it is one, and nobody asks for a matrix.
+    cut: Cut | None
     dense: bool
+    #: Of each layer, the radius state that it begins with, <= 0: see :func:`starting_radii`. None: 0.
+    starts: Sequence[float] | None = None
+
+    @property
+    def layers(self) -> int:
+        """How many layers it holds."""
+        return 1 if self.cut is None else self.cut.layers
 
     @property
     def is_shared(self) -> bool:
@@ -91,10 +101,9 @@ class Member(Generic[Runs]):
 
         Raises ValueError where this process has another part than the placements say.
         """
-        if self.formula.direct is None or not self.is_shared:
+        if self.formula.direct is None or self.cut is None or not self.is_shared:
             return None
-        name = describe(self.label, self.param)
-        return spread_of(self.param, self.sharding, self.layers, self.group["chunks"], name)
+        return spread_of(self.param, self.sharding, self.cut, describe(self.label, self.param))
 
     def new_states(self, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The state tensors of this member: those it has, moved to where the parameter is now, and new ones.
@@ -205,6 +214,13 @@ class Member(Generic[Runs]):
             raise ValueError(self._wrong_shape("radius", old))
         return old.to(device=home, dtype=torch.float64).contiguous()
 
+    def settle(self, local: Mapping[str, Tensor]) -> None:
+        """Once the states are the optimizer's, in place: see :func:`layca_fast.state.radii.settle`."""
+        radius = local.get("radius")
+        if radius is not None and not is_fake(radius):
+            first = self.sharding.start
+            settle(radius, self.starts and self.starts[first : first + len(radius)])
+
     def slots(self, entry: Mapping[str, Any], local: Mapping[str, Tensor], fresh: bool, number: int) -> Iterator[Slot]:
         """The places of this member in a batch: one, or one for each piece of a shard that cuts layers."""
         states = [local[name] for name in self.formula.states]
@@ -230,8 +246,10 @@ class Member(Generic[Runs]):
                 fresh=fresh,
                 entry=entry,
                 remainder=None if remainder is None else piece.of(remainder),
-                dtensor=self.param if is_sharded(self.param) else None,
+                whole=self.param if is_sharded(self.param) or piece.is_view else None,
                 piece=piece,
+                cut=self.cut,
+                start=self.sharding.start,
                 number=number,
             )
 
@@ -266,10 +284,10 @@ def members(
         check_matrices(param, group, label)
         # Matrices have directions of their own, whether they rotate or not.
         layered = turning or formula.direct is not None
-        layers = count_layers(param, group["chunks"], label) if layered else 1
+        cut = cut_for(param, group, label) if layered else None
         local, sharding = local_of(param), Sharding(1, (Piece(0, 1),))
-        if layered:
-            sharding = sharding_of(param, layers, describe(label, param))
+        if cut is not None:
+            sharding = sharding_of(param, cut, describe(label, param))
         dense = all(layers_are_dense(piece.of(local), piece.layers) for piece in sharding.pieces)
         backend = choose(group["backend"], local.device)
         if is_fake(local) and backend.writes_unseen:
@@ -286,10 +304,19 @@ def members(
                 raise ValueError(
                     f"{describe(label, param)} with strides {local.stride()} and chunks={group['chunks']!r} is not "
                     f"laid out layer after layer in one run of memory, which backend={backend.name!r} needs: use "
-                    "backend='auto' or 'torch', or make the parameter contiguous"
+                    f"backend='auto' or 'torch', or {_stored_well(cut)}"
                 )
             backend = choose("torch", local.device)
-        yield Member(param, local, sharding, group, label, backend, formula, turning, layers, dense)
+        starts = starting_radii(param, group, cut, label) if turning and cut is not None else None
+        yield Member(param, local, sharding, group, label, backend, formula, turning, cut, dense, starts)
+
+
+def _stored_well(cut: Cut | None) -> str:
+    if cut is not None and cut.turned:
+        return (
+            "store it with its columns one after the other, torch.nn.Parameter(weight.mT.contiguous().mT) of a matrix"
+        )
+    return "make the parameter contiguous"
 
 
 def drop_remainders(groups: Sequence[Mapping[str, Any]], state: State) -> None:

@@ -8,6 +8,10 @@ from ..formulas.bases import BASES, Base
 #: Only groups of FusedLayca have all of these.
 OUR_OPTIONS = {"base", "rule", "rotate"}
 
+#: The key of ``attach`` among the hooks of an optimizer. torch numbers hooks per process, so a number that came with a
+#: pickle could be given again.
+HOOK: Any = "layca_fast"
+
 #: Names that wrappers and others give to numbers of their own, as WSAM and Lookahead do.
 COMMON_NAMES = {"alpha"}
 
@@ -21,6 +25,13 @@ def option(optimizer: Any, group: Mapping[str, Any], name: str, default: Any) ->
     if name in theirs and not theirs.keys() >= OUR_OPTIONS:
         return default
     return group.get(name, default)
+
+
+def attached(optimizer: Any) -> Mapping[str, Any]:
+    """The options that Layca was attached to an optimizer with; none where it was not."""
+    hook = getattr(optimizer, "_optimizer_step_pre_hooks", {}).get(HOOK)
+    options: Mapping[str, Any] = getattr(getattr(hook, "__self__", None), "options", {})
+    return options
 
 
 def unread(base: Base, given: Mapping[str, Any]) -> str | None:

@@ -78,11 +78,19 @@ def _turned(state: Any) -> bool | None:
     return isinstance(state.get("radius"), Tensor)
 
 
+def _waiting(group: Group) -> Any:
+    """The norm from which on layers of a group rotate, which is also the one that a function gives."""
+    norm = group.get("joins_at", 0.0)
+    return True if callable(norm) or isinstance(norm, str) else norm
+
+
 def _misnamed(ours: Group, theirs: Group, labels: Sequence[str], state: Mapping[Any, Any]) -> list[str]:
     """Labels of parameters that were not in the group that gives ``ours`` its options, by the names that it saved."""
     names, saved = _names(ours), theirs.get("param_names")
     if names is None or saved is None or set(names) == set(saved):
         return []
+    if _waiting(ours) != _waiting(theirs) and set(names) & set(saved):
+        return [f"parameter {name!r}" for name in sorted(set(names) & set(saved))]
     if not set(names).issuperset(saved):
         return [f"parameter {name!r}" for name in sorted(set(names) ^ set(saved))]
     # More than the saved group had: that of several stages of a pipeline, if all of them did the same.

@@ -2,19 +2,22 @@
 
 Kernels see the local shard only, as a plain tensor. What they measure there is a part of the layer's dots, which
 ``distributed.py`` adds up; sums do not ask which elements a shard holds, so every kind of shard is alike. Where a
-tensor holds several layers (``chunks``) as slices of the dimension that is shared out, shards that hold whole layers
-need no sum, and others are cut into pieces, each a part of one layer.
+tensor holds several layers (``chunks``) along a dimension that is shared out, shards that hold whole layers need no
+sum, and others are cut into pieces. So are plain tensors whose layers are of several sizes: a piece for each.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ..compat import first_row_of
+from ..compat import shard_offsets
+from .cut import Cut
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,20 +79,31 @@ def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
     return local_of(grad)
 
 
+#: Of a piece that nothing of lies here.
+_NOTHING = (slice(0, 0),)
+
+
 @dataclass(frozen=True)
 class Piece:
-    """Rows of a local tensor that hold ``layers`` layers, or a part of one: from ``first`` on among the tensor's."""
+    """What a local tensor has of ``layers`` layers, all or a part of each, from number ``first`` of those here on."""
 
     first: int
     layers: int
-    #: Of the local tensor; None: all of it.
-    rows: slice | None = None
+    #: Into the local tensor, its first two dimensions swapped if it is ``turned``; None: all of it.
+    index: tuple[int | slice, ...] | None = None
     #: Whether other processes hold more of it.
     is_part: bool = False
+    turned: bool = False
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it is another tensor than the local one."""
+        return self.turned or self.index is not None
 
     def of(self, local: Tensor) -> Tensor:
-        """The rows of a local tensor that make this piece: the tensor itself, or a view."""
-        return local if self.rows is None else local[self.rows]
+        """What is this piece of a local tensor: the tensor itself, or a view."""
+        local = local.transpose(0, 1) if self.turned else local
+        return local if self.index is None else local[self.index]
 
     def radii_of(self, radius: Tensor) -> Tensor:
         """Those of its layers among the tensor's: all of them, or a view."""
@@ -110,44 +124,101 @@ class Sharding:
     groups: "tuple[ProcessGroup, ...]" = ()
     #: Dimensions of the mesh over which whole layers are shared out, and with them their radii.
     whole: tuple[int, ...] = ()
+    #: The number among all layers of the first that this process knows.
+    start: int = 0
 
 
-def _cut(tensor: "DTensor", layers: int) -> tuple[Piece, ...]:
-    """A piece for each layer, empty where this process has nothing of it."""
-    rows, start, height = local_of(tensor).shape[0], first_row_of(tensor), tensor.shape[0] // layers
+def _ranges(tensor: "DTensor", cut: Cut) -> list[tuple[int, int]]:
+    """First index and end of what this process has of each dimension of ``cut.shape``."""
+    offsets = shard_offsets(tensor)
+    local = cut.walked(local_of(tensor)).shape
     # Where nothing is left for the last processes, torch's offsets may lie beyond the end.
-    bounds = [min(max(layer * height - start, 0), rows) for layer in range(layers + 1)]
-    return tuple(Piece(i, 1, slice(bounds[i], bounds[i + 1]), is_part=True) for i in range(layers))
+    starts = [min(int(offsets[cut.dim_of(dim)]), size) for dim, size in enumerate(cut.shape)]
+    return [(start, start + size) for start, size in zip(starts, local, strict=True)]
 
 
-def sharding_of(tensor: Tensor, layers: int, name: str, *, know_all: bool = False) -> Sharding:
-    """How the ``layers`` equal slices of the first dimension of a parameter lie here.
+def _indices(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    return product(*map(range, sizes))
+
+
+def _each_layer(cut: Cut, ranges: Sequence[tuple[int, int]], is_part: bool) -> Iterator[Piece]:
+    """A piece for each layer, empty where this process has nothing of it."""
+    start, end = ranges[cut.stack]
+    first = 0
+    for lead in _indices(cut.shape[: cut.stack]):
+        places = list(zip(lead, ranges, strict=False))
+        at = tuple(index - begin for index, (begin, _) in places)
+        is_here = all(begin <= index < stop for index, (begin, stop) in places)
+        for part in range(cut.parts):
+            low, high = (min(max(bound, start), end) - start for bound in cut.bounds[part : part + 2])
+            yield Piece(first, 1, (*at, slice(low, high)) if is_here else _NOTHING, is_part, cut.turned)
+            first += 1
+
+
+def _runs_of_layers(cut: Cut, ranges: Sequence[tuple[int, int]], is_part: bool) -> Iterator[Piece]:
+    """A piece for each run of layers that this process has, or has not, along the last dimension that cuts the runs."""
+    shared = [dim for dim in range(cut.stack) if ranges[dim] != (0, cut.shape[dim])]
+    if not shared:
+        yield Piece(0, cut.layers, None, is_part, cut.turned)
+        return
+    dim = shared[-1]
+    size, (start, end) = cut.shape[dim], ranges[dim]
+    each, first = prod(cut.shape[dim + 1 : cut.stack]) * cut.parts, 0
+    for lead in _indices(cut.shape[:dim]):
+        places = list(zip(lead, ranges, strict=False))
+        is_here = all(begin <= index < stop for index, (begin, stop) in places)
+        low, high = (start, end) if is_here else (0, 0)
+        here: tuple[int | slice, ...] = (*(index - begin for index, (begin, _) in places), slice(None))
+        for count, index in ((low, _NOTHING), (high - low, here), (size - high, _NOTHING)):
+            if count:
+                yield Piece(first, count * each, index, is_part, cut.turned)
+            first += count * each
+
+
+def _pieces(cut: Cut, ranges: Sequence[tuple[int, int]], is_part: bool) -> tuple[Piece, ...]:
+    """The pieces of a local tensor that lies in ``ranges`` of each dimension."""
+    cuts_layers = cut.parts > 1 and ranges[cut.stack] != (0, cut.shape[cut.stack])
+    by_layer = cuts_layers or not cut.is_even
+    return tuple((_each_layer if by_layer else _runs_of_layers)(cut, ranges, is_part))
+
+
+def sharding_of(tensor: Tensor, cut: Cut, name: str, *, know_all: bool = False) -> Sharding:
+    """How the layers that ``cut`` makes of a parameter lie here.
 
     ``know_all``: also layers that other processes have as a whole are to be known here, as empty pieces.
-    Raises ValueError, with ``name`` in the message, where the first dimension is shared out in turns (FSDP2 over tensor
+    Raises ValueError, with ``name`` in the message, where a dimension is shared out in turns (FSDP2 over tensor
     parallel) and holds several layers.
     """
+    layers, everything = cut.layers, [(0, size) for size in cut.shape]
     if not is_sharded(tensor):
-        return Sharding(layers, (Piece(0, layers),))
+        return Sharding(layers, _pieces(cut, everything, is_part=False))
     mesh = tensor.device_mesh
     cutting = [i for i, each in enumerate(tensor.placements) if not each.is_replicate() and mesh.size(i) > 1]
-    on_rows = [i for i in cutting if tensor.placements[i].dim == 0] if layers > 1 else []  # type: ignore[attr-defined]
-    if any(not tensor.placements[i].is_shard() for i in on_rows):
+    dim_of = {i: cut.dim_of(tensor.placements[i].dim) for i in cutting}  # type: ignore[attr-defined]
+    between = [i for i in cutting if dim_of[i] < cut.stack + (cut.parts > 1)] if layers > 1 else []
+    if any(not tensor.placements[i].is_shard() for i in between):
         raise ValueError(
             f"{name} holds {layers} layers (chunks) along its first dimension, which is shared out over two dimensions "
             f"of the mesh in turns ({tensor.placements}): no process holds a run of its rows. Use chunks=1, or shard "
             "another dimension"
         )
-    parts = 1
-    for dim in on_rows:
-        parts *= mesh.size(dim)
-    if on_rows and not know_all and (layers == tensor.shape[0] or layers % parts == 0):
-        summed = [i for i in cutting if i not in on_rows]
-        here = local_of(tensor).shape[0] * layers // tensor.shape[0]
-        whole = [Piece(0, here, is_part=bool(summed))] if here else []
-        return Sharding(here, tuple(whole), _groups(mesh, summed), tuple(on_rows))
-    pieces = _cut(tensor, layers) if on_rows else (Piece(0, layers, is_part=bool(cutting)),)
-    return Sharding(layers, pieces, _groups(mesh, cutting))
+    if between and not know_all and _are_whole(cut, [dim_of[i] for i in between], prod(map(mesh.size, between))):
+        summed = [i for i in cutting if i not in between]
+        here = cut.walked(local_of(tensor)).shape[0] * layers // cut.shape[0]
+        start = _ranges(tensor, cut)[0][0] * layers // cut.shape[0]
+        whole = [Piece(0, here, None, bool(summed), cut.turned)] if here else []
+        return Sharding(here, tuple(whole), _groups(mesh, summed), tuple(between), start)
+    ranges = _ranges(tensor, cut) if between else everything
+    return Sharding(layers, _pieces(cut, ranges, is_part=bool(cutting)), _groups(mesh, cutting))
+
+
+def _are_whole(cut: Cut, dims: Sequence[int], processes: int) -> bool:
+    """Whether shards of these dimensions, by so many processes, are runs of whole layers as torch would cut radii."""
+    if any(dim != 0 for dim in dims) or not cut.is_even:
+        return False
+    if cut.stack == 0:
+        return cut.layers % processes == 0
+    return cut.layers == cut.shape[0] or cut.shape[0] % processes == 0
 
 
 def _groups(mesh: "DeviceMesh", dims: Sequence[int]) -> "tuple[ProcessGroup, ...]":
@@ -165,10 +236,10 @@ def wrap(local: Tensor, like: Tensor) -> Tensor:
 
 
 def radius_placements(param: "DTensor", sharding: Sharding) -> "list[Placement]":
-    """How the radii of a parameter are shared out: as its first dimension where layers are whole, else not at all."""
-    from torch.distributed.tensor import Replicate
+    """How the radii of a parameter are shared out: as what holds its layers where these are whole, else not at all."""
+    from torch.distributed.tensor import Replicate, Shard
 
-    return [each if i in sharding.whole else Replicate() for i, each in enumerate(param.placements)]
+    return [Shard(0) if i in sharding.whole else Replicate() for i in range(param.device_mesh.ndim)]
 
 
 def wrap_radius(local: Tensor, param: Tensor, sharding: Sharding, layers: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..compat import split_factor
-from .layout import matrix_shape
+from .cut import Cut
 from .reduction import Groups
 from .sharding import Sharding, is_sharded, local_of
 
@@ -59,41 +59,53 @@ def _runs(size: int, cuts: tuple[tuple[int, int], ...], at: At) -> Runs:
 class Spread:
     """How the matrices of a tensor lie over the processes of ``groups``, one group per dimension of the mesh.
 
-    ``shape``: of one layer, ``matrix`` of the matrix that it is, ``height`` rows of the tensor. ``sizes``: how many
-    processes each group has, ``here`` this one's place. ``places``: the place of each rank of each group.
+    ``cut``: those that this process knows a part of. ``sizes``: how many processes each group has, ``here`` this one's
+    place. ``places``: the place of each rank of each group.
     """
 
     groups: Groups
     sizes: At
     here: At
     places: tuple[At, ...]
-    shape: tuple[int, ...]
-    matrix: tuple[int, ...]
-    _rows: int
+    cut: Cut
     #: For each dimension of the tensor: which groups cut it, in order, and how.
     _cuts: tuple[tuple[tuple[int, int, int], ...], ...]
 
     @property
     def numel(self) -> int:
         """How many elements all layers have that this process knows a part of."""
-        return self._rows * prod(self.shape[1:])
+        return prod(self.cut.shape)
 
     @property
-    def sides(self) -> tuple[int, int]:
+    def largest(self) -> int:
+        """How many elements the largest matrix has."""
+        return max((prod(self.matrix(part)) for part in range(self.cut.parts)), default=0)
+
+    def shape(self, layer: int) -> tuple[int, ...]:
+        """The shape of a layer among the dimensions of the tensor."""
+        return tuple(end - begin for begin, end in self.cut.box(layer))
+
+    def matrix(self, layer: int) -> tuple[int, ...]:
+        """The shape of the matrix that a layer is."""
+        return self.cut.layer_shape(layer)
+
+    def sides(self, layer: int) -> tuple[int, int]:
         """Rows and columns of a matrix."""
-        return self.matrix[0], prod(self.matrix[1:])
+        rows, *others = self.matrix(layer)
+        return rows, prod(others)
 
     def part(self, layer: int, at: At) -> tuple[Runs, ...]:
         """What the process at ``at`` has of a layer: for each dimension the runs of it, counted within the layer."""
         found = []
-        for dim, cuts in enumerate(self._cuts):
-            size = self._rows if dim == 0 else self.shape[dim]
-            kinds = tuple((factor, parts) for _, factor, parts in cuts)
-            found.append(_runs(size, kinds, tuple(at[i] for i, _, _ in cuts)))
-        begin, end = layer * self.shape[0], (layer + 1) * self.shape[0]
-        rows = [(max(first, begin), min(first + count, end)) for first, count in found[0]]
-        found[0] = tuple((first - begin, last - first) for first, last in rows if first < last)
+        for dim, (begin, end) in enumerate(self.cut.box(layer)):
+            runs = [(max(first, begin), min(first + count, end)) for first, count in self.runs(dim, at)]
+            found.append(tuple((first - begin, last - first) for first, last in runs if first < last))
         return tuple(found)
+
+    def runs(self, dim: int, at: At) -> Runs:
+        """What the process at ``at`` has of a dimension of the tensor."""
+        kinds = tuple((factor, parts) for _, factor, parts in self._cuts[dim])
+        return _runs(self.cut.shape[dim], kinds, tuple(at[i] for i, _, _ in self._cuts[dim]))
 
     def shape_at(self, layer: int, at: At) -> tuple[int, ...]:
         """The shape of that."""
@@ -112,8 +124,8 @@ class Spread:
             yield tuple(part for part, _ in box), tuple(whole for _, whole in box)
 
 
-def spread_of(param: Any, sharding: Sharding, layers: int, chunks: int | str, name: str) -> Spread:
-    """How ``layers`` matrices of ``param``, a DTensor of which others have parts, lie over those that share them.
+def spread_of(param: Any, sharding: Sharding, cut: Cut, name: str) -> Spread:
+    """How the matrices of ``param``, a DTensor of which others have parts, lie over those that share them.
 
     Raises ValueError where this process has another part than its placements say, as ``DTensor.from_local`` allows.
     """
@@ -123,27 +135,27 @@ def spread_of(param: Any, sharding: Sharding, layers: int, chunks: int | str, na
     assert coordinate is not None
     cutting = (i for i, each in enumerate(placements) if not each.is_replicate() and mesh.size(i) > 1)
     dims = [i for i in cutting if i not in sharding.whole]
-    height = param.shape[0] // layers
+    local = tuple(cut.walked(local_of(param)).shape)
+    if sharding.whole:
+        cut = cut.within(local[0])
     cuts: list[list[tuple[int, int, int]]] = [[] for _ in param.shape]
     for axis, dim in enumerate(dims):
         placement: Any = placements[dim]
-        cuts[placement.dim].append((axis, split_factor(placement), mesh.size(dim)))
+        cuts[cut.dim_of(placement.dim)].append((axis, split_factor(placement), mesh.size(dim)))
     spread = Spread(
         groups=sharding.groups,
         sizes=tuple(mesh.size(dim) for dim in dims),
         here=tuple(coordinate[dim] for dim in dims),
         places=tuple(_places(mesh, dim, coordinate) for dim in dims),
-        shape=(height, *param.shape[1:]),
-        matrix=matrix_shape(param.shape, layers, chunks),
-        _rows=sharding.layers * height,
+        cut=cut,
         _cuts=tuple(map(tuple, cuts)),
     )
-    expected = [spread.shape_at(layer, spread.here) for layer in range(sharding.layers)]
-    has, local = sum(map(prod, expected)), tuple(local_of(param).shape)
-    if has != prod(local) or any(shape[1:] != local[1:] for shape in expected):
+    runs = (spread.runs(dim, spread.here) for dim in range(param.dim()))
+    if tuple(sum(count for _, count in each) for each in runs) != local:
         raise ValueError(
-            f"{name} has a shard of shape {local} on this process, which is not what its placements {placements} make "
-            f"of {tuple(param.shape)}: where the whole matrix is needed, shards must lie as distribute_tensor cuts them"
+            f"{name} has a shard of shape {tuple(local_of(param).shape)} on this process, which is not what its "
+            f"placements {placements} make of {tuple(param.shape)}: where the whole matrix is needed, shards must lie "
+            "as distribute_tensor cuts them"
         )
     return spread
 

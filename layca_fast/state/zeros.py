@@ -8,14 +8,15 @@ from torch import Tensor
 
 from ..messages import describe
 from .checks import is_wrapper
+from .cut import Cut
 from .sharding import Sharding, is_elsewhere, is_sharded, local_of, sharding_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def have_zero_layers(tensors: Sequence[tuple[Tensor, int]]) -> list[bool]:
-    """Whether each tensor, given with its number of layers, holds a layer whose weights are all zero.
+def have_zero_layers(tensors: Sequence[tuple[Tensor, Cut]]) -> list[bool]:
+    """Whether each tensor, given with how it is cut into layers, holds one whose weights are all zero.
 
     Waits once for each device. Of DTensors all processes ask together, and agree. Tensors without plain numbers (empty,
     meta, sparse, wrappers) are not looked into: what the optimizer cannot take, it refuses itself.
@@ -23,15 +24,16 @@ def have_zero_layers(tensors: Sequence[tuple[Tensor, int]]) -> list[bool]:
     flags = [False] * len(tensors)
     found: dict[torch.device, dict[int, Tensor]] = {}
     shared = []
-    for index, (tensor, layers) in enumerate(tensors):
+    for index, (tensor, cut) in enumerate(tensors):
         local = local_of(tensor)
         if local.layout != torch.strided or local.is_meta or is_wrapper(local) or is_elsewhere(tensor):
             continue
         if is_sharded(tensor):
-            sharding = sharding_of(tensor, layers, f"a parameter of shape {tuple(tensor.shape)}")
+            sharding = sharding_of(tensor, cut, f"a parameter of shape {tuple(tensor.shape)}")
             shared.append((index, tensor, sharding, _zero_layers(local, sharding)))
         elif tensor.numel() > 0:
-            found.setdefault(tensor.device, {})[index] = _are_zero(tensor, layers).any()
+            zero = _zero_layers(local, sharding_of(tensor, cut, ""))
+            found.setdefault(tensor.device, {})[index] = zero.any()
     for index, value in _agreed(shared):
         found.setdefault(value.device, {})[index] = value
     for on_device in found.values():
@@ -84,7 +86,7 @@ class Layers(NamedTuple):
     group: Mapping[str, Any]
     label: str
     param: Tensor
-    layers: int
+    cut: Cut
 
     @property
     def is_at_rest(self) -> bool:
@@ -99,12 +101,12 @@ def check_norms(tensors: Sequence[Layers]) -> list[Layers]:
     Returns those of which that is so and that do not move yet: checkpoints have an optimizer make its state at lr = 0,
     by weights that they load only then.
     """
-    flags = have_zero_layers([(each.param, each.layers) for each in tensors])
+    flags = have_zero_layers([(each.param, each.cut) for each in tensors])
     zero = [each for each, flag in zip(tensors, flags, strict=True) if flag]
     if not all(each.is_at_rest for each in zero):
         names = ", ".join(describe(each.label, each.param) for each in zero)
         raise ValueError(
             f"all weights of a layer are zero in {names}: such a layer has no direction to turn. Put these parameters "
-            "in a group with rotate=False, or initialize them"
+            "in a group with rotate=False, or with joins_at, the norm from which on they rotate, or initialize them"
         )
     return zero

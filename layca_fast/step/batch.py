@@ -102,7 +102,8 @@ class Batch(Structure):
         self._entries = Entries({name: [(each, each[name]) for each in entries if name in each] for name in names})
         self._layouts = Layouts(self.params)
         # A view still knows the memory that its tensor has left.
-        cut = [slot for slot in self.slots if slot.piece.rows is not None]
+        cut = [slot for slot in self.slots if slot.piece.is_view]
+        self._has_views = bool(cut)
         kept += [local_of(slot.owner) for slot in cut]
         kept += [local_of(slot.entry[name]) for slot in cut for name in names if name in slot.entry]
         self._kept = Layouts(kept)
@@ -134,16 +135,27 @@ class Batch(Structure):
     def _plain_gradients(self) -> list[Any] | None:
         """The gradients as plain tensors; of DTensors only where they are shared out as those of the last step."""
         if self._local_owners is None:
-            return self.grads
+            return self._viewed(self.grads) if self._has_views else self.grads
         if self._specs is None or not all(map(is_sharded, self.grads)):
             return None
         return list(map(_LOCAL, self.grads)) if same_objects(list(map(_SPEC, self.grads)), self._specs) else None
+
+    def _viewed(self, grads: Sequence[Any]) -> list[Any] | None:
+        """Of plain gradients what each slot is a view of; None where one is no such tensor, or has another shape."""
+        found = []
+        for slot, grad in zip(self.slots, grads, strict=True):
+            if slot.piece.is_view:
+                if type(grad) is not Tensor or grad.layout != torch.strided or grad.shape != slot.owner.shape:
+                    return None
+                grad = slot.piece.of(grad)
+            found.append(grad)
+        return found
 
     def _known_specs(self, grads: Sequence[Any]) -> list[Any] | None:
         """What tells how these gradients, of DTensors, are shared out, if that is as their parameters and uncut."""
         if self._local_owners is None or not all_there(grads):
             return None
-        if any(slot.piece.rows is not None for slot in self.slots):
+        if self._has_views:
             return None
         owners: Sequence[Any] = self.owners
         alike = all(grad.placements == owner.placements for grad, owner in zip(grads, owners, strict=True))

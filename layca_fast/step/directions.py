@@ -12,6 +12,7 @@ from collections import ChainMap
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..formulas.bases import BASES, Formula
 from ..formulas.direction import Direction
 from ..state.compensation import HALVES
-from ..state.layout import matrix_shape
+from ..state.cut import by_layer
 from ..state.slot import Slot
 from .batch import Batch
 from .scratch import Scratch
@@ -77,11 +78,9 @@ def batches_of(formula: Formula, slots: Sequence[Slot], tile: int, scratch: Scra
 
 def _sides(slot: Slot) -> tuple[int, int]:
     """The rows and columns of the matrices of a slot."""
-    rows, *others = matrix_shape(slot.param.shape, slot.layers, slot.group["chunks"])
-    columns = 1
-    for size in others:
-        columns *= size
-    return rows, columns
+    rows, *others = slot.param.shape[slot.param.dim() - slot.layer_dims :]
+    stacked = prod(slot.param.shape[: slot.param.dim() - slot.layer_dims])
+    return rows * stacked // slot.layers, prod(others)
 
 
 def _carve(memory: Tensor, slots: Sequence[Slot], offsets: Sequence[int]) -> list[Tensor]:
@@ -155,7 +154,7 @@ class Directed(Batch):
                 slot,
                 param=blank,
                 remainder=rest,
-                dtensor=slot.owner,
+                whole=slot.owner,
                 group=advances[id(slot.group)],
                 radius=None,
             )
@@ -275,10 +274,12 @@ class Directed(Batch):
                 continue
             rows, columns = _sides(slot)
             direction = directions[id(slot.group)]
-            shape = matrix_shape(step.shape, slot.layers, slot.group["chunks"])
-            source = step.unflatten(0, (slot.layers, step.shape[0] // slot.layers))
-            if source.dim() > len(shape) + 1:
-                source = source.squeeze(1)
-            run = Run(source, first, direction, rows > columns, direction.gain(rows, columns))
+            run = Run(
+                by_layer(step, slot.layers, slot.layer_dims),
+                first,
+                direction,
+                rows > columns,
+                direction.gain(rows, columns),
+            )
             runs.append(((rows, columns), run))
         return stacks_of(runs, stack_limit(self.device), self._scratch, self._home)

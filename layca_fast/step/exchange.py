@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..formulas.direction import Direction
+from ..state.cut import by_layer
 from ..state.reduction import Groups, home_of
 from ..state.spread import At, Spread
 from .directions import Directed, stack_limit
@@ -67,6 +68,9 @@ class Traveller:
     group: int
     owner: At = ()
     parts: list[tuple[At, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.shape, self.sides = self.spread.shape(self.layer), self.spread.sides(self.layer)
 
     def numel(self, at: At) -> int:
         """The number of elements of a part."""
@@ -155,7 +159,7 @@ class Exchange:
         for each in self._all:
             domains.setdefault(each.spread.groups, []).append(each)
         for together in domains.values():
-            works = [work(*each.spread.sides) for each in together]
+            works = [work(*each.sides) for each in together]
             for each, owner in zip(together, owners(works, together[0].spread.sizes), strict=True):
                 each.owner = owner
         for each in self._all:
@@ -164,14 +168,14 @@ class Exchange:
         self._hops = [_Hop(i, way, self._all, scratch, dtype, device) for i, way in enumerate(ways)]
         #: Those whose directions are made here.
         self._owned = [each for each in self._all if each.owner == each.spread.here]
-        sizes = [prod(each.spread.shape) for each in self._owned]
+        sizes = [prod(each.shape) for each in self._owned]
         *firsts, total = accumulate(sizes, initial=0)
         memory = scratch.take("whole", total, dtype, device)
         self._whole = [memory[first : first + size] for first, size in zip(firsts, sizes, strict=True)]
         self._arrived: list[Tensor] = []
         self._places: list[Tensor] = []
         for each, whole in zip(self._owned, self._whole, strict=True):
-            shaped = whole.view(each.spread.shape)
+            shaped = whole.view(each.shape)
             for at, part in each.parts:
                 local = part.view(each.spread.shape_at(each.layer, at))
                 for theirs, ours in each.spread.boxes(each.layer, at):
@@ -199,7 +203,7 @@ class Exchange:
         directions = self._now()
         if directions == self._directions:
             return
-        gains = [direction.gain(*each.spread.sides) for each, direction in zip(self._all, directions, strict=True)]
+        gains = [direction.gain(*each.sides) for each, direction in zip(self._all, directions, strict=True)]
         scaled = [(each.steps, gain) for each, gain in zip(self._all, gains, strict=True) if gain != 1.0]
         self._scaled = [steps for steps, _ in scaled if steps.numel() > 0]
         self._gains = [gain for steps, gain in scaled if steps.numel() > 0]
@@ -207,8 +211,8 @@ class Exchange:
         runs: list[tuple[tuple[int, int], Run]] = []
         for i, (each, whole) in enumerate(zip(self._owned, self._whole, strict=True)):
             if whole.numel() > 0:
-                rows, columns = each.spread.sides
-                matrix = whole.view(1, *each.spread.matrix)
+                rows, columns = each.sides
+                matrix = whole.view(1, *each.spread.matrix(each.layer))
                 # What it is multiplied by waits for the type of the steps.
                 runs.append(((rows, columns), Run(matrix, i, by_traveller[id(each)], rows > columns, 1.0)))
         self._stacks = stacks_of(runs, stack_limit(self._device), self._scratch, self._device)
@@ -222,7 +226,7 @@ class Exchange:
         for i, (each, whole) in enumerate(zip(self._owned, self._whole, strict=True)):
             if whole.numel() > 0:
                 # Rows first, in an order that no number of threads changes.
-                rows = torch.linalg.vector_norm(whole.view(each.spread.sides), dim=1, dtype=torch.float64)
+                rows = torch.linalg.vector_norm(whole.view(each.sides), dim=1, dtype=torch.float64)
                 self._dots[i, 2] = rows.square_().sum()
         for stack in self._stacks:
             stack.run(self._dots)
@@ -244,7 +248,7 @@ def exchanges_of(batches: Sequence[Directed], spreads: Mapping[int, Spread], scr
             spread = spreads[slot.number]
             device = home_of(batch.device, spread.groups)
             direction = batch.directions(device)[id(slot.group)]
-            parts = steps.unflatten(0, (slot.layers, steps.shape[0] // slot.layers))
+            parts = by_layer(steps, slot.layers, slot.layer_dims)
             for i, part in enumerate(parts):
                 layer = slot.piece.first + i
                 each = Traveller(spread, layer, part, batch, id(slot.group))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..formulas.bases import BASES
+from ..formulas.options import waits
 from ..formulas.rotation import KEEP
 from ..formulas.tables import Coefficient, Hyper
 from ..state.slot import Slot
@@ -122,7 +123,13 @@ class LearnedRadii:
 
 
 def _of_moving(batch: Batch, factors: Tensor) -> Tensor:
-    return torch.where(batch.coefficients[:, Coefficient.MODE] == KEEP, 1.0, factors)
+    """``factors`` as new ones, 1 for what this step keeps as it is and for what waits to join the sphere."""
+    factors = torch.where(batch.coefficients[:, Coefficient.MODE] == KEEP, 1.0, factors)
+    for slot, first in zip(batch.slots, batch.first_layers, strict=True):
+        if slot.radius is not None and waits(slot.group):
+            ours = factors[first : first + slot.layers]
+            ours.copy_(torch.where(slot.radius < 0, 1.0, ours))
+    return factors
 
 
 def scale_moving(batch: Batch, factors: Tensor) -> None:

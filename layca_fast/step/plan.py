@@ -10,7 +10,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..compat import is_fake
 from ..formulas.bases import Formula
-from ..formulas.options import decays, find_base
+from ..formulas.chunks import as_tuples
+from ..formulas.options import decays, find_base, is_given, waits
 from ..formulas.rotation import KEEP
 from ..formulas.tables import Coefficient
 from ..messages import labelled
@@ -45,8 +46,10 @@ def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
             group["base"],
             group["rule"],
             group["rotate"],
-            group["chunks"],
+            as_tuples(group["chunks"]),
+            as_tuples(group.get("chunk_names")),
             group["radius"],
+            group["joins_at"],
             group["backend"],
             decays(group),
             group["compensate"],
@@ -93,7 +96,11 @@ class Plan:
         states = [member.new_states(state.get(member.param, {})) for member in found]
         check_apart([each for member, (_, local) in zip(found, states, strict=True) for each in member.written(local)])
         known = set() if previous is None else {id(each.param) for each in previous._zero}
-        turning = [Layers(m.group, m.label, m.param, m.layers) for m in found if m.rotates]
+        turning = [
+            Layers(m.group, m.label, m.param, m.cut)
+            for m in found
+            if m.rotates and m.cut is not None and not waits(m.group)
+        ]
         # A process may make its plan anew alone: what is agreed upon is not asked before they all have to.
         zero = [each for each in turning if id(each.param) in known]
         asked = [each for each in zero if not each.is_at_rest]
@@ -138,6 +145,7 @@ class Plan:
         others = [param for _, _, param in labelled(groups) if id(param) not in member_ids]
         self._waiting = [param for param in others if not is_elsewhere(param)]
         self._frozen = [param for param in self._waiting if is_sharded(param)]
+        ahead: dict[int, Tensor] = {}
         slots: dict[tuple[Any, ...], list[Slot]] = {}
         kinds: dict[tuple[Any, ...], tuple[Backend, Formula, bool]] = {}
         layout: list[tuple[int, Groups]] = []
@@ -150,6 +158,9 @@ class Plan:
             # As torch has it, what needs no state has no entry.
             entry = state.setdefault(member.param, {}) if kept else old
             entry.update(kept)
+            member.settle(local)
+            if member.starts is not None and is_given(member.group):
+                ahead[id(member.param)] = local["radius"] <= 0
             if is_fake(member.local):
                 self._fake.append((member.param, list(local.values())))
                 continue
@@ -176,6 +187,12 @@ class Plan:
         self._learned = learned_radii(batch for _, batch in self.batches)
         if self._together is not None:
             self._together.share(choose, self._learned)
+        #: Of layers whose radius was given, which had not reached it when this was made: see norms.py.
+        self.arriving: dict[tuple[Tensor, int], Tensor] = {
+            (slot.owner, slot.piece.first): ahead[id(slot.owner)][slot.piece.first :][: slot.layers].clone()
+            for _, slot, _ in self.rows()
+            if slot.radius is not None and id(slot.owner) in ahead
+        }
         self._entries = list(state.values())
         self._retired = WeakTensorKeyDictionary()
 

@@ -52,11 +52,11 @@ def _windows(kinds: Sequence[tuple[Formula, Sequence[Slot]]], spreads: Mapping[i
             direction = formula.direct(slot.group, slot.param.dtype, home_of(device, spread.groups))
             key: Hashable = spread.groups, device, slot.param.dtype, direction.dtype
             domains.setdefault(key, {})[slot.number] = -(-spread.numel // prod(spread.sizes))
-            largest = MATRICES * prod(spread.shape)
+            largest = MATRICES * spread.largest
             limits[key] = max(limits.get(key, window_limit(device)), largest)
     found: dict[int, int] = {}
     for domain, counts in domains.items():
-        numbers = sorted(counts, key=lambda number: (-prod(spreads[number].shape), number))
+        numbers = sorted(counts, key=lambda number: (-spreads[number].largest, number))
         found.update(zip(numbers, fill([counts[number] for number in numbers], limits[domain]), strict=True))
     return found
 

@@ -92,6 +92,10 @@ LARGE = (
     Case("large steps", ODD_SHAPES, {"momentum": 0.9}, lr=2.0),
     Case("small steps", ODD_SHAPES, {"momentum": 0.9}, lr=1e-4),
     Case("wide, tall and square matrices", ((65, 300), (300, 65), (130, 130), (64, 8, 3, 3)), {"base": "muon"}),
+    Case("unequal parts", ((1000, 33), (1000, 129)), {"base": "adam", "chunks": (700, 100, 200)}),
+    Case("unequal matrices", ((130, 65), (130, 7, 5)), {"base": "muon", "chunks": (65, 1, 64)}),
+    Case("stacks of matrices", ((3, 20, 12, 40), (7, 20, 12)), {"momentum": 0.9, "chunks": ("matrices", 2)}),
+    Case("stacks of matrices directed", ((3, 5, 12, 40), (7, 20, 12)), {"base": "muon", "chunks": "matrices"}),
     Case("many experts", ((60, 12, 20), (7, 20, 12)), {"base": "muon", "chunks": "all", "maximize": True}),
     Case("plain muon", ((65, 300), (64, 8, 3, 3)), {"base": "muon", "rotate": False, "weight_decay": 0.1}),
 )

@@ -44,7 +44,7 @@ class Layout:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int = 0
-    chunks: int | str = 1
+    chunks: Any = 1
     rotate: bool | None = None
 
     def view(self, memory: Tensor) -> Tensor:
@@ -80,6 +80,12 @@ DENSE = (
     Layout("chunks at odd addresses", (6, 5), (5, 1), offset=1, chunks=3),
     Layout("a layer per row at odd addresses", (6, 5), (5, 1), offset=3, chunks="all"),
     Layout("channels_last in chunks", (4, 3, 5, 2), (30, 1, 6, 3), offset=1, chunks=2),
+    Layout("unequal parts at odd addresses", (6, 5), (5, 1), offset=1, chunks=(1, 3, 2)),
+    Layout("channels_last in unequal parts", (4, 3, 5, 2), (30, 1, 6, 3), offset=1, chunks=(1, 3)),
+    Layout("stacked matrices, each transposed", (2, 3, 4, 5), (60, 20, 1, 4), offset=3, chunks="matrices"),
+    Layout("matrices in halves", (3, 4, 5), (20, 5, 1), offset=1, chunks=("matrices", 2)),
+    Layout("columns one after the other", (6, 5), (1, 6), offset=3, chunks="columns"),
+    Layout("unequal parts of columns one after the other", (6, 5), (1, 6), offset=3, chunks=("columns", (2, 3))),
 )
 
 GAPPED = (
@@ -91,6 +97,12 @@ GAPPED = (
     Layout("transposed, a layer per row", (6, 8), (1, 6), offset=2, chunks="all"),
     Layout("channels_last with the first dimension inside, in chunks", (4, 3, 2), (1, 8, 4), offset=3, chunks=4),
     Layout("rows with gaps, in chunks", (6, 5), (8, 1), offset=2, chunks=3),
+    Layout("transposed, in unequal parts", (6, 8), (1, 6), offset=2, chunks=(1, 5)),
+    Layout("stacked matrices in another order", (3, 2, 4, 5), (20, 60, 5, 1), offset=1, chunks="matrices"),
+    Layout("transposed matrices in halves", (3, 4, 5), (20, 1, 4), offset=1, chunks=("matrices", 2)),
+    Layout("columns of rows", (6, 5), (5, 1), offset=1, chunks="columns"),
+    Layout("unequal columns of rows", (6, 5), (5, 1), offset=1, chunks=("columns", (2, 3))),
+    Layout("columns with gaps between them", (6, 5), (1, 8), offset=2, chunks="columns"),
 )
 
 

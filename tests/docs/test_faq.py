@@ -92,6 +92,11 @@ def changed_chunks() -> None:
     made.step()
 
 
+def other_chunks() -> None:
+    saved = step(matrix(4, 2), chunks=(1, 3)).state_dict()
+    FusedLayca([matrix(4, 2)], chunks=2).load_state_dict(saved)
+
+
 def foreign_checkpoint() -> None:
     weight = matrix()
     weight.grad = torch.ones_like(weight)
@@ -214,6 +219,7 @@ TRIGGERS: dict[str, Callable[[], object]] = {
     "Tensors that share memory": shared_memory,
     "A backend cannot run": lambda: step(matrix(), backend="cuda"),
     "chunks does not fit": lambda: step(matrix(4, 2), chunks=3),
+    "A checkpoint was made under other chunks": other_chunks,
     "chunks was changed in the middle of a run": changed_chunks,
     "Sparse gradients": sparse,
     "Elements that share memory": lambda: FusedLayca([torch.randn(3, 1).expand(3, 4)]),

@@ -117,6 +117,19 @@ def chunks_changed() -> None:
     trains(theirs, weight)
 
 
+def other_chunks() -> None:
+    saved = step(matrix(4, 2), chunks=(1, 3)).state_dict()
+    weight = matrix(4, 2)
+    made = FusedLayca([weight], lr=0.1, chunks=(1, 3))
+    made.load_state_dict(saved)
+    trains(made, weight)
+    saved["state"][0].pop("radius")
+    saved["param_groups"][0]["chunks"] = 2
+    made = FusedLayca([weight], lr=0.1, chunks=2)
+    made.load_state_dict(saved)
+    trains(made, weight)
+
+
 def dense_gradients() -> None:
     embedding, layer = nn.Embedding(4, 3), nn.Linear(3, 2)
     trains(FusedLayca(embedding.parameters(), lr=0.1), embedding.weight)
@@ -255,6 +268,7 @@ WAYS_OUT: dict[str, Callable[[], object]] = {
     "Tensors that share memory": apart,
     "A backend cannot run": lambda: step(matrix(), backend="auto"),
     "chunks does not fit": lambda: (step(matrix(4, 2), chunks=2), step(matrix(4, 2), chunks=1)),
+    "A checkpoint was made under other chunks": other_chunks,
     "chunks was changed in the middle of a run": chunks_changed,
     "Sparse gradients": dense_gradients,
     "Elements that share memory": expanded,

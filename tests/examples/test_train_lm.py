@@ -163,7 +163,7 @@ def test_a_search_goes_on_where_it_was_interrupted(
 ) -> None:
     """And ends where the best rate has worse ones on both sides, or no more on one; what has diverged is the worst."""
     monkeypatch.delenv("RANK", raising=False)
-    search = importlib.import_module("lm_search")
+    search, results = importlib.import_module("lm_search"), importlib.import_module("result_rows")
     monkeypatch.setattr(search, "LARGEST", -2)
     asked: list[tuple[str, int, float, int]] = []
 
@@ -190,14 +190,14 @@ def test_a_search_goes_on_where_it_was_interrupted(
     rates = {name: sorted({lr for who, _, lr, _ in asked if who == name}) for name in ("adamw", "muon-layca")}
     assert rates == {"adamw": [2**-8, 2**-7, 2**-6, 2**-5], "muon-layca": [2**-5, 2**-4, 2**-3, 2**-2]}
     assert len(asked) == len(set(asked)) == 2 * 2 * 8
-    whole = search.read(path)
+    whole = results.read(path, search.Row)
     assert [(row.optimizer, row.width, 2.0**row.lr, row.seed) for row in whole] == asked
     assert "2^-7" in first
     path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:6]), encoding="utf-8")
     asked.clear()
     example.main(command)
     assert len(asked) == len(whole) - 5
-    assert [row.key() for row in search.read(path)] == [row.key() for row in whole]
+    assert [row.key() for row in results.read(path, search.Row)] == [row.key() for row in whole]
     assert capsys.readouterr().out.splitlines()[-6:] == first.splitlines()[-6:]
 
 
@@ -205,12 +205,12 @@ def test_a_search_trains(
     example: ModuleType, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    search = importlib.import_module("lm_search")
+    search, results = importlib.import_module("lm_search"), importlib.import_module("result_rows")
     monkeypatch.setattr(search, "LARGEST", -4)
     monkeypatch.setattr(search, "SMALLEST", -5)
     path = tmp_path / "rows.csv"
     example.main([*TOY, "--optimizer", "muon-layca", "--search", "--seed", str(seed), "--out", str(path)])
-    rows = search.read(path)
+    rows = results.read(path, search.Row)
     assert sorted(row.lr for row in rows) == [-5, -4]
     assert all(0 < row.held_out < 8 and (row.steps, row.seed) == (4, seed) for row in rows)
     assert "width 16" in capsys.readouterr().out

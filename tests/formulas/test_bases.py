@@ -249,17 +249,31 @@ def test_options_of_adam_may_change_mid_run(backend: str, seed: int) -> None:
     assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
 
 
+#: Means with all their weight on the gradient: base, its options, the state that holds the mean.
+WITHOUT_AVERAGING = (
+    ("adam", {"betas": (0.0, 0.9)}, "exp_avg"),
+    ("muon", {"momentum": 0.0, "nesterov": False}, "momentum_buffer"),
+    ("muon", {"momentum": 0.0, "nesterov": True}, "momentum_buffer"),
+    ("sgd_amom", {"momentum": 0.0}, "momentum_buffer"),
+    ("rmsprop", {"alpha": 0.0, "centered": True}, "grad_avg"),
+)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("base", "options", "name"), WITHOUT_AVERAGING)
 @every_backend
-def test_without_averaging_the_mean_is_the_gradient(backend: str, dtype: torch.dtype, seed: int) -> None:
+def test_without_averaging_the_mean_is_the_gradient(
+    backend: str, base: str, options: dict[str, Any], name: str, dtype: torch.dtype, seed: int
+) -> None:
     """To the bit, as torch has it, however large the gradient before it was: betas=(0, ...) is what GANs take."""
-    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in SHAPES]
-    optimizer = FusedLayca(params, LR, base="adam", betas=(0.0, 0.9), backend=backend)
+    shapes = [shape for shape in SHAPES if base != "muon" or len(shape) == 2]
+    params = [parameter(*shape, backend=backend, dtype=dtype) for shape in shapes]
+    optimizer = FusedLayca(params, LR, base=base, backend=backend, **options)
     for scale in (1.0, 1e-9, 1e-3):
         gradients = [scale * gradient for gradient in random_gradients(params, 1)[0]]
         train(optimizer, [gradients])
         for param, gradient in zip(params_of(optimizer), gradients, strict=True):
-            assert torch.equal(optimizer.state[param]["exp_avg"], gradient)
+            assert torch.equal(optimizer.state[param][name], gradient)
 
 
 @native_backends

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 from layca_fast.formulas.bases import FORMULAS
@@ -17,13 +18,19 @@ from .trial import Trial
 
 
 def run_trial(
-    seed: int, number: int, formulas: Collection[str] = FORMULAS, verbose: bool = False
+    seed: int,
+    number: int,
+    formulas: Collection[str] = FORMULAS,
+    verbose: bool = False,
+    tally: Counter[str] | None = None,
 ) -> tuple[int, str | None]:
-    """How many steps were taken, and what went wrong, or None."""
+    """How many steps were taken, and what went wrong, or None. ``tally`` counts: see ``Expected``."""
     steps = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trial = Trial(seed, number, formulas)
+    if tally is not None:
+        trial.tally = tally
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -34,6 +41,10 @@ def run_trial(
         report = "".join(traceback.format_exception(error)) if verbose else f"{type(error).__name__}: {error}"
         return steps, "\n".join([f"trial {number}, step {steps}: {report}", *(f"    {line}" for line in lines)])
     return steps, None
+
+
+def _counts(tally: Counter[str]) -> str:
+    return f"    tensors after steps: {', '.join(f'{count} {name}' for name, count in tally.most_common())}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"==> Fuzzing with --seed {seed}", flush=True)
     chosen = f" --formulas {' '.join(args.formulas)}" if args.formulas else ""
     start, steps, number, failed = time.monotonic(), 0, args.trial or 0, 0
-    told = start
+    told, tally = start, Counter[str]()
     while steps < args.steps and failed < args.failures:
-        taken, complaint = run_trial(seed, number, args.formulas or FORMULAS, verbose=args.trial is not None)
+        taken, complaint = run_trial(seed, number, args.formulas or FORMULAS, args.trial is not None, tally)
         steps += taken
         if complaint is not None:
             failed += 1
@@ -62,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if time.monotonic() > told + 60:
             told = time.monotonic()
             print(f"{steps} steps in {number} trials, {failed} failed, after {told - start:.0f} s", flush=True)
+            print(_counts(tally), flush=True)
     print(f"{steps} steps in {number - (args.trial or 0)} trials: {failed or 'none'} failed (--seed {seed})")
+    print(_counts(tally))
     return 1 if failed else 0
 
 

@@ -84,7 +84,7 @@ def draw_parameter(draw: Draw) -> Parameter:
     return Parameter(laid_out(value, draw.choose.choice(LAYOUTS)))
 
 
-def draw_base(draw: Draw, params: Sequence[Parameter], chunks: int | str) -> dict[str, Any]:
+def draw_base(draw: Draw, params: Sequence[Parameter], chunks: Any) -> dict[str, Any]:
     """A base with its own options, which takes these tensors cut in this way."""
     while True:
         options = _draw_any_base(draw)
@@ -133,11 +133,23 @@ def draw_rate(draw: Draw) -> float:
     return draw.choose.choice((0.0, 1e-6, 1e-3, 0.01, 0.05, 0.3, 2.0))
 
 
+def _other_forms(draw: Draw, params: list[Parameter]) -> list[Any]:
+    """Forms of chunks that are no equal slices, of those that these tensors take."""
+    found: list[Any] = ["matrices"] if all(param.numel() > 0 for param in params) else []
+    rows = {len(param) for param in params if param.dim() > 0}
+    if len(rows) == 1 and max(rows) > 1 and all(param.dim() > 0 for param in params):
+        first = draw.choose.randrange(1, max(rows))
+        found.append((first, max(rows) - first))
+    if all(param.dim() > 1 and param.numel() > 0 for param in params):
+        found.append("columns")
+    return found
+
+
 def draw_options(draw: Draw, params: list[Parameter]) -> dict[str, Any]:
     """The options of a param group for these tensors."""
     choice = draw.choose.choice
     divisors = [n for n in (2, 3, 7) if all(param.dim() > 0 and len(param) % n == 0 for param in params)]
-    chunks = 1 if draw.directs else choice((1, 1, "all", *divisors))
+    chunks = 1 if draw.directs else choice((1, 1, "all", *divisors, *_other_forms(draw, params)))
     return {
         **draw_base(draw, params, chunks),
         "lr": draw_rate(draw),

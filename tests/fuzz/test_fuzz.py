@@ -1,12 +1,15 @@
 """The fuzzer finds what is wrong, says how to meet it again, and comes to the same trial then."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
+import torch
 
 from layca_fast.backends import torch_
 from layca_fast.backends.torch_ import TorchBackend
+from layca_fast.formulas.bases import FORMULAS
+from layca_fast.step.directions import Directed
 
 from .__main__ import main, run_trial
 from .trial import Trial
@@ -53,16 +56,65 @@ def gradients_spoiled(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TorchBackend, "rotate", wrong)
 
 
-@pytest.mark.parametrize("mistake", [turned_too_far, states_forgotten, gradients_spoiled])
+def short_states_turned_too_far(patch: pytest.MonkeyPatch) -> None:
+    """What 16 bits round away of a state is no excuse for the step that is made of it."""
+    rotate = TorchBackend.rotate
+
+    def wrong(self: TorchBackend, batch: Any) -> None:
+        if batch.states and batch.state_dtype == torch.bfloat16:
+            batch.coefficients[:, 0] *= 1 + 1e-4
+        rotate(self, batch)
+
+    patch.setattr(TorchBackend, "rotate", wrong)
+
+
+def short_weights_turned_too_far(patch: pytest.MonkeyPatch) -> None:
+    """Nor is what they round away of a weight."""
+    rotate = TorchBackend.rotate
+
+    def wrong(self: TorchBackend, batch: Any) -> None:
+        if batch.dtype == torch.bfloat16 and not any(slot.remainder is not None for slot in batch.slots):
+            batch.coefficients[:, 0] *= 1 + 1e-2
+        rotate(self, batch)
+
+    patch.setattr(TorchBackend, "rotate", wrong)
+
+
+def directions_of_short_states(patch: pytest.MonkeyPatch) -> None:
+    direct = Directed._direct
+
+    def wrong(self: Directed, advance: Callable[[], object]) -> None:
+        direct(self, advance)
+        for slot, step in zip(self.given, self.steps, strict=True):
+            if slot.states[0].dtype == torch.bfloat16 and step.numel() > 1:
+                step[(0,) * step.dim()] *= 1.01
+
+    patch.setattr(Directed, "_direct", wrong)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "formulas"),
+    [
+        (turned_too_far, FORMULAS),
+        (states_forgotten, FORMULAS),
+        (gradients_spoiled, FORMULAS),
+        (short_states_turned_too_far, FORMULAS),
+        (short_weights_turned_too_far, FORMULAS),
+        (directions_of_short_states, ["muon"]),
+    ],
+)
 def test_a_backend_that_is_wrong_is_found(
     mistake: Callable[[pytest.MonkeyPatch], None],
+    formulas: Collection[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     seed: int,
 ) -> None:
     mistake(monkeypatch)
-    assert main(["--steps", "300", "--seed", str(seed), "--failures", "1"]) == 1
-    assert f"again: python -m tests.fuzz --seed {seed} --trial" in capsys.readouterr().out
+    assert main(["--steps", "1000", "--seed", str(seed), "--failures", "1", "--formulas", *formulas]) == 1
+    said = capsys.readouterr().out
+    assert "Disagreement" in said
+    assert f"again: python -m tests.fuzz --seed {seed} --trial" in said
 
 
 def test_a_trial_can_be_met_again(seed: int) -> None:

@@ -1,5 +1,6 @@
 """One trial: two optimizers on two backends, and the reference, through random steps with events between them."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -9,12 +10,13 @@ from torch.nn import Parameter
 
 from layca_fast import FusedLayca
 from layca_fast.formulas.bases import FORMULAS
-from layca_fast.state.compensation import HALVES
+from layca_fast.state.compensation import HALVES, fits
 
 from ..support import copy_of, same_bits
+from .before import before_step
 from .draw import Draw, draw_groups, laid_out
 from .events import BAD_OPTIONS, Both, Party, _like, draw_event
-from .expected import Expected, before_step, expected_of
+from .expected import Expected, expected_of
 
 #: Steps in a trial at most.
 LONGEST = 60
@@ -56,6 +58,7 @@ class Trial:
     def __init__(self, seed: int, number: int, formulas: Collection[str] = tuple(FORMULAS)) -> None:
         self.draw = Draw(seed, number, formulas=formulas)
         self.log: list[str] = []
+        self.tally: Counter[str] = Counter()
         draw = self.draw
         self.unscales = draw.chance(0.1)
         # Which gradient is the first, the state alone can tell there: not if it was zero.
@@ -143,10 +146,13 @@ class Trial:
                 if param.grad is None or skips or param.numel() == 0:
                     expected.append(None)
                     continue
-                weight = first.optimizer.effective_weight(param)
-                before = before_step(param, weight, state.get(param, {}), group)
+                entry = state.get(param, {})
+                # A remainder that the group no longer asks for is dropped before the step, not after it.
+                whole = fits(entry.get("remainder"), param, group)
+                weight = first.optimizer.effective_weight(param) if whole else param
+                before = before_step(param, weight, entry, group)
                 grad = param.grad.to(before.compute_dtype) / scale
-                expected.append(expected_of(before, grad))
+                expected.append(expected_of(before, grad, self.tally))
         self.log.append(f"step {[None if p.grad is None else p.grad.flatten()[:3].tolist() for p in first.params]}")
         for party in self.both:
             party.optimizer.step()

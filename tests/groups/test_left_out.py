@@ -78,6 +78,10 @@ def test_the_conv1d_of_transformers_is_a_layer_and_is_not_cut_along_its_inputs(s
     assert turning(layer_groups(model, rotate=[Conv1D])) == turning(groups)
     with pytest.raises(ValueError, match=r"chunks=3 would cut the weights of Conv1D along their inputs"):
         layer_groups(model, rotate={Conv1D: 3})
+    packed = layer_groups(model, rotate={Conv1D: ("columns", 3), model[1]: 1})
+    assert turning(packed) == {"0.weight": ("columns", 3), "1.weight": 1}
+    assert "yes, as 3 layers: stored as (in, out)" in str(packed)
+    assert turning(layer_groups(model, rotate={Conv1D: "columns"})) == {"0.weight": "columns", "1.weight": "columns"}
     assert turning(layer_groups(model, rotate={model[0]: False})) == {"1.weight": 1}
 
 

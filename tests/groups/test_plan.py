@@ -5,6 +5,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,31 @@ def test_zero_tensors_and_those_with_a_zero_layer_are_others(seed: int) -> None:
         "2.bias": "bias",
     }
     assert [group["lr_factor"] for group in groups[:2]] == [0.5**5, 1.0], "positions count what rotates"
+
+
+@pytest.mark.parametrize("norm", [0.5, lambda shape: shape[0] / shape[1]], ids=["number", "function"])
+def test_zero_tensors_may_rotate_from_a_norm_on(norm: Any, seed: int) -> None:
+    """In groups of their own, at the rates of those that rotate, with radii of their own; and the plan says so."""
+    model = nn.ModuleList([nn.Linear(3, 6, bias=False), nn.MultiheadAttention(4, 2, bias=False), nn.Linear(2, 2)])
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[1].in_proj_weight[4:8].zero_()
+    groups = layer_groups(model, alpha=0.5, lr=0.1, zeros="rotate-later", joins_at=norm, radius=3.0)
+    assert turning(groups) == {"0.weight": 1, "1.in_proj_weight": 3, "1.out_proj.weight": 1, "2.weight": 1}
+    expected = [0.5, 0.5] if norm == 0.5 else [2.0, 1.0]
+    assert [group.get("joins_at") for group in groups] == [*expected, None, None, None]
+    assert [group["radius"] for group in groups[:3]] == ["initial", "initial", 3.0]
+    assert [round(group["lr"] / 0.1, 6) for group in groups[:4]] == [round(0.5 ** (5 * i / 3), 6) for i in (3, 2, 1, 0)]
+    rows = str(groups).splitlines()
+    assert re.fullmatch(rf"0\.weight +\(6, 3\) +from norm {expected[0]:g} on: all zero +0\.03125", rows[1])
+    assert re.search(rf"from norm {expected[1]:g} on, as 3 layers: one of its 3 layers is all zero", rows[2])
+    assert rows[-1] == "rotating: 4 (6 layers), others: 1"
+    optimizer = FusedLayca(groups, momentum=0.9)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["radius"].tolist() == [-expected[0]]
+    assert float(optimizer.state[model[1].in_proj_weight]["radius"][1]) == -expected[1]
 
 
 def test_freezing_keeps_the_others_bit_for_bit_whatever_sets_their_lr(seed: int) -> None:

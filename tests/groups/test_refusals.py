@@ -54,8 +54,27 @@ BAD = (
         ValueError,
         r"chunks=3 does not divide.*'0\.weight' \(shape \(4, 3\)",
     ),
+    BadArgument(
+        "sizes that do not add up",
+        {"rotate": {nn.Linear: (3, 2)}},
+        ValueError,
+        r"chunks=\(3, 2\) adds up to 5.*'0\.weight' \(shape \(4, 3\)",
+    ),
+    BadArgument("names of chunks", {"chunk_names": "qk"}, TypeError, r"chunk_names='qk': layer_groups sets it itself"),
     BadArgument("chunks", {"chunks": 3}, TypeError, r"chunks=3: layer_groups sets it itself"),
     BadArgument("lr_factor", {"lr_factor": 0.5}, TypeError, r"lr_factor=0\.5: layer_groups sets it itself"),
+    BadArgument("zeros", {"zeros": "rotate"}, ValueError, r"zeros='rotate' is unknown.*'others', 'rotate-later'"),
+    BadArgument(
+        "zeros without a norm",
+        {"zeros": "rotate-later"},
+        ValueError,
+        r"zeros='rotate-later' with joins_at=None: say from",
+    ),
+    BadArgument("joins_at 0", {"zeros": "rotate-later", "joins_at": 0}, ValueError, "joins_at=0: say from"),
+    BadArgument(
+        "joins_at as text", {"zeros": "rotate-later", "joins_at": "1"}, TypeError, "joins_at='1': must be the norm"
+    ),
+    BadArgument("joins_at alone", {"joins_at": 1.0}, ValueError, r"joins_at=1\.0: .*set zeros='rotate-later'"),
     BadArgument("params", {"params": []}, TypeError, r"params=\[\]: layer_groups sets it itself"),
 )
 

@@ -22,6 +22,15 @@ class Adapted(nn.Linear):
         self.lora_A = nn.Parameter(torch.randn(2, 24))
 
 
+class Experts(nn.Module):
+    """As transformers stacks them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 6))
+        self.down_proj = nn.Parameter(torch.randn(3, 6, 4))
+
+
 def initialized_lazy() -> nn.Module:
     module = nn.LazyLinear(3)
     module(torch.randn(2, 5))
@@ -133,6 +142,15 @@ KINDS = (
         {"rotate": {Unknown: "all"}},
     ),
     Kind("known type, other chunks", lambda: nn.Linear(3, 4), {"weight": 2}, BIAS, {"rotate": {nn.Linear: 2}}),
+    Kind("sizes", lambda: nn.Linear(3, 9), {"weight": (4, 3, 2)}, BIAS, {"rotate": {nn.Linear: [4, 3, 2]}}),
+    Kind("columns", lambda: nn.Linear(3, 4), {"weight": "columns"}, BIAS, {"rotate": {nn.Linear: "columns"}}),
+    Kind(
+        "stacked experts",
+        Experts,
+        {"gate_up_proj": ("matrices", 2), "down_proj": ("matrices", 2)},
+        {},
+        {"rotate": {Experts: ("matrices", 2)}},
+    ),
     Kind("subclass", Adapted, WEIGHT, {**BIAS, "lora_A": "unknown parameter of Adapted"}),
     Kind("subclass, asked", Adapted, {"weight": 1, "lora_A": 1}, BIAS, {"rotate": [Adapted]}),
     Kind(

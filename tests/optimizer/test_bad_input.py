@@ -70,6 +70,40 @@ BAD_STARTS = (
         r"chunks=3 does not divide the first dimension of parameter 'qkv' \(shape \(7, 4\).*divisor of 7.*chunks=1",
     ),
     BadStart(
+        "sizes that do not add up",
+        {"qkv": (7, 4)},
+        lambda p: None,
+        {"chunks": (4, 2)},
+        r"chunks=\(4, 2\) adds up to 6, and the first dimension of parameter 'qkv' \(shape \(7, 4\).*is 7.*chunks=1",
+    ),
+    BadStart(
+        "columns that do not divide",
+        {"qkv": (4, 7)},
+        lambda p: None,
+        {"chunks": ("columns", 3)},
+        r"chunks=\('columns', 3\) does not divide the second dimension of parameter 'qkv'.*divisor of 7",
+    ),
+    BadStart(
+        "matrices that cannot be halved",
+        {"moe": (2, 5, 4)},
+        lambda p: None,
+        {"chunks": ("matrices", 2)},
+        r"does not divide the second dimension of parameter 'moe'.*divisor of 5",
+    ),
+    BadStart(
+        "columns of a vector",
+        {"v": (5,)},
+        lambda p: None,
+        {"chunks": "columns", "rotate": True},
+        r"chunks='columns' cuts columns, and parameter 'v' .*has none.*chunks=1",
+    ),
+    BadStart(
+        "a zero part", {"w": (6, 4)}, lambda p: p["w"][1:3].zero_(), {"chunks": (1, 2, 3)}, rf"'w'.*{ZERO_WAY_OUT}"
+    ),
+    BadStart(
+        "a zero expert", {"w": (2, 3, 4)}, lambda p: p["w"][1].zero_(), {"chunks": "matrices"}, rf"'w'.*{ZERO_WAY_OUT}"
+    ),
+    BadStart(
         "chunks of a scalar", {"s": ()}, lambda p: None, {"chunks": 2, "rotate": True}, r"chunks=2 .*'s'.*chunks=1"
     ),
 )

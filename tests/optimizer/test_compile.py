@@ -130,6 +130,7 @@ def test_16_bit_parameters(dtype: torch.dtype, seed: int) -> None:
     assert all("remainder" in state for state in optimizer.state.values())
 
 
+@pytest.mark.exhaustive
 def test_with_the_default_compiler(seed: int) -> None:
     """Whose kernels round otherwise: the run must only stay close."""
     (model, optimizer), (twin, plain) = pair("auto", False)

@@ -21,8 +21,8 @@ from .support import Place, on
 WORLD = 2
 
 #: Shape, chunks, placements on a mesh of (1, 2): uneven shards, an empty one, none, shards of the last dimension, of
-#: both, and layers that are cut through, or lie on one process alone.
-CASES: tuple[tuple[tuple[int, ...], int | str, tuple[Placement, ...]], ...] = (
+#: both, and layers that are cut through, or lie on one process alone, in every form that chunks have.
+CASES: tuple[tuple[tuple[int, ...], Any, tuple[Placement, ...]], ...] = (
     ((5, 40), 1, (Replicate(), Shard(0))),
     ((1, 300), 1, (Replicate(), Shard(0))),
     ((7, 9), 1, (Replicate(), Replicate())),
@@ -31,6 +31,13 @@ CASES: tuple[tuple[tuple[int, ...], int | str, tuple[Placement, ...]], ...] = (
     ((6, 20), 3, (Replicate(), Shard(0))),
     ((6, 20), 2, (Replicate(), Shard(0))),
     ((5, 20), "all", (Replicate(), Shard(0))),
+    ((7, 20), (4, 1, 2), (Replicate(), Shard(0))),
+    ((7, 20), (4, 3), (Shard(0), Shard(1))),
+    ((3, 4, 9), "matrices", (Replicate(), Shard(0))),
+    ((2, 3, 4, 9), ("matrices", 2), (Replicate(), Shard(1))),
+    ((4, 6), "columns", (Replicate(), Shard(0))),
+    ((4, 6), "columns", (Replicate(), Shard(1))),
+    ((9, 6), ("columns", (4, 2)), (Replicate(), Shard(1))),
 )
 
 #: The layer of the third tensor, which all processes have as a whole.

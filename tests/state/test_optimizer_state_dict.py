@@ -4,11 +4,11 @@ A tensor that needs no state has no entry in the state, as in torch, and loads a
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -19,13 +19,6 @@ from torch.optim import SGD, AdamW, Optimizer
 from layca_fast import FusedLayca, attach
 
 from ..support import contents, params_of, random_gradients, same_bits, train
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 def attached(made: Optimizer) -> Optimizer:
@@ -40,8 +33,12 @@ MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "FusedLayca, nothing rotates": lambda model: FusedLayca(model.parameters(), 0.1, rotate=False),
     "FusedLayca, momentum": lambda model: FusedLayca(model.parameters(), 0.1, momentum=0.9),
     "FusedLayca, adam": lambda model: FusedLayca(model.parameters(), 0.1, base="adam"),
+    "FusedLayca, function": lambda model: FusedLayca(model.named_parameters(), 0.1, radius=len),
     "attached SGD": lambda model: attached(SGD(model.parameters(), lr=0.1)),
     "attached SGD, momentum": lambda model: attached(SGD(model.parameters(), lr=0.1, momentum=0.9)),
+    "attached SGD, function": lambda model: attached(
+        SGD([{"params": [*model.parameters()], "radius": len}], lr=0.1, momentum=0.9)
+    ),
     "attached AdamW": lambda model: attached(AdamW(model.parameters(), lr=0.1, weight_decay=0.0)),
 }
 

@@ -5,14 +5,15 @@ those that were saved: the run goes on as it was, bit for bit, or is refused by 
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -55,6 +56,25 @@ MAKERS: dict[str, Make] = {
     "attached": lambda model: attached(model, momentum=0.9),
     "attached, no momentum": attached,
 }
+
+#: A norm that the branch reaches in the first three steps, or not in six.
+LATER = {"reached": 1e-3, "not yet": 50.0}
+
+
+def attached_later(model: nn.Module, joins_at: float) -> Optimizer:
+    optimizer = SGD(layer_groups(model, lr=1e-2, zeros="rotate-later", joins_at=joins_at), lr=1e-2, momentum=0.9)
+    attach(optimizer)
+    return optimizer
+
+
+def later(joins_at: float) -> Make:
+    return lambda model: FusedLayca(layer_groups(model, zeros="rotate-later", joins_at=joins_at), lr=1e-2, momentum=0.9)
+
+
+MAKERS |= {f"rotate later, {name}": later(norm) for name, norm in LATER.items()}
+MAKERS |= {f"attached, rotate later, {name}": partial(attached_later, joins_at=norm) for name, norm in LATER.items()}
+
+REACHED = [make for name, make in MAKERS.items() if name.endswith("rotate later, reached")]
 
 every_maker = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 with_and_without_biases = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
@@ -174,13 +194,6 @@ def test_groups_that_do_not_match_are_refused_with_the_cause(seed: int) -> None:
         other.load_state_dict(saved)
 
 
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "nested": {},
     "flat": {"flatten_optimizer_state_dict": True},
@@ -213,10 +226,10 @@ def test_distributed_state_dicts_are_refused_by_name(
     elif refused is not None:
         # torch itself: lists of names of another length in full state dicts, options that another group lacks in flat.
         assert options in ({"full_state_dict": True}, {"flatten_optimizer_state_dict": True})
-        assert "param_names" in str(refused) or "branch.weight" in str(refused)
+        assert any(each in str(refused) for each in ("param_names", "branch.weight", "joins_at"))
     else:
-        # Where every layer has a group of its own, it keeps its options.
-        assert make is MAKERS["alpha"]
+        # Where every layer has a group of its own, it keeps its options; and what has joined turns as others do.
+        assert make in (MAKERS["alpha"], *REACHED)
         steps(model, optimizer, seed + 1)
         steps(resumed, other, seed + 1)
         theirs = dict(model.named_parameters())
@@ -245,7 +258,7 @@ def test_distributed_state_dicts_go_on_with_groups_of_the_start(
 
 
 @pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True}], ids=["nested", "flat"])
-@every_maker
+@pytest.mark.parametrize("make", [make for name, make in MAKERS.items() if "later" not in name])
 def test_distributed_files_name_the_layer(
     make: Make, options: dict[str, Any], tmp_path: Path, one_process: None, seed: int
 ) -> None:

@@ -52,6 +52,7 @@ from .columns import (
     _TILE_TENSOR,
     _TILE_WIDTH,
     _TILES,
+    _WAITS,
     _WEIGHT_DECAY,
 )
 from .formulas import device_function, lower
@@ -163,12 +164,12 @@ def _measure_orthogonal_square(
 def _write_coefficients(n2, d, q, sigma2, layer, row, hyper, has_grad, coefficients, count):
     lr = tl.load(hyper + _LR)
     flags = tl.load(row + _FLAGS)
-    rotates, current = (flags & _ROTATES) != 0, (flags & _CURRENT) != 0
+    rotates, current, waits = (flags & _ROTATES) != 0, (flags & _CURRENT) != 0, (flags & _WAITS) != 0
     radii = tl.load(row + _RADIUS).to(tl.pointer_type(tl.float64)) + (layer - tl.load(row + _FIRST_LAYER))
     old_radius = tl.load(radii, mask=rotates, other=0.0)
     decay = tl.load(hyper + _WEIGHT_DECAY)
     rule, noise = tl.load(row + _RULE), tl.load(hyper + _NOISE)
-    a, b, c, mode, radius = _coefficients(n2, d, q, sigma2, lr, old_radius, decay, rotates, current, rule, noise)
+    a, b, c, mode, radius = _coefficients(n2, d, q, sigma2, lr, old_radius, decay, rotates, current, waits, rule, noise)
     mode = tl.where(has_grad, mode, _KEEP)
     tl.store(coefficients + _A, a)
     tl.store(coefficients + _B, b)

@@ -118,6 +118,25 @@ def test_equals_the_cpu_backend_after_50_steps(options: dict[str, object], seed:
             assert relative_distance(optimizers[0].state[one][name], value) <= 2e-6, name
 
 
+@pytest.mark.parametrize(
+    "options", [{"joins_at": 1.0, "chunks": "all"}, {"joins_at": 2.0, "radius": "current"}, {"radius": 2.5}], ids=str
+)
+def test_reaches_radii_and_joins_as_the_cpu_backend(options: dict[str, Any], seed: int) -> None:
+    start = torch.randn(6, 90) if options.get("radius") == 2.5 else torch.zeros(6, 90)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizers = [
+        FusedLayca([param], 0.01, momentum=0.9, backend=name, **options)
+        for param, name in ((ours, "cuda"), (theirs, "cpu"))
+    ]
+    for row in random_gradients([ours], 20):
+        for optimizer in optimizers:
+            train(optimizer, [row])
+        assert relative_distance(ours, theirs) <= 2e-6
+        radii = [optimizers[0].state[ours]["radius"], optimizers[1].state[theirs]["radius"]]
+        torch.testing.assert_close(*radii, rtol=2e-6, atol=0)
+    assert bool((radii[0] > 0).all())
+
+
 @every_formula
 @every_dtype
 def test_the_verbs_one_by_one_give_the_bits_of_a_step(formula: str, dtype: torch.dtype, seed: int) -> None:

@@ -47,7 +47,7 @@ def check_rotation(run: Run, epochs: int) -> None:
 def test_main_trains_prints_and_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], recorded_runs: list[list[Run]]
 ) -> None:
-    epochs, figure = 4, tmp_path / "figure.png"
+    epochs, figure = 2, tmp_path / "figure.png"
     assert demo.main(["--epochs", str(epochs), "--out", str(figure)]) == 0
 
     printed = capsys.readouterr().out
