@@ -53,8 +53,8 @@ TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-exhaustive test-trainers test-all bench bench-full gpu verify docs lint format fuzz sanitize wheel wheels \
-    wheel-cuda test-versions FORCE
+.PHONY: help setup plans demo test test-exhaustive test-trainers test-all bench bench-full gpu verify docs lint format fuzz sanitize \
+    wheel wheels wheel-cuda test-versions FORCE
 # Targets of one command run one after the other: their tests and timings want the cores for themselves.
 .NOTPARALLEL:
 
@@ -128,6 +128,9 @@ docs: $(DOCS_STAMP)  ## build the documentation into site/; warnings, such as of
 lint: $(STAMP)  ## run ruff, mypy, clang-format and the checks of workflows through pre-commit
 	@echo "==> Running the linters"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(RUN) pre_commit run --all-files $(ARGS)
+
+plans: $(TRAINERS_STAMP)  ## write docs/plans.md: what layer_groups does with the models of transformers and peft
+	@$(TRAINERS)/bin/python docs/make_plans.py $(ARGS)
 
 format: $(STAMP)  ## format Python and C++, and mend what ruff can
 	@$(RUN) ruff check --fix-only --quiet .

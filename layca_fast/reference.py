@@ -175,7 +175,7 @@ def slices(tensor: Tensor, chunks: Any) -> list[Tensor]:
 
 
 def matrix_of(piece: Tensor, chunks: Any) -> Tensor:
-    """The matrix that a layer is: a slice of stacked ones is one of them. Parts of given sizes have rows, if only one."""
+    """The matrix that a layer is: a slice of stacked ones is one of them. Parts of given sizes have rows."""
     how = chunks[1] if isinstance(chunks, (tuple, list)) and isinstance(chunks[0], str) else chunks
     is_slice = how != 1 and not isinstance(how, (tuple, list))
     return piece[0] if is_slice and piece.dim() > 2 and len(piece) == 1 else piece

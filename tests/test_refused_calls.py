@@ -134,10 +134,6 @@ def wrong_shapes(state: dict[str, Any]) -> None:
     state["state"].setdefault(0, {"momentum_buffer": torch.zeros(17)})
 
 
-def half(*shape: int) -> Parameter:
-    return Parameter(torch.randn(shape).bfloat16())
-
-
 Call = Callable[[World], object]
 
 #: By the public name that is called, then what is wrong.
@@ -173,13 +169,20 @@ CALLS: dict[str, Call] = {
     "FusedLayca.step_in_backward: GradScaler": lambda w: FusedLayca(
         w.model.parameters(), unscale_in_step=True
     ).step_in_backward(),
+    "FusedLayca: a radius": lambda w: FusedLayca(w.model.parameters(), 0.1, radius=-1.0),
+    "FusedLayca.step: a radius": lambda w: with_option(w.ours, "radius", 0.0),
+    "FusedLayca.step: a norm to wait for": lambda w: with_option(w.ours, "joins_at", -1.0),
+    "FusedLayca.check_norms: a limit": lambda w: w.ours.check_norms(above=-1.0),
+    "FusedLayca.check_norms: a moment": lambda w: w.ours.check_norms(at="later"),
+    "RotationMonitor: a limit of drifts": lambda w: RotationMonitor(w.ours, check_norms=-1.0),
+    "layer_groups: zeros": lambda w: layer_groups(w.model, zeros="rotate-later"),
     "attach: options": lambda w: attach(w.theirs, rule="none"),
     "attach: chunks": lambda w: attach(w.theirs, chunks=7),
     "attach: no optimizer": lambda w: attach(w.model),
     "attach: twice": lambda w: attach(w.attached),
     "attach: ours": lambda w: attach(w.ours),
     "attach: LBFGS": lambda w: attach(LBFGS(w.model.parameters())),
-    "attach: 16 bits": lambda w: attach(SGD([half(3, 2)], lr=0.1)),
+    "attach: a complex parameter": lambda w: attach(SGD([Parameter(torch.ones(3, 2) * 1j)], lr=0.1)),
     "attach: no constructor": lambda w: attach(wrapper(w)),
     "attach: hooks of a step alone": lambda w: attach(wrapper(w, *STEP_HOOKS)),
     "attach: hooks before a step alone": lambda w: attach(wrapper(w, STEP_HOOKS[0])),
@@ -250,6 +253,15 @@ def test_a_refused_call_leaves_nothing(call: Call, steps: int, seed: int) -> Non
 
 def test_every_entry_point_is_tried() -> None:
     # These refuse nothing, or return plain data.
-    quiet = {"Handle", "LayerGroups", "RotationStats", "Curves", "backends", "__version__"}
+    quiet = {
+        "Handle",
+        "LayerGroups",
+        "NormDriftError",
+        "NormDrifts",
+        "RotationStats",
+        "Curves",
+        "backends",
+        "__version__",
+    }
     names = {name.partition(":")[0].partition(".")[0] for name in CALLS}
     assert set(layca_fast.__all__) - quiet <= names | {"read_curves", "diagnostics"}

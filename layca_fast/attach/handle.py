@@ -1,12 +1,12 @@
 """Layca on any torch optimizer, through the hooks that torch gives every optimizer."""
 
-import inspect
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..compat import not_compiled
@@ -14,23 +14,27 @@ from ..formulas.chunks import as_tuples
 from ..formulas.options import check_choice
 from ..formulas.plain import with_plain
 from ..messages import labelled, named
-from ..optimizer import FusedLayca
-from ..state.entries import drop_empty, with_all_entries
-from ..state.loading import (
-    check_radii,
+from ..state.attached import (
+    ATTACHED,
+    check_attached,
     follow_attached,
     keep_options,
-    shield_radii,
-    unshield_radii,
+    shield,
+    unshield,
     with_chunks,
     without_chunks,
 )
+from ..state.effective import effective_weight
+from ..state.entries import drop_empty, with_all_entries
 from ..state.modes import out_of_inference
 from ..state.others import HOOK
 from ..state.radii import without_functions
-from ..step.hooks import is_nested, lacks_hooks
+from ..step.hooks import is_nested
 from ..step.norms import NormDrifts, checked_plans, last_drifts, present_drifts
+from .checks import check_optimizer
+from .halves import is_half, narrowed
 from .shadow import OPTIONS, Shadow, check_turning, plan_groups
+from .stand_in import StandIn
 
 #: torch's dicts of hooks on an optimizer, and the method of :class:`Handle` that goes into each.
 _HOOKS = {
@@ -57,6 +61,7 @@ class Handle:
         self._optimizer: weakref.ref[Optimizer] = weakref.ref(optimizer)
         self.options = dict(options)
         self._shadow: Shadow | None = None
+        self._stand_in: StandIn | None = None
         self._steps = 0
         self._was_loaded = False
         for hooks, method in _HOOKS.items():
@@ -75,11 +80,11 @@ class Handle:
         return f"<layca_fast.attach to {type(optimizer).__name__}: {options}>"
 
     def remove(self) -> None:
-        """Take the hooks off, and the radii out of the optimizer's state. Does nothing the second time."""
+        """Take the hooks off, and radii and remainders out of the optimizer's state. Does nothing the second time."""
         optimizer = self._optimizer()
         if optimizer is not None and _handle_of(optimizer) is self:
             detach(optimizer)
-            self._shadow = None
+            self._shadow = self._stand_in = None
 
     @torch.no_grad()
     def check_norms(self, above: float | None = None, *, at: str = "step") -> NormDrifts:
@@ -111,6 +116,11 @@ class Handle:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
+    def effective_weight(self, param: Tensor) -> Tensor:
+        """The float32 weight that a 16-bit ``param`` and its remainder stand for, as that of FusedLayca."""
+        optimizer = self._optimizer()
+        return effective_weight(param, {} if optimizer is None else optimizer.state.get(param, {}))
+
     # Weights and plan are made again at the next step: a copy of the optimizer has parameters of its own.
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self._optimizer(), "options": self.options, "steps": self._steps}
@@ -118,7 +128,7 @@ class Handle:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._optimizer = weakref.ref(state["optimizer"])
         self.options, self._steps = state["options"], state.get("steps", 0)
-        self._shadow, self._was_loaded = None, False
+        self._shadow, self._stand_in, self._was_loaded = None, None, False
 
     def _state_of_optimizer(self) -> dict[str, Any]:
         optimizer = self._optimizer()
@@ -133,16 +143,36 @@ class Handle:
     # To compile what the hooks do on the host would gain nothing, and be done again for every new lr.
     @not_compiled
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not is_nested(self):
-            self._fitting_shadow(optimizer).keep(optimizer)
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if is_nested(self):
+            if optimizer is self._optimizer() and self._stand_in is not None and self._stand_in.weights:
+                raise RuntimeError(
+                    f"a closure steps this {type(optimizer).__name__} in the middle of its own step, in which float32 "
+                    "weights stand in for its 16-bit parameters: take that step before, or keep them in float32"
+                )
+            return None
+        shadow = self._keep(optimizer)
+        if not shadow.needs_stand_in(optimizer):
+            return None
+        if self._stand_in is None or type(self._stand_in.optimizer) is not type(optimizer):
+            self._stand_in = StandIn(type(optimizer))
+        self._stand_in.enter(optimizer, lambda: self._keep(optimizer).fill())
+        return self._stand_in.arguments(args, kwargs)
+
+    def _keep(self, optimizer: Optimizer) -> Shadow:
+        shadow = self._fitting_shadow(optimizer)
+        shadow.keep(optimizer)
+        return shadow
 
     @not_compiled
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Some optimizers put new memory under a parameter while they step, and hooks may have changed lr.
         if not is_nested(self):
-            self._fitting_shadow(optimizer).turn(optimizer)
+            stepped: Mapping[Tensor, Tensor] = {}
+            if self._stand_in is not None and args[0] is self._stand_in.optimizer:
+                stepped = self._stand_in.hand_over()
+            self._fitting_shadow(optimizer).turn(optimizer, stepped)
             self._steps += 1
             self._was_loaded = False
 
@@ -156,17 +186,17 @@ class Handle:
 
     def _before_load(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         before = optimizer.param_groups
-        saved = follow_attached(optimizer, saved)
+        saved = follow_attached(optimizer, saved, self.options)
         try:
-            check_radii(optimizer, saved, before, self.options)
+            check_attached(optimizer, saved, before, self.options)
         except ValueError:
             optimizer.param_groups = before
             raise
         saved = without_chunks(saved, before, self.options["chunks"])
-        return shield_radii(keep_options(optimizer, saved, OPTIONS))
+        return shield(optimizer, keep_options(optimizer, saved, OPTIONS))
 
     def _after_load(self, optimizer: Optimizer) -> None:
-        unshield_radii(optimizer)
+        unshield(optimizer)
         drop_empty(optimizer.state)
         self._was_loaded = True
 
@@ -174,34 +204,6 @@ class Handle:
         saved = with_all_entries(optimizer, saved)
         saved = {**saved, "param_groups": [without_functions(group) for group in saved["param_groups"]]}
         return with_chunks(optimizer, saved, self.options["chunks"])
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    """Raise TypeError or ValueError for what Layca cannot be attached to."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}: it must be a torch.optim.Optimizer")
-    name = type(optimizer).__name__
-    if isinstance(optimizer, FusedLayca):
-        raise TypeError(f"optimizer is a {name}, which rotates by itself: use it without attach")
-    lack = lacks_hooks(optimizer, tuple(_HOOKS))
-    if lack is not None:
-        raise TypeError(
-            f"optimizer is a {name} {lack}, as wrappers are that skip Optimizer.__init__: attach to the optimizer "
-            "inside it"
-        )
-    # Of the class: a learning rate scheduler replaces the method of the instance.
-    arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
-    needed = [each.name for each in arguments if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
-    if needed:
-        raise TypeError(
-            f"optimizer is a {name}, whose step needs {', '.join(needed)}: it takes many steps inside one, of which "
-            "none could be turned; use an optimizer that takes one, such as torch.optim.SGD"
-        )
-    if _handle_of(optimizer) is not None:
-        raise ValueError(
-            f"this {name} is attached already, as copies of an attached optimizer are: set options in its param "
-            "groups, or call layca_fast.detach(optimizer) first"
-        )
 
 
 def attach(
@@ -222,8 +224,9 @@ def attach(
     attached optimizer are attached. Tensors that do not rotate keep the optimizer's own step.
 
     Args:
-        optimizer: any torch.optim.Optimizer whose ``step`` needs no closure. Its rotating parameters are float32 or
-            float64 and dense. Its lr becomes the rotation rate too: a rotating layer turns by atan(lr) radians.
+        optimizer: any torch.optim.Optimizer whose ``step`` needs no closure. Its rotating parameters are float32,
+            float64, bfloat16 or float16 and dense, plain or DTensors. Its lr becomes the rotation rate too: a rotating
+            layer turns by atan(lr) radians.
         rule: as in FusedLayca, like the next five.
         rotate: which tensors rotate: True, False, or None for those with two or more dimensions longer than 1.
         chunks: which parts of a rotating tensor are layers: 1, n, "all", sizes, "matrices", "columns", ...
@@ -234,16 +237,29 @@ def attach(
     A param group's own "rule", "rotate", "chunks", "radius", "joins_at" or "backend" wins over the argument.
 
     State: ``optimizer.state[param]["radius"]``, float64 of shape (layers,), kept with its type by load_state_dict. A
-    state loaded without radii takes them from the weights at the next step.
+    state loaded without radii takes them from the weights at the next step. Of 16-bit parameters also ``"remainder"``,
+    as in FusedLayca, and the optimizer's own state is that of float32 weights, which load_state_dict keeps, too.
+
+    Sharded parameters (FSDP2, tensor parallel, both, HSDP): as in FusedLayca, three float64 numbers per layer travel in
+    one all-reduce per mesh dimension that shards, and step, so all processes must step together. State is sharded as
+    FusedLayca's. What the optimizer itself does to DTensors is torch's affair.
+
+    16-bit parameters: the optimizer steps the float32 weight that parameter and remainder stand for, by a float32
+    gradient, and ``handle.effective_weight(param)`` is that weight. The run is that of float32 parameters on the same
+    gradients: in bfloat16 bit for bit, in float16 for weights of 2**-16 and more. For its step, the optimizer is
+    replaced by a stand-in of its class with these weights in its groups; parameters, groups and types stay as they are,
+    also where the step fails. It must take its parameters from its groups. Needs torch 2.10 or newer.
 
     Memory: one copy of the weights that rotate and may move (frozen ones are not copied), kept between steps, and a
-    scratch of at most 2**18 elements per dtype on a CPU, 2**22 on other devices.
+    scratch of at most 2**18 elements per dtype on a CPU, 2**22 on other devices. A 16-bit weight costs 6 bytes, 2 for
+    the remainder and 4 for the copy, 4 more for a float32 gradient during the step, and 2 for each moment of the
+    optimizer, which becomes float32.
 
-    Precision: w_after is stored in the parameter's type, so u carries its rounding: its direction is off by an angle of
-    at most eps/2 * |w|/|u|, eps being 1.2e-7 in float32, and on random weights by 0.4 of that: 2.5e-5 radians where the
-    base step is 1e-3 of the weights, 2.5e-2 where it is 1e-6. Elements of u below half a unit in the last place of
-    their weight are lost. The angle turned is atan(lr) all the same. ``python -m bench.attach_error`` measures this;
-    docs/attach.md says what to do about it.
+    Precision: w_after is stored in the parameter's type, float32 where that has 16 bits, so u carries its rounding: its
+    direction is off by an angle of at most eps/2 * |w|/|u|, eps being 1.2e-7 in float32, and on random weights by 0.4
+    of that: 2.5e-5 radians where the base step is 1e-3 of the weights, 2.5e-2 where it is 1e-6. Elements of u below
+    half a unit in the last place of their weight are lost. The angle turned is atan(lr) all the same.
+    ``python -m bench.attach_error`` measures this; docs/attach.md says what to do about it.
 
     A step below eps/2 * |w| (once projected) is not told from rounding, so the layer stays as it is.
 
@@ -256,13 +272,21 @@ def attach(
     step. An optimizer that keeps copies of the weights in its state (ASGD) keeps those of its own step.
 
     Returns:
-        A handle: ``handle.remove()`` restores the plain optimizer, as leaving ``with attach(optimizer):`` does.
+        A handle: ``handle.remove()`` restores the plain optimizer, as leaving ``with attach(optimizer):`` does: radii
+        and remainders are gone then, and moments of 16-bit parameters are of 16 bits, as the plain optimizer has them.
 
     Raises:
         TypeError, ValueError: before anything is modified, for an optimizer, options or parameters that it cannot take;
             here, or, for parameters and options that changed since and layers whose weights are all zero, at the step.
+        RuntimeError: after a step that wrote to 16-bit parameters themselves: the optimizer keeps them elsewhere than
+            in its groups.
     """
-    _check_optimizer(optimizer)
+    check_optimizer(optimizer, tuple(_HOOKS))
+    if _handle_of(optimizer) is not None:
+        raise ValueError(
+            f"this {type(optimizer).__name__} is attached already, as copies of an attached optimizer are: set options "
+            "in its param groups, or call layca_fast.detach(optimizer) first"
+        )
     options = with_plain(
         {"rule": rule, "rotate": rotate, "chunks": chunks, "radius": radius, "joins_at": joins_at, "backend": backend}
     )
@@ -280,5 +304,8 @@ def detach(optimizer: Optimizer) -> None:
     del optimizer.__dict__["__getstate__"]
     for _, _, param in labelled(optimizer.param_groups):
         state = optimizer.state.get(param, {})
-        if state.pop("radius", None) is not None and not state:
+        had = [state.pop(name, None) is not None for name in ATTACHED]
+        if is_half(param) and had[ATTACHED.index("remainder")]:
+            state.update(narrowed(state, param))
+        if any(had) and not state:
             del optimizer.state[param]

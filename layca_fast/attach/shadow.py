@@ -1,7 +1,7 @@
 """The rotating weights of somebody else's optimizer: copies from before its step, and the plan that turns them after.
 
 The plan is the one of :class:`layca_fast.FusedLayca` under base "sgd", on aliases of the parameters whose gradient is
-the step that the other optimizer has just made.
+the step that the other optimizer has just made. So shards, remainders and radii are its affair.
 """
 
 from collections import defaultdict
@@ -19,24 +19,23 @@ from ..compat import is_fake
 from ..formulas.bases import BASES
 from ..formulas.options import check_groups
 from ..messages import describe, labelled
+from ..state.attached import ATTACHED
 from ..state.checks import check_parameter, check_writable, count_layers
-from ..state.compensation import HALVES
-from ..state.layout import is_dense, memory_order
 from ..state.members import rotates
 from ..state.memory import check_apart, is_trained
 from ..state.others import option
-from ..state.sharding import is_sharded, local_of
+from ..state.sharding import is_elsewhere, is_sharded, local_of, wrap
 from ..state.structure import check_entries
 from ..step.hypers import DIFFERENCE
 from ..step.interrupts import uninterrupted
 from ..step.plan import Plan
 from ..step.watch import Layouts
+from .exchange import Exchange
+from .halves import ARE_SUPPORTED, Master, is_half, narrowed, widened
+from .stand_in import without_ours
 
 #: What a param group may say for itself; where it does not, the arguments of ``attach`` hold.
 OPTIONS = ("rule", "rotate", "chunks", "radius", "joins_at", "backend")
-
-#: Elements per exchange of weights and copies: what stays in a CPU's cache; enough for one launch to fill a GPU.
-BLOCK_ON_CPU, BLOCK_ELSEWHERE = 2**18, 2**22
 
 #: The base step is taken as it is: it plays the gradient of plain SGD.
 _AS_IT_IS: Mapping[str, Any] = {
@@ -82,7 +81,7 @@ def plan_groups(optimizer: Optimizer, defaults: Mapping[str, Any], step: int = 0
 
 def _turns(param: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether the tensor rotates and may move: frozen ones are not worth a copy."""
-    if not param.requires_grad and param.grad is None:
+    if (not param.requires_grad and param.grad is None) or is_elsewhere(param):
         return False
     # A lazy parameter has no dimensions to count yet.
     return group["rotate"] is not False if is_lazy(param) else rotates(param, group)
@@ -96,18 +95,17 @@ def turning(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any]
 
 def check_turning(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise TypeError or ValueError, naming it, for a parameter that is to rotate and cannot."""
+    for group, label, param in labelled(groups):
+        if getattr(param, "_fsdp_flattened", False) and group["rotate"] is not False:
+            # Vectors, of which nothing would turn.
+            check_parameter(param, label)
     for group, label, param in turning(groups):
         check_parameter(param, label)
         check_writable(param, label)
-        if is_sharded(param):
+        if is_half(param) and not ARE_SUPPORTED:
             raise TypeError(
-                f"{describe(label, param)} is a DTensor: attach() turns plain tensors only; train sharded models with "
-                "FusedLayca, or put its group's rotate to False"
-            )
-        if param.dtype in HALVES:
-            raise TypeError(
-                f"{describe(label, param)}: attach() reads the other optimizer's step from the weights, and most of it "
-                "is lost where they are stored in 16 bits; use FusedLayca, which keeps the rest of their bits, or keep "
+                f"{describe(label, param)}: attach() turns 16-bit parameters by float32 steps, which tensors of torch "
+                f"{torch.__version__} cannot have as their gradients: use torch 2.10 or newer, or FusedLayca, or keep "
                 "the parameters in float32 and let torch.autocast run the model in 16 bits"
             )
         count_layers(param, group["chunks"], label)
@@ -131,56 +129,6 @@ def _copy_of(param: Tensor, old: Tensor | None) -> Tensor:
     return torch.empty_like(param, requires_grad=False).copy_(old)
 
 
-def _pieces(weight: Tensor, kept: Tensor, block: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of both, at most ``block`` elements each; of tensors with gaps in memory, at least one row."""
-    if weight.numel() == 0:
-        return
-    if is_dense(weight):
-        weight, kept, rows = memory_order(weight), memory_order(kept), block
-    else:
-        rows = max(1, block * weight.shape[0] // weight.numel())
-    yield from zip(weight.split(rows), kept.split(rows), strict=True)
-
-
-class _Exchange:
-    """Puts weights back and leaves the step in their copies, piece by piece through a scratch per device and dtype."""
-
-    def __init__(self, weights: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-        pieces: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
-        for weight, kept in zip(weights, copies, strict=True):
-            block = BLOCK_ON_CPU if weight.device.type == "cpu" else BLOCK_ELSEWHERE
-            pieces.setdefault((weight.device, weight.dtype), []).extend(_pieces(weight, kept, block))
-        self._bundles: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
-        for (device, dtype), pairs in pieces.items():
-            self._bundle(pairs, BLOCK_ON_CPU if device.type == "cpu" else BLOCK_ELSEWHERE, device, dtype)
-
-    def _bundle(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], block: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        """Small pieces share a bundle, which a GPU exchanges in three launches."""
-        bundles: list[list[tuple[Tensor, Tensor]]] = []
-        filled, largest = block, 0
-        for weight, kept in pairs:
-            if filled + weight.numel() > block:
-                bundles.append([])
-                filled = 0
-            bundles[-1].append((weight, kept))
-            filled += weight.numel()
-            largest = max(largest, filled)
-        scratch = torch.empty(largest, dtype=dtype, device=device)
-        for bundle in bundles:
-            weights, copies = [weight for weight, _ in bundle], [kept for _, kept in bundle]
-            parts = scratch[: sum(weight.numel() for weight in weights)].split([weight.numel() for weight in weights])
-            views = [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
-            self._bundles.append((weights, copies, views))
-
-    def run(self) -> None:
-        for weights, copies, scratch in self._bundles:
-            torch._foreach_copy_(scratch, weights)
-            torch._foreach_copy_(weights, copies)
-            torch._foreach_sub_(copies, scratch)
-
-
 class Shadow:
     """Aliases of the weights that rotate, which share their memory, with a copy of each as the alias's gradient.
 
@@ -196,16 +144,23 @@ class Shadow:
         # A layer that shares memory with what does not rotate would lose its norm as well.
         written = [(label, param) for _, label, param in labelled(groups) if is_trained(param)]
         check_apart([(partial(describe, label, param), local_of(param)) for label, param in written])
-        self._lie = Layouts([local_of(param) for _, param in written if not is_fake(param)])
+        self._lie = Layouts([local_of(param) for _, param in written if not is_fake(local_of(param))])
         self._made_for = _structure(groups)
-        old = {} if previous is None else {id(param): alias.grad for param, alias in previous.pairs}
+        old = {} if previous is None else {id(param): kept for (param, _), kept in previous._kept()}
         if previous is not None:
             previous._drop()
         self.pairs: list[tuple[Tensor, Tensor]] = [(param, param.detach()) for _, _, param in turning(groups)]
+        self._still = [param for group, _, param in labelled(groups) if is_half(param) and not _turns(param, group)]
         # They have no addresses, and torch warns of being asked.
-        self._are_fake = any(is_fake(param) for param, _ in self.pairs)
-        for param, alias in self.pairs:
-            alias.grad = _copy_of(param, old.pop(id(param), None))
+        self._are_fake = any(is_fake(local_of(param)) for param, _ in self.pairs)
+        self._masters = {param: Master(param, alias) for param, alias in self.pairs if is_half(param)}
+        copied = [(param, alias) for param, alias in self.pairs if param not in self._masters]
+        self._weights = [local_of(alias) for _, alias in copied]
+        self._copies = [
+            _copy_of(weight, old.pop(id(param), None)) for (param, _), weight in zip(copied, self._weights, strict=True)
+        ]
+        for (param, alias), kept in zip(copied, self._copies, strict=True):
+            alias.grad = wrap(kept, param)
         aliases = {id(param): alias for param, alias in self.pairs}
         # Stands for every tensor that does not rotate. It has no gradient, so the plan leaves it out.
         absent = torch.empty(0, dtype=torch.float32, device="cpu")
@@ -215,14 +170,19 @@ class Shadow:
         self._state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         self._published: set[Tensor] = set()
         self.plan: Plan | None = None
-        self._weights = [alias for _, alias in self.pairs]
-        self._copies = [alias.grad for alias in self._weights if alias.grad is not None]
-        self._exchange = _Exchange(self._weights, self._copies)
+        self._exchange = Exchange(self._weights, self._copies)
         self._take_plan(optimizer)
+
+    def _kept(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        """The pairs of which there are copies, with them."""
+        copied = (pair for pair in self.pairs if pair[0] not in self._masters)
+        return zip(copied, self._copies, strict=False)
 
     def _drop(self) -> None:
         """Let the copies go: those of a shadow that replaces this one are to take their place in memory."""
-        self._exchange, self._copies = _Exchange([], []), []
+        self._exchange, self._copies = Exchange([], []), []
+        for master in self._masters.values():
+            master.drop()
         for _, alias in self.pairs:
             alias.grad = None
 
@@ -231,47 +191,106 @@ class Shadow:
         return (
             _structure(groups) == self._made_for
             and self._lie.hold()
-            and all(
-                (self._are_fake or param.data_ptr() == alias.data_ptr())
-                and param.stride() == alias.stride()
-                and param.shape == alias.shape
-                and param.dtype == alias.dtype
-                and param.device == alias.device
-                for param, alias in self.pairs
-            )
+            and all(self._lies_as(local_of(param), local_of(alias)) for param, alias in self.pairs)
+        )
+
+    def _lies_as(self, param: Tensor, alias: Tensor) -> bool:
+        return (
+            (self._are_fake or param.data_ptr() == alias.data_ptr())
+            and param.stride() == alias.stride()
+            and param.shape == alias.shape
+            and param.dtype == alias.dtype
+            and param.device == alias.device
         )
 
     def keep(self, optimizer: Optimizer) -> None:
         """Before the step: copy the weights. Raises, before that, what the plan finds wrong with them."""
         self._take_plan(optimizer)
+        self._settle(optimizer)
         if self._weights:
             torch._foreach_copy_(self._copies, self._weights)
+
+    def needs_stand_in(self, optimizer: Optimizer) -> bool:
+        """Whether another has to take the step, because of types, or of states that would not look unmade."""
+        if self._masters:
+            return True
+        return any(is_sharded(param) and not without_ours(optimizer.state.get(param, {})) for param, _ in self.pairs)
+
+    def fill(self) -> tuple[dict[Tensor, Tensor], set[Tensor]]:
+        """The float32 weights that stand in for 16-bit parameters, as these are now; and all that turns."""
+        weights: dict[Tensor, Tensor] = {
+            param: self._masters[param].fill(self._state[alias]["remainder"])
+            for param, alias in self.pairs
+            if param in self._masters
+        }
+        return weights, {param for param, _ in self.pairs}
 
     def take_rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Turn by the learning rates of ``groups`` from now on."""
         for ours, theirs in zip(self.groups, groups, strict=True):
             ours["lr"] = theirs["lr"]
 
-    def turn(self, optimizer: Optimizer) -> None:
-        """After the step: put the weights back, turn them by the step that was made, and store new radii."""
+    def turn(self, optimizer: Optimizer, stepped: Mapping[Tensor, Tensor]) -> None:
+        """After the step: put the weights back, turn them by the step that was made, and store new radii.
+
+        ``stepped``: what the optimizer has made of the weights that stood in for 16-bit parameters.
+        """
         self._exchange.run()
+        for param, alias in self.pairs:
+            if param in self._masters:
+                self._masters[param].take(stepped.get(param), self._state[alias]["remainder"])
         assert self.plan is not None
         self.plan.step()
         for param, alias in self.pairs:
-            # Optimizers make their state at a parameter's first gradient, and only where it has none yet.
-            if param.grad is not None or optimizer.state.get(param):
-                optimizer.state.setdefault(param, {})["radius"] = self._state[alias]["radius"]
-                self._published.add(alias)
+            self._publish(optimizer, param, alias)
+
+    def _settle(self, optimizer: Optimizer) -> None:
+        """What has to be in the optimizer's state before a step, which may fail."""
+        for param, alias in self.pairs:
+            if param not in self._masters and "remainder" in optimizer.state.get(param, {}):
+                # Of a time when the parameter had 16 bits.
+                del optimizer.state[param]["remainder"]
+            # Shards: whether layers of zeros were looked for, in which all take part, must not hang on who has a
+            # gradient. 16 bits: from now on their state is that of float32 weights.
+            if is_sharded(param) or param in self._masters:
+                self._publish(optimizer, param, alias)
+        for param in self._still:
+            entry = optimizer.state.get(param, {})
+            if "remainder" in entry and param.grad is not None:
+                del entry["remainder"]
+                entry.update(narrowed(entry, param))
+
+    def _publish(self, optimizer: Optimizer, param: Tensor, alias: Tensor) -> None:
+        """Put what we keep of a parameter into the optimizer's state."""
+        # Optimizers make their state at a parameter's first gradient, and only where it has none yet.
+        entry = optimizer.state.get(param)
+        if param.grad is None and not entry and not is_sharded(param):
+            return
+        if entry is None:
+            entry = optimizer.state[param] = {}
+        if param in self._masters and "remainder" not in entry:
+            entry.update(widened(entry, param))
+        ours = self._state[alias]
+        for name in self._names(param):
+            entry[name] = ours[name]
+        self._published.add(alias)
+
+    def _names(self, param: Tensor) -> Sequence[str]:
+        """What we keep of a parameter."""
+        return ATTACHED if param in self._masters else ("radius",)
 
     def _take_plan(self, optimizer: Optimizer) -> None:
-        """Bring radii, which may have been loaded or deleted, and the plan up to date."""
+        """Bring radii and remainders, which may have been loaded or deleted, and the plan up to date."""
         for param, alias in self.pairs:
-            theirs, ours = optimizer.state.get(param, {}).get("radius"), self._state[alias]
-            if theirs is not None and theirs is not ours.get("radius"):
-                ours["radius"] = theirs
-            elif theirs is None and alias in self._published:
-                ours.pop("radius", None)
-                self._published.remove(alias)
+            entry, ours = optimizer.state.get(param, {}), self._state[alias]
+            for name in self._names(param):
+                theirs = entry.get(name)
+                if theirs is not None and theirs is not ours.get(name):
+                    ours[name] = theirs
+                elif theirs is None and alias in self._published:
+                    ours.pop(name, None)
+            if not ours.keys() & entry.keys():
+                self._published.discard(alias)
         if self.plan is None or not self.plan.holds(self.groups, self._state):
             with uninterrupted():
                 self.plan = Plan(self.groups, self._state, choose, previous=self.plan)

@@ -3,7 +3,6 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -14,41 +13,17 @@ from ..formulas.chunks import Chunks
 from ..formulas.options import check_choice, check_lr, misspelt
 from ..formulas.plain import plain, with_plain
 from ..messages import warn_caller
-from ..state.checks import check_initialized
-from ..state.cut import Cut, cut_of
-from ..state.layout import is_vector
+from .entries import Entry, decide_on_head, set_aside_vectors, trainable_entries
 from .left_out import doubt
-from .others import check_others_base, head_of, split_options
+from .others import check_others_base, split_options
 from .plan import LayerGroups, Row
-from .roles import EMBEDDINGS, Asked, asked_of, asked_types, decide
+from .roles import EMBEDDINGS, asked_types
 from .zeros import check_zeros, rotating_later, set_aside_zeros
 
 OTHERS = ("train", "freeze")
 
 #: Keys of a group that only ``layer_groups`` may set.
 RESERVED = ("params", "param_names", "chunks", "chunk_names", "lr_factor")
-
-
-@dataclass
-class _Entry:
-    """One trainable tensor on its way into a group; ``chunks`` is None where it does not rotate."""
-
-    name: str
-    param: Tensor
-    chunks: Chunks | None
-    reason: str
-    unknown: type[nn.Module] | None = None
-    joins_at: float = 0.0
-
-    @property
-    def layers(self) -> int:
-        return 1 if self.chunks is None else self.cut.layers
-
-    @property
-    def cut(self) -> Cut:
-        """How it is cut into layers, where it rotates; ValueError where its chunks do not fit."""
-        assert self.chunks is not None
-        return cut_of(self.param, self.chunks, f"parameter {self.name!r}")
 
 
 def _check_alpha(alpha: Any) -> None:
@@ -74,41 +49,6 @@ def lr_factors(layers: int, alpha: float) -> list[float]:
     return factors if alpha <= 0 else factors[::-1]
 
 
-def trainable_entries(model: nn.Module, asked: Asked) -> tuple[dict[Tensor, str], list[_Entry]]:
-    """Every trainable parameter with its name, and those that can be placed, in the order of definition.
-
-    A parameter can be placed if a module registers it and ``model.named_parameters()`` yields it, too.
-    """
-    names: dict[Tensor, str] = {}
-    for name, param in model.named_parameters():
-        names.setdefault(param, name)
-    owners: dict[Tensor, list[tuple[nn.Module, str]]] = {}
-    trainable: dict[Tensor, str] = {param: name for param, name in names.items() if param.requires_grad}
-    for prefix, module in model.named_modules():
-        # Not the module's own method, which a model may override.
-        for leaf, param in nn.Module.named_parameters(module, recurse=False, remove_duplicate=False):
-            if param.requires_grad:
-                owners.setdefault(param, []).append((module, leaf))
-                trainable.setdefault(param, f"{prefix}.{leaf}" if prefix else leaf)
-    if not trainable:
-        raise ValueError(f"model: no parameter of this {type(model).__name__} requires a gradient: nothing to train")
-    for tensor, name in trainable.items():
-        check_initialized(tensor, f"parameter {name!r}")
-    placed = {param: names[param] for param in owners if param in names}
-    return trainable, [_Entry(name, param, *decide(owners[param], param, asked)) for param, name in placed.items()]
-
-
-def _set_aside(entries: Sequence[_Entry], model: nn.Module, asked: Asked) -> None:
-    """Move the head to the others, unless the caller has said of its module that it rotates."""
-    head = head_of(model)
-    owners = [module for module in model.modules() if any(param is head for param in module._parameters.values())]
-    if any(was_asked and chunks is not False for was_asked, chunks in (asked_of(each, asked) for each in owners)):
-        return
-    for entry in entries:
-        if entry.param is head and (entry.chunks is not None or entry.unknown is not None):
-            entry.chunks, entry.reason, entry.unknown = None, "logits", None
-
-
 def _training(group: Mapping[str, Any]) -> dict[str, Any]:
     """What a row of the plan says of the group that its tensor is in."""
     lr = group.get("lr")
@@ -119,25 +59,19 @@ def _training(group: Mapping[str, Any]) -> dict[str, Any]:
     return {"base": group.get("base"), "rule": rule, "lr": lr}
 
 
-def _set_aside_vectors(entries: Iterable[_Entry]) -> None:
-    """Move tensors of one row or one column, as the gains of weight_norm are, to the others."""
-    for entry in entries:
-        if entry.chunks is not None and is_vector(entry.param):
-            entry.chunks, entry.reason = None, "vector"
-
-
 def _rotating_groups(
-    entries: Sequence[_Entry], factors: Sequence[float], lr: float | Tensor | None, options: Mapping[str, Any]
+    entries: Sequence[Entry], factors: Sequence[float], lr: float | Tensor | None, options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    groups: dict[tuple[float, Chunks | None, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, Chunks | None, tuple[str, ...], Any], dict[str, Any]] = {}
     # Nothing decays on a sphere: another optimizer's own default must not step in.
     shared = {**options, "weight_decay": 0.0} if "weight_decay" in options else options
     for entry, factor in zip(entries, factors, strict=True):
-        key = factor, entry.chunks, entry.joins_at
+        key = factor, entry.chunks, entry.parts, entry.joins_at
         if key not in groups:
             rate = {} if lr is None else {"lr": scaled_rate(lr, factor)}
             ours = {"params": [], "rotate": True, "chunks": entry.chunks, "lr_factor": factor}
-            groups[key] = {**ours, **rate, **shared, **rotating_later(entry.joins_at, shared)}
+            names = {"chunk_names": entry.parts} if entry.parts else {}
+            groups[key] = {**ours, **names, **rate, **shared, **rotating_later(entry.joins_at, shared)}
         groups[key]["params"].append((entry.name, entry.param))
     return list(groups.values())
 
@@ -154,7 +88,7 @@ def _check_complete(groups: Iterable[Mapping[str, Any]], trainable: Mapping[Tens
         )
 
 
-def _freeze(entries: Iterable[_Entry], zeros: Sequence[_Entry]) -> None:
+def _freeze(entries: Iterable[Entry], zeros: Sequence[Entry]) -> None:
     if zeros:
         warnings.warn(
             "others='freeze' freezes weights that are all zero, or have a layer of zeros: "
@@ -175,6 +109,7 @@ def _check_arguments(
     others_lr: Any,
     others_base: Any,
     embeddings: Any,
+    head: Any,
     names: Any,
     zeros: Any,
     joins_at: Any,
@@ -186,6 +121,7 @@ def _check_arguments(
     _check_alpha(alpha)
     check_choice({"others": others}, "others", OTHERS)
     check_choice({"embeddings": embeddings}, "embeddings", (False, True))
+    check_choice({"head": head}, "head", (None, False, True))
     check_choice({"names": names}, "names", (False, True))
     check_zeros(zeros, joins_at)
     for name, rate in (("lr", lr), ("others_lr", others_lr)):
@@ -199,7 +135,8 @@ def _check_arguments(
         if name in options:
             raise TypeError(f"{name}={options[name]!r}: layer_groups sets it itself; leave it out")
     check_others_base(others_base, others)
-    message = misspelt(options, ("alpha", "others", "others_lr", "others_base", "embeddings", "names", "zeros"))
+    options_here = ("alpha", "others", "others_lr", "others_base", "embeddings", "head", "names", "zeros")
+    message = misspelt(options, options_here)
     if message is not None:
         raise TypeError(message)
     if options.get("base") == "rmsprop" and alpha != 0:
@@ -217,6 +154,7 @@ def layer_groups(
     others_lr: float | Tensor | None = None,
     others_base: str | None = None,
     embeddings: bool = False,
+    head: bool | None = None,
     rotate: Iterable[type[nn.Module] | nn.Module] | Mapping[Any, Any] = (),
     names: bool = True,
     zeros: str = "others",
@@ -227,12 +165,17 @@ def layer_groups(
 
     Rotating: the weights of Linear, Bilinear, Conv1d to 3d and ConvTranspose1d to 3d; MultiheadAttention's packed
     ``in_proj_weight`` as 3 layers; the weights of RNN, LSTM, GRU and their cells as one layer per gate; those of
-    transformers' Conv1D, stored as (in, out), each as one layer. The others: biases, norm layers, embeddings, vectors
-    (at most one dimension longer than 1: a Linear with one output has one), parametrized weights (weight_norm and the
-    like, unless asked for), weights of which a layer is all zero (see ``zeros``), and whatever modules of unknown types
-    hold (see ``rotate``). Parameters with requires_grad=False are left out. A tied tensor counts once, under its first
-    name; it rotates if any module that shares it makes it rotate, but one that is an embedding anywhere is an
-    embedding.
+    transformers' Conv1D, stored as (in, out); stacks of experts, each expert a layer. A Linear that packs query, key
+    and value, gate and up, or the like, is cut into these where what is around it tells their sizes, which need not be
+    equal (``chunks``, with ``chunk_names``); else it is one layer, and the plan says so, as is a packed Conv1D, whose
+    parts are columns (see ``rotate``).
+
+    The others: biases, norm layers, embeddings, positional tables, tokens, routers of experts, LoRA's B, the head over
+    a vocabulary (see ``head``), vectors (at most one dimension longer than 1: a Linear with one output has one),
+    parametrized weights (weight_norm and the like, unless asked for), weights of which a layer is all zero (see
+    ``zeros``), and whatever modules of unknown types hold (see ``rotate``). Parameters with requires_grad=False are
+    left out. A tied tensor counts once, under its first name; it rotates if any module that shares it makes it rotate,
+    but one that is an embedding anywhere is an embedding.
 
     Zeros are looked for now: call it before trained weights are loaded, as for the run that is resumed. Warns where
     nothing rotates, and where unknown types hold more than a tenth of the weights that could.
@@ -249,20 +192,24 @@ def layer_groups(
             Weights of zeros are frozen, too, with a warning, since they never train then.
         others_lr: the lr of the others; None: ``lr``, or under ``others_base`` what the optimizer says for that base.
             Only for others="train".
-        others_base: the base of the others, such as "adam" beside base="muon"; None: that of ``options``. The head that
-            makes the logits, tied to an embedding or not, is then one of the others, unless ``rotate`` names it: the
-            model's ``get_output_embeddings()``; else the last matrix of the shape of an embedding's table; else the
-            last Linear with as many outputs as an embedding has entries; else the last Linear. Options go to the base
-            that has them; those that both have, to ``base``.
-        embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer.
+        others_base: the base of the others, such as "adam" beside base="muon"; None: that of ``options``. The last
+            Linear of a model without a vocabulary is then one of the others, too. Options go to the base that has
+            them; those that both have, to ``base``.
+        embeddings: whether Embedding and EmbeddingBag weights rotate, each as one layer, and with them a tied head.
+        head: whether what makes the logits rotates. None: not if they are over a vocabulary, tied to an embedding or
+            not; the last Linear of a model without one does, as a layer, but under ``others_base``. False: neither
+            does. True: both do, a tied head with its embedding. ``rotate``, which may name the head, has the last word.
+            Over a vocabulary: the model's ``get_output_embeddings()``; else a matrix of the shape of an embedding's
+            table (of no positions or types), if it is the only one or the last matrix of the model; else the last
+            matrix, if it is a Linear's with as many outputs as an embedding has entries.
         rotate: module types, or modules of the model with all inside of them, of which every tensor that is no vector,
             biases apart, rotates besides; as a dict, with the ``chunks`` of each (as FusedLayca takes them), or False
             for what is not to rotate, such as a head without normalisation. Also for the types above.
         names: whether the groups name their parameters, for messages. Then torch's own optimizers take no group without
             names later, as callbacks add them that unfreeze layers (FusedLayca does): pass False for those.
-        zeros: what becomes of weights of which a layer is all zero: "others", or "rotate-later": they take plain base
-            steps at their group's lr, without decay, until the norm of the layer has reached ``joins_at``, and rotate
-            from then on, at that norm. With alpha they count among those that rotate.
+        zeros: what becomes of weights of which a layer is all zero, and of LoRA's B: "others", or "rotate-later": they
+            take plain base steps at their group's lr, without decay, until the norm of the layer has reached
+            ``joins_at``, and rotate from then on, at that norm. With alpha they count among those that rotate.
         joins_at: for zeros="rotate-later", the norm from which on such a layer rotates: a number > 0, or a function of
             its shape, a ``torch.Size`` of (rows, all else).
         options: put into every group (base, momentum, radius, ...); ``weight_decay`` into that of the others, and 0
@@ -278,16 +225,17 @@ def layer_groups(
     """
     lr, alpha, others_lr, joins_at = plain(lr), plain(alpha), plain(others_lr), plain(joins_at)
     options = with_plain(options)
-    _check_arguments(model, lr, alpha, others, others_lr, others_base, embeddings, names, zeros, joins_at, options)
+    _check_arguments(
+        *(model, lr, alpha, others, others_lr, others_base, embeddings, head, names, zeros, joins_at), options
+    )
     ours, theirs = split_options(options, others_base)
     asked = asked_types(rotate)
     if embeddings:
         asked = {**asked, **{kind: 1 for kind in EMBEDDINGS if kind not in asked}}
 
     trainable, entries = trainable_entries(model, asked)
-    if others_base is not None:
-        _set_aside(entries, model, asked)
-    _set_aside_vectors(entries)
+    decide_on_head(entries, model, asked, head, last=head is not None or others_base is not None)
+    set_aside_vectors(entries)
     set_aside = set_aside_zeros(entries, joins_at)
     rotating = [entry for entry in entries if entry.chunks is not None]
     rest = [entry for entry in entries if entry.chunks is None]
@@ -313,7 +261,7 @@ def layer_groups(
         Row(
             *(entry.name, tuple(entry.param.shape), entry.layers, factor_of.get(entry.param), entry.reason),
             **_training(group_of[entry.param]),
-            joins_at=entry.joins_at,
+            joins_at=entry.joins_from,
         )
         for entry in entries
     ]

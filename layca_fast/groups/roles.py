@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..formulas.chunks import COLUMNS, Chunks, as_tuples, check_chunks, parts_of
+from ..state.layout import is_vector
+from .known import NORM, QKV, growing, is_router, is_transposed, packing_of, raw, stack_of
+from .place import Place
 
 #: Which weights of a module type rotate, and how many layers each packs along its first dimension. RNN weights go
 #: without the suffix that counts layers and directions.
@@ -29,6 +32,15 @@ WEIGHTS: Mapping[type[nn.Module], Mapping[str, int]] = {
     nn.LSTMCell: {"weight_ih": 4, "weight_hh": 4},
 }
 
+#: What the parts of those are called.
+PARTS: Mapping[type[nn.Module], Mapping[int, tuple[str, ...]]] = {
+    nn.MultiheadAttention: {3: QKV},
+    nn.GRU: {3: ("reset", "update", "new")},
+    nn.GRUCell: {3: ("reset", "update", "new")},
+    nn.LSTM: {4: ("input", "forget", "cell", "output")},
+    nn.LSTMCell: {4: ("input", "forget", "cell", "output")},
+}
+
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 NORMS = (
@@ -44,9 +56,6 @@ NORMS = (
     nn.RMSNorm,
 )
 
-#: Module types that keep their weights as (in, out), by module and name: the packages need not be there.
-TRANSPOSED = {("transformers.pytorch_utils", "Conv1D"), ("transformers.modeling_utils", "Conv1D")}
-
 _RNN_SUFFIX = re.compile(r"_l\d+(_reverse)?$")
 _BIAS = re.compile(r"(^|_)bias$|^bias_")
 
@@ -58,17 +67,15 @@ Asked = Mapping[Any, Chunks | None]
 class Role(NamedTuple):
     """``chunks`` of a tensor that rotates, with a word on it or ""; else None, with the reason.
 
-    ``unknown``: the module type that is to blame where nobody has said whether the tensor is a layer.
+    ``unknown``: the module type that is to blame where nobody has said whether the tensor is a layer. ``parts``: the
+    names of what ``chunks`` cuts, where they have some. ``grows``: whether it is known to start at zero.
     """
 
     chunks: Chunks | None
     reason: str = ""
     unknown: type[nn.Module] | None = None
-
-
-def is_transposed(kind: type) -> bool:
-    """Whether modules of this type keep their weights as (in, out)."""
-    return any((each.__module__, each.__qualname__) in TRANSPOSED for each in kind.__mro__)
+    parts: tuple[str, ...] = ()
+    grows: bool = False
 
 
 def _check_not_cut(kind: type, chunks: Any) -> None:
@@ -116,8 +123,39 @@ def asked_of(module: nn.Module, asked: Asked) -> tuple[bool, Chunks | None]:
     return found is not None, None if found is None else asked[found]
 
 
-def _role(module: nn.Module, leaf: str, param: Tensor, asked: Asked) -> Role:
+def _vector(module: nn.Module, param: Tensor) -> Role:
+    if NORM.search(type(module).__name__):
+        return Role(None, "norm layer")
+    return Role(None, "scalar" if param.dim() == 0 else "vector")
+
+
+def _layer(place: Place, stem: str, param: Tensor, packed: Mapping[str, int]) -> Role:
+    """The role of what rotates, cut into as many layers as the module packs in it."""
+    packing = packing_of(place, param) if stem == "weight" else None
+    if packing is not None:
+        if parts_of(packing.chunks)[0] == COLUMNS:
+            # No kernel walks columns, and the torch backend took 27 times the processor time of one layer (Adam, 768 x
+            # 2304): who wants them asks for them.
+            return Role(1, f"{packing.reason} as one layer, for they are columns")
+        return Role(packing.chunks, packing.reason, parts=packing.parts)
+    if is_transposed(type(place.module)):
+        return Role(1, "stored as (in, out)")
+    chunks = packed.get(stem, 1)
+    names = next((parts.get(chunks, ()) for kind, parts in PARTS.items() if isinstance(place.module, kind)), ())
+    return Role(chunks, ", ".join(names), parts=names)
+
+
+def _as_asked(place: Place, stem: str, param: Tensor, chunks: Chunks) -> Role:
+    """The role of what the caller has cut, with the names of its parts where it packs just these."""
+    packing = packing_of(place, param) if stem == "weight" else None
+    if packing is not None and packing.chunks == chunks:
+        return Role(chunks, packing.reason, parts=packing.parts)
+    return Role(chunks, "stored as (in, out)" if is_transposed(type(place.module)) else "")
+
+
+def _role(place: Place, leaf: str, param: Tensor, asked: Asked) -> Role:
     """The role of a parameter in one module, which registers it as ``leaf``."""
+    module, kind = place.module, type(place.module)
     if isinstance(module, NORMS):
         return Role(None, "norm layer")
     if _BIAS.search(leaf):
@@ -125,35 +163,48 @@ def _role(module: nn.Module, leaf: str, param: Tensor, asked: Asked) -> Role:
     if param.numel() == 0:
         return Role(None, "empty")
     if param.dim() < 2:
-        return Role(None, "vector" if param.dim() == 1 else "scalar")
+        return _vector(module, param)
     if isinstance(module, ParametrizationList):
         is_asked, chunks = asked_of(module, asked)
         return Role(chunks or 1) if is_asked and chunks is not False else Role(None, "parametrized")
     stem = _RNN_SUFFIX.sub("", leaf) if isinstance(module, nn.RNNBase) else leaf
-    packed = next((weights for kind, weights in WEIGHTS.items() if isinstance(module, kind)), {})
+    packed = next((weights for known, weights in WEIGHTS.items() if isinstance(module, known)), {})
     is_asked, chunks = asked_of(module, asked)
     if chunks is False:
         return Role(None, "as rotate says")
-    if is_transposed(type(module)):
-        if is_asked and chunks not in (None, 1):
-            return Role(chunks, "stored as (in, out)")
-        return Role(1, "stored as (in, out), so as one layer")
     if is_asked:
-        return Role(packed.get(stem, 1) if chunks is None else chunks)
+        stack = stack_of(place, leaf, param) if chunks is None else None
+        if stack is not None:
+            return Role(stack.chunks, stack.reason, parts=stack.parts)
+        if chunks is not None:
+            return _as_asked(place, stem, param, chunks)
+        return _layer(place, stem, param, packed)
     if isinstance(module, EMBEDDINGS):
         return Role(None, "embedding")
-    if stem in packed:
-        return Role(packed[stem])
-    kind = type(module)
+    if is_router(place, param):
+        return Role(None, "router")
+    reason = growing(place, leaf)
+    if reason is not None:
+        return Role(None, reason, grows=True)
+    if stem in packed or is_transposed(kind):
+        return _layer(place, stem, param, packed)
+    stack = stack_of(place, leaf, param)
+    if stack is not None:
+        return Role(stack.chunks, stack.reason, parts=stack.parts)
+    reason = raw(leaf)
+    if reason is not None:
+        return Role(None, reason)
+    if is_vector(param):
+        return _vector(module, param)
     return Role(None, f"unknown {'parameter of' if packed else 'module type'} {kind.__name__}", kind)
 
 
-def decide(owners: Sequence[tuple[nn.Module, str]], param: Tensor, asked: Asked) -> Role:
+def decide(owners: Sequence[tuple[Place, str]], param: Tensor, asked: Asked) -> Role:
     """The role of a tensor in all the modules that hold it: an embedding anywhere is one, else a layer anywhere is.
 
     But where the caller has said of any of them that it does not rotate, it does not.
     """
-    roles = [_role(module, leaf, param, asked) for module, leaf in owners]
+    roles = [_role(place, leaf, param, asked) for place, leaf in owners]
     kept_out = [role for role in roles if role.reason == "as rotate says"]
     embeddings = [role for role in roles if role.reason == "embedding"]
     return (kept_out or embeddings or [role for role in roles if role.chunks is not None] or roles)[0]

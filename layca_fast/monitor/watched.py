@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..compat import is_fake
 from ..formulas.chunks import Chunks, as_tuples
-from ..groups.layer_groups import trainable_entries
+from ..groups.entries import trainable_entries
 from ..groups.roles import EMBEDDINGS
 from ..messages import named, warn_caller
 from ..state.checks import check_memory, check_parameter, cut_for
@@ -97,7 +97,7 @@ def _of_model(model: nn.Module) -> list[_Found]:
     # Also types that layer_groups does not know: nothing depends here on what such a tensor is.
     asked = {type(module): None for module in model.modules() if not isinstance(module, NO_LAYERS)}
     _, entries = trainable_entries(model, asked)
-    return [_Found(entry.name, entry.param, entry.chunks) for entry in entries]
+    return [_Found(entry.name, entry.param, entry.chunks, entry.parts or None) for entry in entries]
 
 
 def _is_layer(param: Tensor, rotate: Any) -> bool:
@@ -140,11 +140,10 @@ def _chosen(found: Sequence[_Found], layers: Sequence[str]) -> list[_Found]:
 
 def _named(model: nn.Module) -> list[_Found]:
     """Every floating-point parameter, trainable or not; chunks as in :func:`_of_model`."""
-    chunks: dict[str, Chunks | None] = {}
-    if any(param.requires_grad for param in model.parameters()):
-        chunks = {each.name: each.chunks for each in _of_model(model)}
+    trainable = any(param.requires_grad for param in model.parameters())
+    known = {each.name: each for each in _of_model(model)} if trainable else {}
     return [
-        _Found(name, p, chunks.get(name))
+        known.get(name, _Found(name, p, None))
         for name, p in model.named_parameters()
         if p.is_floating_point() or p.is_complex()
     ]

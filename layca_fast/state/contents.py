@@ -15,7 +15,7 @@ from torch import Tensor
 from ..formulas.bases import FORMULAS, SQUARES, Formula
 from ..messages import describe
 from .compensation import HALVES
-from .radii import has_radii_ahead, largest_radius
+from .radii import largest_radius
 from .sharding import local_of
 
 #: The buffers of base optimizers, by name.
@@ -41,13 +41,10 @@ def check_complete(formula: Formula, state: Mapping[str, Any], where: str) -> No
             )
 
 
-def check_contents(
-    name: str, value: Any, param: Tensor, label: str, layers: int, group: Mapping[str, Any] | None = None
-) -> None:
+def check_contents(name: str, value: Any, param: Tensor, label: str, layers: int) -> None:
     """Raise ValueError for a state called ``name`` of ``param``, with so many layers, that no run can have left.
 
-    ``group``: the options that it was saved under. None stands for a buffer that is not there. Waits for the device of
-    ``value``.
+    None stands for a buffer that is not there. Waits for the device of ``value``.
     """
     where = describe(label, param)
     if value is None or (name not in BUFFERS and name not in ("radius", "step", "remainder")):
@@ -67,14 +64,6 @@ def check_contents(
     if not value.is_floating_point():
         raise ValueError(f"state_dict: {name!r} has dtype {value.dtype} for {where}: {_WAY_OUT}")
     least, largest = _range_of(local_of(value))
-    may_be_ahead = group is not None and has_radii_ahead(group)
-    if name == "radius" and least < 0 and not may_be_ahead:
-        raise ValueError(
-            f"state_dict: 'radius' holds {least:g} for {where}: that of a layer that waits for this norm (joins_at), "
-            "or has yet to be put to it, in a group that asks for neither. layer_groups(zeros='rotate-later') makes "
-            "groups that wait of layers that are all zero: make the groups before the weights are loaded, as for the "
-            "run that was saved"
-        )
     low = 0.0 if name in SQUARES else -math.inf
     if not (least >= low and math.isfinite(least) and math.isfinite(largest)):
         bad = least if not (least >= low and math.isfinite(least)) else largest

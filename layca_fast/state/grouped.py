@@ -12,13 +12,12 @@ from ..formulas.chunks import as_tuples
 from ..formulas.options import COMMON_OPTIONS, check_group, find_base, misspelt
 from ..formulas.plain import with_plain
 from ..messages import labelled, warn_caller
-from .checks import check_matrices, check_memory, check_new, check_parameter, check_writable
-from .compensation import HALVES, join
+from .checks import check_matrices, check_new, check_parameter, check_writable
+from .effective import effective_weight
 from .entries import drop_empty, with_all_entries
 from .loading import Loading
 from .others import Names, unread
 from .radii import without_functions
-from .sharding import local_of, wrap
 from .structure import check_saved
 
 
@@ -146,9 +145,4 @@ class Grouped(Optimizer):
         the parameter, its old remainder counts until ``del optimizer.state[param]["remainder"]``: the weight is within
         half an ulp of what was written. A remainder of another type than the parameter's now is does not count.
         """
-        remainder = self.state.get(param, {}).get("remainder")
-        check_memory(param, "the parameter")
-        if remainder is None or param.dtype not in HALVES or remainder.dtype != param.dtype:
-            return param.detach().clone()
-        check_memory(remainder, "the state 'remainder' of the parameter")
-        return wrap(join(local_of(param).detach(), local_of(remainder)), param)
+        return effective_weight(param, self.state.get(param, {}))

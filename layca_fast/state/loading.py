@@ -5,14 +5,12 @@ parameter is, so the tensors are put back as they were saved once torch is done.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..formulas.chunks import as_tuples
 from ..formulas.options import find_base
 from ..messages import describe, labelled
 from .checks import check_memory
@@ -21,14 +19,14 @@ from .cut import cut_of
 from .entries import drop_empty
 from .layout import scalar_device
 from .members import OUR_STATES
-from .others import OUR_OPTIONS, option
+from .others import OUR_OPTIONS
 from .radii import with_functions
 from .regroup import follow_groups
 from .same_layers import check_same_layers
 from .structure import check_saved
 
 
-def _pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, Tensor, Any]]:
+def pairs(optimizer: Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, Tensor, Any]]:
     """(saved group, label, parameter, saved state) of every parameter that has a saved state."""
     ids = chain.from_iterable(((group, key) for key in group["params"]) for group in saved["param_groups"])
     for (group, key), (_, label, param) in zip(ids, labelled(optimizer.param_groups), strict=False):
@@ -89,7 +87,7 @@ def adopt(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
 
 def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Raise ValueError if a saved state does not fit its parameter, or if no run can have left it."""
-    for group, label, param, state in _pairs(optimizer, saved):
+    for group, label, param, state in pairs(optimizer, saved):
         if not isinstance(state, Mapping):
             raise ValueError(
                 f"state_dict: the state of {describe(label, param)} is a {type(state).__name__}: it must be a dict of "
@@ -104,7 +102,7 @@ def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             cut = cut_of(param, group.get("chunks", 1), label) if name == "radius" else None
             # Of unequal layers one may be as large as all.
             equal = cut.layers if cut is not None and cut.is_even else 1
-            check_contents(name, value, param, label, equal, group)
+            check_contents(name, value, param, label, equal)
             if not is_ours:
                 continue
             expected = {"radius": (1 if cut is None else cut.layers,), "step": ()}.get(name, tuple(param.shape))
@@ -115,7 +113,7 @@ def check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                 )
 
 
-def _without_placeholders(state: Mapping[Any, Any]) -> dict[Any, Any]:
+def without_placeholders(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """A saved state without the empty dicts that torch.distributed.checkpoint puts where a flat one has nothing."""
 
     def is_there(name: str, value: Any) -> bool:
@@ -129,7 +127,7 @@ def _without_placeholders(state: Mapping[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def _copied(name: str, value: Tensor, param: Tensor) -> Tensor:
+def copied(name: str, value: Tensor, param: Tensor) -> Tensor:
     """A saved state tensor in a memory of its own, of its own type, on the device where its parameter needs it."""
     device = scalar_device(param.device) if name == "radius" else param.device
     return value.detach().to(device=device, copy=True)
@@ -137,10 +135,10 @@ def _copied(name: str, value: Tensor, param: Tensor) -> Tensor:
 
 def restore_types(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Put every saved state tensor back as it was saved, copied to its parameter's device."""
-    for _, _, param, state in _pairs(optimizer, saved):
+    for _, _, param, state in pairs(optimizer, saved):
         for name, value in state.items():
             if isinstance(value, Tensor):
-                optimizer.state[param][name] = _copied(name, value, param)
+                optimizer.state[param][name] = copied(name, value, param)
 
 
 class Loading:
@@ -160,7 +158,7 @@ class Loading:
     def _keep(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         check_saved(saved)
         self.is_foreign = is_foreign(saved)
-        saved = {**saved, "state": _without_placeholders(saved["state"])}
+        saved = {**saved, "state": without_placeholders(saved["state"])}
         self._before = optimizer.param_groups
         if self.is_foreign:
             self._groups, self._saved = self._before, adopt(optimizer, saved)
@@ -174,7 +172,7 @@ class Loading:
         optimizer.param_groups = self._groups
         check_state(optimizer, self._saved)
         ours = {param: group for group in self._before for param in group["params"]}
-        check_same_layers(_pairs(optimizer, self._saved), ours.get, lambda theirs: theirs.get("chunks"))
+        check_same_layers(pairs(optimizer, self._saved), ours.get, lambda theirs: theirs.get("chunks"))
         return self._saved
 
     def _restore(self, optimizer: Optimizer) -> None:
@@ -194,101 +192,3 @@ class Loading:
             self._optimizer.param_groups = self._before
         for hook in self._hooks:
             hook.remove()
-
-
-@dataclass(frozen=True)
-class _Shielded:
-    """A tensor inside something that torch does not know, and so passes through ``load_state_dict`` as it is."""
-
-    tensor: Tensor
-
-
-def check_radii(
-    optimizer: Optimizer, saved: Mapping[str, Any], before: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
-) -> None:
-    """Raise ValueError, for another optimizer than ours to load, for a saved radius that no run can have left.
-
-    Or that is of another layer than those of the groups ``before``, which mean ``options`` where they say nothing.
-    """
-    ours = {
-        param: {name: option(optimizer, group, name, options[name]) for name in ("rotate", "chunks")}
-        for group in before
-        for param in group["params"]
-    }
-    check_same_layers(_pairs(optimizer, saved), ours.get, lambda theirs: option(optimizer, theirs, "chunks", None))
-    for group, label, param, state in _pairs(optimizer, saved):
-        if isinstance(state, Mapping):
-            radius = state.get("radius")
-            if isinstance(radius, Tensor):
-                check_memory(radius, f"state_dict: the state 'radius' of {label}")
-            check_contents("radius", radius, param, label, 1, {**options, **group})
-
-
-def follow_attached(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """:func:`follow_groups` for another optimizer than ours, whose groups may be replaced; what it should load.
-
-    A checkpoint without radii is that of the plain optimizer, whose groups say nothing of what rotates.
-    """
-    check_saved(saved)
-    saved = {**saved, "state": _without_placeholders(saved["state"])}
-    if any(isinstance(each, Mapping) and "radius" in each for each in saved["state"].values()):
-        before = optimizer.param_groups
-        groups, saved = follow_groups(optimizer, saved)
-        saved = {**saved, "param_groups": with_functions(before, groups, saved["param_groups"])}
-        optimizer.param_groups = groups
-    return saved
-
-
-def shield_radii(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The state_dict ``saved`` with its radii shielded from torch's casts, for another optimizer than ours to load.
-
-    Restoring them afterwards from ``saved`` would be wrong where a user's hook renumbers the parameters.
-    """
-    state = {
-        key: {**each, "radius": _Shielded(each["radius"])}
-        if isinstance(each, Mapping) and isinstance(each.get("radius"), Tensor)
-        else each
-        for key, each in saved["state"].items()
-    }
-    return {**saved, "state": state}
-
-
-def unshield_radii(optimizer: Optimizer) -> None:
-    """Take the shields of :func:`shield_radii` off the loaded state, in place."""
-    for _, _, param in labelled(optimizer.param_groups):
-        state = optimizer.state.get(param, {})
-        if isinstance(state.get("radius"), _Shielded):
-            state["radius"] = _copied("radius", state["radius"].tensor, param)
-
-
-def with_chunks(optimizer: Optimizer, saved: dict[str, Any], chunks: Any) -> dict[str, Any]:
-    """The state_dict ``saved`` of another optimizer than ours with the chunks of groups that say nothing of them.
-
-    They are what the radii in it belong to. :func:`without_chunks` takes them out again.
-    """
-    if chunks == 1 or "chunks" in optimizer.defaults:
-        return saved
-    return {**saved, "param_groups": [{"chunks": chunks, **group} for group in saved["param_groups"]]}
-
-
-def without_chunks(saved: dict[str, Any], before: Sequence[Mapping[str, Any]], chunks: Any) -> dict[str, Any]:
-    """The state_dict ``saved`` without what :func:`with_chunks` has put in, for an optimizer of groups ``before``."""
-    if any("chunks" in group for group in before):
-        return saved
-    groups = [
-        {name: value for name, value in group.items() if name != "chunks" or as_tuples(value) != chunks}
-        for group in saved["param_groups"]
-    ]
-    return {**saved, "param_groups": groups}
-
-
-def keep_options(optimizer: Optimizer, saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The state_dict ``saved`` where groups without an option of these names have those of ``optimizer``.
-
-    torch replaces groups as a whole: a checkpoint of the plain optimizer would make everything rotate that its groups
-    exempt.
-    """
-    # Groups that do not match are torch's to refuse.
-    pairs = zip(optimizer.param_groups, saved["param_groups"], strict=False)
-    groups = [{**{name: ours[name] for name in names if name in ours}, **theirs} for ours, theirs in pairs]
-    return {**saved, "param_groups": groups + saved["param_groups"][len(groups) :]}

@@ -16,13 +16,15 @@ from torch.optim import Optimizer
 from ..messages import labelled
 from .layout import is_vector
 from .members import rotates
+from .radii import has_radii_ahead
+from .sharding import local_of
 
 Group = Mapping[str, Any]
 
 _CAUSE = (
-    "layer_groups keeps layers that are all zero, such as LoRA's B at the start, from rotating, and made again on "
-    "trained weights it does not. Make the groups before the weights are loaded, or put these parameters where they "
-    "were by hand (rotate=False)"
+    "layer_groups keeps layers that are all zero, such as the last of a residual branch at first, from rotating, and "
+    "made again on trained weights it does not. Make the groups before the weights are loaded, or put these parameters "
+    "where they were by hand (rotate=False)"
 )
 
 
@@ -119,7 +121,15 @@ def _mixed(ours: Group, theirs: Group, labels: Sequence[str], state: Mapping[Any
     return (has if ours.get("rotate") is False else lacks) if has and lacks else []
 
 
-def _check_split(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+def _left_waiting(theirs: Group, labels: Sequence[str], state: Mapping[Any, Any]) -> list[str]:
+    """Labels of parameters with layers that wait to join the sphere, if their group does not say for what."""
+    if has_radii_ahead(theirs):
+        return []
+    radii = [(label, state.get(key, {}).get("radius")) for label, key in zip(labels, theirs["params"], strict=True)]
+    return [label for label, radius in radii if isinstance(radius, Tensor) and bool((local_of(radius) < 0).any())]
+
+
+def _check_split(optimizer: Optimizer, saved: Mapping[str, Any], defaults: Group) -> None:
     """Raise ValueError where torch.distributed.checkpoint has merged groups that this optimizer holds otherwise.
 
     It shares the saved state out by name, over the groups of the optimizer, and gives each of these the options of a
@@ -135,6 +145,7 @@ def _check_split(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             # Renamed since, or wrapped: names say nothing.
             theirs = {name: value for name, value in theirs.items() if name != "param_names"}
         odd += _misnamed(ours, theirs, labels[id(ours)], saved["state"])
+        odd += _left_waiting({**defaults, **theirs}, labels[id(ours)], saved["state"])
         odd += _mixed(ours, theirs, labels[id(ours)], saved["state"])
     if odd:
         raise ValueError(
@@ -143,8 +154,12 @@ def _check_split(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         )
 
 
-def follow_groups(optimizer: Optimizer, saved: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def follow_groups(
+    optimizer: Optimizer, saved: dict[str, Any], defaults: Group | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The groups that ``optimizer`` should have to load ``saved``, and what it should load. Modifies nothing.
+
+    ``defaults``: the options of groups that say nothing.
 
     Raises ValueError, naming parameters and cause, where a parameter would silently get the options of another group.
     """
@@ -152,7 +167,7 @@ def follow_groups(optimizer: Optimizer, saved: dict[str, Any]) -> tuple[list[dic
     if any(isinstance(key, str) for group in theirs for key in group["params"]):
         # From torch.distributed.checkpoint: by names of its own, in our groups if there is state to share out.
         _check_numbers(ours, theirs)
-        _check_split(optimizer, saved)
+        _check_split(optimizer, saved, defaults or {})
         names = [_names(group) for group in ours]
         kept = [{**g, "param_names": known} if known else g for g, known in zip(theirs, names, strict=True)]
         return ours, {**saved, "param_groups": kept}

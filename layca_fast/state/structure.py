@@ -1,6 +1,6 @@
 """What an optimizer's state, its groups and a checkpoint are made of: errors that say what is missing or wrong."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -46,3 +46,19 @@ def check_saved(saved: Any) -> None:
         if not isinstance(entry, Mapping) and not isinstance(key, Tensor):
             kind = type(entry).__name__
             raise TypeError(f"state_dict: the state of parameter {key!r} is a {kind}: it must be a dict")
+
+
+def mapped(value: Any, kind: type | tuple[type, ...], convert: Callable[[Any], Any]) -> Any:
+    """A state with all of a ``kind`` in it converted, in whatever lists and dicts: as torch goes through what it loads.
+
+    What holds nothing of the kind is returned as it is.
+    """
+    if isinstance(value, kind):
+        return convert(value)
+    if isinstance(value, dict):
+        found = {name: mapped(each, kind, convert) for name, each in value.items()}
+        return found if any(found[name] is not value[name] for name in found) else value
+    if type(value) in (list, tuple):
+        items = [mapped(each, kind, convert) for each in value]
+        return type(value)(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    return value

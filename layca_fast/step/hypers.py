@@ -9,6 +9,7 @@ from torch import Tensor
 from ..formulas.base_options import not_negative
 from ..formulas.bases import Base
 from ..formulas.tables import MAX_OPTIONS, Hyper
+from ..state.compensation import compute_dtype
 from .upload import Mirror
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ class Hyperparameters:
                 rows[id(slot.group)] = 2 * len(self._groups)
                 self._groups.append((slot.group, slot.base))
         self.first_rows = [rows[id(slot.group)] for slot in slots]
-        # The difference of two weights is off by up to half a unit in the last place of each.
-        self._noise = torch.finfo(dtype).eps / 2
+        # The difference of two weights is off by up to half a unit in the last place of each: remainders count.
+        self._noise = torch.finfo(compute_dtype(dtype)).eps / 2
         self._mirror = Mirror(2 * len(self._groups), Hyper.WIDTH, torch.float64, device)
         self._rates: list[tuple[int, Tensor]] = []
         self._recorded: dict[int, Tensor] = {}

@@ -4,7 +4,21 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer, RMSprop
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 
 from layca_fast.commands.verify import layers_of
 
@@ -24,6 +38,18 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 if hasattr(torch.optim, "Muon"):
     # It came with torch 2.9.
     OPTIMIZERS["Muon"] = lambda params, **options: torch.optim.Muon(params, **{"weight_decay": 0.0, **options})
+
+#: Every optimizer of torch whose step needs no closure and no sparse gradient.
+ALL_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    **OPTIMIZERS,
+    "Adam": lambda params, **options: Adam(params, **{"amsgrad": True, **options}),
+    "NAdam": NAdam,
+    "RAdam": RAdam,
+    "Adamax": Adamax,
+    "Adadelta": Adadelta,
+    "Rprop": Rprop,
+    "ASGD": ASGD,
+}
 
 
 def shapes_for(name: str) -> tuple[tuple[int, ...], ...]:

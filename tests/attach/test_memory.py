@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from layca_fast import attach
-from layca_fast.attach.shadow import BLOCK_ON_CPU
+from layca_fast.attach.exchange import BLOCK_ON_CPU
 
 from ..support import parameter, params_of, random_gradients, train
 

@@ -8,6 +8,7 @@ from torch.nn import Parameter
 from torch.optim import LBFGS, SGD, AdamW, Optimizer, SparseAdam
 
 from layca_fast import FusedLayca, attach, detach
+from layca_fast.attach import shadow
 
 from ..optimizer.test_bad_options import BAD_OPTIONS, BadOption
 from ..optimizer.test_bad_tensors import BAD_PARAMETERS, BadTensor
@@ -73,8 +74,8 @@ def test_parameters_that_no_kernel_may_be_handed(case: BadTensor, seed: int) -> 
 
 def test_a_bad_parameter_added_later_is_refused_before_the_step(seed: int) -> None:
     optimizer, before = trained()
-    optimizer.add_param_group({"params": [("half", parameter(3, 4).detach().bfloat16().requires_grad_())]})
-    with pytest.raises(TypeError, match=r"'half'.*torch\.bfloat16.*float32"):
+    optimizer.add_param_group({"params": [("waves", Parameter(torch.randn(3, 4, dtype=torch.complex64)))]})
+    with pytest.raises(TypeError, match=r"'waves'.*is complex"):
         optimizer.step()
     assert same_bits(contents(optimizer)[:2], before)
     optimizer.param_groups[1]["rotate"] = False
@@ -83,7 +84,7 @@ def test_a_bad_parameter_added_later_is_refused_before_the_step(seed: int) -> No
 
 
 def test_frozen_parameters_of_any_type_are_left_alone(seed: int) -> None:
-    frozen = parameter(3, 4).detach().bfloat16()
+    frozen = torch.randn(3, 4, dtype=torch.complex64)
     optimizer = SGD([parameter(6, 5), frozen, torch.eye(3).to_sparse(), torch.ones(2, 2).long()], 0.1)
     attach(optimizer)
     params_of(optimizer)[0].grad = torch.randn(6, 5)
@@ -92,7 +93,7 @@ def test_frozen_parameters_of_any_type_are_left_alone(seed: int) -> None:
     assert same_bits(frozen, before)
     # Until one is to train.
     frozen.requires_grad_()
-    with pytest.raises(TypeError, match=r"parameter 1 of group 0.*bfloat16"):
+    with pytest.raises(TypeError, match=r"parameter 1 of group 0.*complex"):
         optimizer.step()
 
 
@@ -162,6 +163,15 @@ def test_lbfgs_is_refused_with_a_scheduler_on_it(seed: int) -> None:
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
     with pytest.raises(TypeError, match="closure"):
         attach(optimizer)
+
+
+def test_16_bits_need_gradients_of_another_type(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """As torch has them since 2.10."""
+    monkeypatch.setattr(shadow, "ARE_SUPPORTED", False)
+    half = Parameter(torch.randn(3, 4).bfloat16())
+    with pytest.raises(TypeError, match=r"'half' .*torch 2\.10 or newer, or FusedLayca.*autocast"):
+        attach(SGD([("half", half)], 0.1))
+    attach(SGD([{"params": [half], "rotate": False}], 0.1))
 
 
 def test_sparse_gradients_are_the_optimizers_own_affair(seed: int) -> None:

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from layca_fast import FusedLayca, attach, detach
-from layca_fast.attach import shadow
+from layca_fast.attach import exchange
 from layca_fast.commands.verify import angle_between, angle_tolerance, layers_of
 from layca_fast.formulas.options import RULES
 from layca_fast.reference import layca
@@ -207,7 +207,7 @@ def test_the_exchange_in_blocks_changes_no_bit(block: int, monkeypatch: pytest.M
     # Clones of strided parameters are dense.
     optimizers.append(SGD(params, 0.05, momentum=0.9))
     attach(optimizers[0])
-    monkeypatch.setattr(shadow, "BLOCK_ON_CPU", block)
+    monkeypatch.setattr(exchange, "BLOCK_ON_CPU", block)
     attach(optimizers[1])
     for optimizer in optimizers:
         train(optimizer, gradients)

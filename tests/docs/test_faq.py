@@ -181,6 +181,26 @@ class Lookahead(torch.optim.SGD):
         return self.optimizer.step(closure)
 
 
+class Outer(torch.optim.Optimizer):
+    """Has param groups, and leaves the step to another that has the same parameters."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, dict(inner.defaults))
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def outer() -> None:
+    weight = matrix(dtype=torch.bfloat16)
+    made = Outer(torch.optim.SGD([weight], lr=0.1))
+    made.inner.param_groups = [dict(group) for group in made.inner.param_groups]
+    attach(made)
+    weight.grad = torch.ones_like(weight)
+    made.step()
+
+
 def step_inside_fake_mode() -> None:
     weight = matrix()
     made = step(weight, backend="cpu")
@@ -240,7 +260,7 @@ TRIGGERS: dict[str, Callable[[], object]] = {
     "A checkpoint of another optimizer without names": nameless_checkpoint,
     "A checkpoint that is damaged": damaged_checkpoint,
     "Rotations below the precision of the type": lambda: step(matrix(dtype=torch.bfloat16), lr=1e-3, compensate=False),
-    "attach and 16-bit parameters": lambda: attach(torch.optim.SGD([matrix(dtype=torch.bfloat16)], lr=0.1)),
+    "attach and an optimizer that keeps its parameters elsewhere": outer,
     "attach, a second time": attach_again,
     "attach and LBFGS": lambda: attach(torch.optim.LBFGS([matrix()])),
     "GradScaler's option in a group": lambda: FusedLayca([{"params": [matrix()], "unscale_in_step": True}]),

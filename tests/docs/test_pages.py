@@ -42,8 +42,9 @@ NEED_A_GPU = {"cuda_graphs.md": 1}
 
 PRINTED = "printed"
 
-#: Pages whose blocks of text are compared with the code in other ways: below, and by test_faq.py.
-TEXT_COMPARED = ("api.md", "faq.md")
+#: Pages whose blocks of text are compared with the code in other ways: below, by test_faq.py, and, with the packages
+#: that it needs, by tests/trainers/test_plans.py.
+TEXT_COMPARED = ("api.md", "faq.md", "plans.md")
 
 README, INDEX = PAGES[0], ROOT / "docs" / "README.md"
 

@@ -18,7 +18,7 @@ from layca_fast.diagnostics import LayerConditioning
 from layca_fast.monitor.reading import read_curves
 
 from ..support import norm_of
-from .test_faq import TRIGGERS, Lookahead, Mixer, Model, Named, Odd, matrix, step, with_gaps
+from .test_faq import TRIGGERS, Lookahead, Mixer, Model, Named, Odd, Outer, matrix, step, with_gaps
 
 
 def trains(optimizer: Any, *params: Tensor) -> None:
@@ -188,15 +188,14 @@ def rotations_below_the_type() -> None:
         step(matrix(dtype=torch.bfloat16), **options)
 
 
-def with_a_float32_model() -> None:
-    weight = matrix()
-    half = matrix(dtype=torch.bfloat16)
-    trains(FusedLayca([half], lr=0.1), half)
-    made = torch.optim.SGD([weight], lr=0.1)
-    attach(made)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        (torch.randn(4, 3) @ weight).sum().backward()
-    made.step()
+def inside_the_outer_one() -> None:
+    half, weight = matrix(dtype=torch.bfloat16), matrix()
+    for each in (half, weight):
+        made = Outer(torch.optim.SGD([each], lr=0.1))
+        attach(made.inner if each is half else made)
+        norm = norm_of(each)
+        trains(made, each)
+        assert norm_of(each) == pytest.approx(norm, rel=1e-2 if each is half else 1e-6)
 
 
 def attached_once() -> None:
@@ -288,7 +287,7 @@ WAYS_OUT: dict[str, Callable[[], object]] = {
     "A checkpoint of another optimizer without names": named_checkpoint,
     "A checkpoint that is damaged": without_the_damaged_state,
     "Rotations below the precision of the type": rotations_below_the_type,
-    "attach and 16-bit parameters": with_a_float32_model,
+    "attach and an optimizer that keeps its parameters elsewhere": inside_the_outer_one,
     "attach, a second time": attached_once,
     "attach and LBFGS": lambda: attach(torch.optim.SGD([matrix()], lr=0.1)),
     "GradScaler's option in a group": lambda: FusedLayca([{"params": [matrix()]}], unscale_in_step=True),

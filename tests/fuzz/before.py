@@ -126,18 +126,17 @@ def reference(
             ours = {"exp_avg": (stored["exp_avg"] - (1 - keep) * before.signs * grad) / keep}
     count = int(state["step"]) if before.formula.counts_steps and known else 0
     ours["step"] = count
-    if "radius" in state and group["radius"] != "current":
-        ours["radius"] = [value or None for value in state["radius"].tolist()]
+    if "radius" in state:
+        # Below 0 nothing is reached yet.
+        ours["radius"] = [value if value > 0 else None for value in state["radius"].tolist()]
     options = {name: changed.get(name, group[name]) for name in find_base(group["base"]).options}
-    more = {name: group[name] for name in ("rule", "radius", "weight_decay", "maximize")}
+    more = {name: group[name] for name in ("rule", "radius", "joins_at", "weight_decay", "maximize")}
     chunks = group["chunks"] if weight.dim() > 0 and (before.turns or before.directs) else 1
     after = weight.clone(memory_format=torch.contiguous_format)
     rate = float(group["lr"])
     step = reference_step(
         after, grad, ours, lr=rate, base=group["base"], rotate=before.turns, chunks=chunks, **more, **options
     )
-    if "radius" in state and group["radius"] == "current":
-        ours["radius"] = state["radius"].tolist()
     # Adam's alone counts its steps here.
     ours["step"] = count + 1
     return Outcome(after, ours, step)

@@ -150,13 +150,15 @@ def draw_options(draw: Draw, params: list[Parameter]) -> dict[str, Any]:
     choice = draw.choose.choice
     divisors = [n for n in (2, 3, 7) if all(param.dim() > 0 and len(param) % n == 0 for param in params)]
     chunks = 1 if draw.directs else choice((1, 1, "all", *divisors, *_other_forms(draw, params)))
+    radius = choice(("initial", "initial", "initial", "current", "current", 2.5))
     return {
         **draw_base(draw, params, chunks),
         "lr": draw_rate(draw),
         "rule": choice(("layca", "layca", "hyperball")),
         "rotate": choice((None, None, None, True, False)),
         "chunks": chunks,
-        "radius": choice(("initial", "initial", "current")),
+        "radius": radius,
+        "joins_at": choice((0.0, 0.0, 1.5)) if isinstance(radius, str) else 0.0,
         "weight_decay": choice((0.0, 0.0, 0.1)),
         "maximize": choice((False, False, True)),
         "compensate": choice((None, None, True, False)),

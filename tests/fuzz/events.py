@@ -71,6 +71,9 @@ def set_option(draw: Draw, both: Both) -> None:
     name = draw.choose.choice(("rule", "rotate", "radius", "weight_decay", "maximize", "compensate"))
     for party in both:
         party.groups[index][name] = options[name]
+        if name == "radius":
+            # A layer that waits takes no radius that is given.
+            party.groups[index]["joins_at"] = options["joins_at"]
 
 
 def set_own_options(draw: Draw, both: Both) -> None:

@@ -213,7 +213,7 @@ class Expected:
         if complaint is not None or not before.turns:
             return complaint
         pairs = zip(entry["radius"].tolist(), outcome.state["radius"], strict=True)
-        same = all(math.isclose(found, asked or 0.0, rel_tol=1e-9) for found, asked in pairs)
+        same = all(math.isclose(max(found, 0.0), asked or 0.0, rel_tol=1e-9) for found, asked in pairs)
         if not same and not self._is_step_undecided(stored, outcome.base_step):
             return f"radius is {entry['radius'].tolist()}, expected {outcome.state['radius']}"
         return None

@@ -52,6 +52,11 @@ def _gradient(draw: Draw, param: Tensor, plain: bool) -> Tensor | None:
     return value.to(param.dtype)
 
 
+def _reached(name: str, *values: Any) -> tuple[Any, ...]:
+    """Radii that layers have: what the others will be may change with the group, before a step."""
+    return tuple(value.clamp(min=0.0) for value in values) if name == "radius" else values
+
+
 class Trial:
     """``run()`` yields once after each step; raises :class:`Disagreement`, or whatever a step or an event raised."""
 
@@ -172,7 +177,7 @@ class Trial:
                     raise Disagreement(f"{where}: moved without a step")
                 kept = {name: new[2][name] for name in old[2] if name in new[2]}
                 counted = {"step"} if param.numel() == 0 and not skips else set()
-                moved = [n for n in kept if n not in counted and not self._is_kept(old[2][n], kept[n])]
+                moved = [n for n in kept if n not in counted and not self._is_kept(*_reached(n, old[2][n], kept[n]))]
                 if moved and (param.grad is None or skips):
                     raise Disagreement(f"{where}: {moved} changed without a step")
                 continue

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from layca_fast import FusedLayca
+from layca_fast import FusedLayca, attach
 from layca_fast.backends import choose
 
+from ..attach.support import ALL_OPTIMIZERS
 from ..optimizer import test_half_training
 from ..optimizer.test_half_training import BF16, F32, GRADIENTS, SHAPES, every_base, every_half, groups_of, weights_of
 from ..state import test_halves as test_half_state
@@ -37,6 +38,22 @@ def test_auto_takes_them_where_it_takes_float32(dtype: torch.dtype, seed: int) -
         optimizer.step()
     assert choose("auto", GPU).name == GPU_BACKENDS[0]
     assert same_bits(weights_of(auto), weights_of(named))
+
+
+@pytest.mark.parametrize("name", ["AdamW, foreach", "AdamW, fused", "SGD, Nesterov"])
+@every_gpu_backend
+def test_an_attached_optimizer_of_bfloat16_follows_float32_bit_for_bit(backend: str, name: str, seed: int) -> None:
+    params = [Parameter(torch.randn(shape, device=GPU, dtype=BF16)) for shape in ((40, 30), (64, 129))]
+    ours = ALL_OPTIMIZERS[name](params, lr=0.03)
+    theirs = ALL_OPTIMIZERS[name](twins := [Parameter(param.detach().float()) for param in params], lr=0.03)
+    handle = attach(ours, backend=backend)
+    attach(theirs, backend=backend)
+    for row in random_gradients(params, 4):
+        for param, twin, grad in zip(params, twins, row, strict=True):
+            param.grad, twin.grad = grad.clone(), grad.float()
+        ours.step()
+        theirs.step()
+    assert all(torch.equal(handle.effective_weight(param), twin) for param, twin in zip(params, twins, strict=True))
 
 
 @every_base

@@ -42,7 +42,7 @@ def test_a_head_tied_to_an_embedding_is_an_embedding(embeddings: bool, seed: int
     groups = layer_groups(model, embeddings=embeddings)
     expected = {"head.weight": 1, "hidden.weight": 1} if embeddings else {"hidden.weight": 1}
     assert turning(groups) == expected
-    assert resting(groups) == ({} if embeddings else {"head.weight": "embedding"})
+    assert resting(groups) == ({} if embeddings else {"head.weight": "embedding and logits"})
 
 
 def test_a_layer_that_an_unknown_module_holds_too_rotates_once(seed: int) -> None:
@@ -90,6 +90,18 @@ def test_zero_tensors_may_rotate_from_a_norm_on(norm: Any, seed: int) -> None:
     optimizer.step()
     assert optimizer.state[model[0].weight]["radius"].tolist() == [-expected[0]]
     assert float(optimizer.state[model[1].in_proj_weight]["radius"][1]) == -expected[1]
+
+
+def test_unequal_parts_may_wait_for_norms_of_their_own(seed: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 6, bias=False))
+    nn.init.zeros_(model[0].weight)
+    options = {"rotate": {nn.Linear: (4, 2)}, "zeros": "rotate-later", "joins_at": lambda shape: 0.5 * shape[0]}
+    groups = layer_groups(model, **options)
+    assert "from norm 1 on, as 2 layers: one of its 2 layers is all zero, other parts up to 2" in str(groups)
+    optimizer = FusedLayca(groups, 1e-3)
+    model[0].weight.grad = torch.randn(6, 4)
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["radius"].tolist() == [-2.0, -1.0]
 
 
 def test_freezing_keeps_the_others_bit_for_bit_whatever_sets_their_lr(seed: int) -> None:
@@ -148,7 +160,7 @@ def test_the_plan_shows_every_tensor(seed: int) -> None:
     assert [re.split(r" {2,}", line) for line in lines] == [
         ["parameter", "shape", "rotates", "lr factor"],
         ["0.weight", "(9, 4)", "no: embedding", "-"],
-        ["1.in_proj_weight", "(12, 4)", "yes, as 3 layers", "1"],
+        ["1.in_proj_weight", "(12, 4)", "yes, as 3 layers: query, key, value", "1"],
         ["1.out_proj.weight", "(4, 4)", "yes", "0.1768"],
         ["2.weight", "(2, 4)", "yes", "0.03125"],
         ["2.bias", "(2,)", "no: bias", "-"],
@@ -192,3 +204,44 @@ def test_a_model_on_the_meta_device_has_a_plan(seed: int) -> None:
     with torch.device("meta"):
         model = nn.LSTM(3, 4)
     assert turning(layer_groups(model)) == {"weight_ih_l0": 4, "weight_hh_l0": 4}
+
+
+def test_the_plan_in_short_has_one_row_for_the_same_tensor_of_all_blocks(seed: int) -> None:
+    """Where all else is alike; what is small and many is counted."""
+    blocks = [nn.TransformerEncoderLayer(4, 2, 8) for _ in range(3)]
+    model = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "heads": nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 3)])})
+    groups = layer_groups(model)
+    lines = groups.summary(short=True).splitlines()
+    assert [re.split(r" {2,}", line) for line in lines] == [
+        ["parameter", "tensors", "shape", "rotates", "lr factor"],
+        ["blocks.*.self_attn.in_proj_weight", "3", "(12, 4)", "yes, as 3 layers: query, key, value", "1"],
+        ["blocks.*.self_attn.out_proj.weight", "3", "(4, 4)", "yes", "1"],
+        ["blocks.*.linear1.weight", "3", "(8, 4)", "yes", "1"],
+        ["blocks.*.linear2.weight", "3", "(4, 8)", "yes", "1"],
+        ["heads.0.weight", "1", "(2, 4)", "yes", "1"],
+        ["heads.1.weight", "1", "(3, 4)", "yes", "1"],
+        ["biases", "14", "-", "no: bias", "-"],
+        ["norm layers", "12", "-", "no: norm layer", "-"],
+        ["rotating: 14 (20 layers), others: 26"],
+    ]
+    assert sum(int(re.split(r" {2,}", line)[1]) for line in lines[1:-1]) == len(groups.rows)
+    rates = layer_groups(model, alpha=-0.5).summary(short=True)
+    assert "blocks.*" not in rates, "each has a rate of its own"
+    assert "no: bias, frozen" in layer_groups(model, others="freeze").summary(short=True)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_adapters_known_by_their_names_wait_for_their_norm_in_a_plan_made_anew(trained: bool, seed: int) -> None:
+    """LoRA's B starts at zero and grows; by default it takes plain steps, then as before. One column is a vector."""
+    adapter = nn.ModuleDict({"lora_A": nn.Linear(6, 2, bias=False), "lora_B": nn.Linear(2, 4, bias=False)})
+    narrow = nn.ModuleDict({"lora_A": nn.Linear(6, 3, bias=False), "lora_B": nn.Linear(1, 4, bias=False)})
+    model = nn.ModuleList([adapter, narrow])
+    for each in (adapter, narrow):
+        nn.init.constant_(each["lora_B"].weight, float(trained))
+    assert set(turning(layer_groups(model))) == {"0.lora_A.weight", "1.lora_A.weight"}
+    groups = layer_groups(model, zeros="rotate-later", joins_at=0.25)
+    assert turning(groups) == {"0.lora_A.weight": 1, "1.lora_A.weight": 1, "0.lora_B.weight": 1}
+    assert [(row.name, row.joins_at) for row in groups.rows if row.joins_at] == [("0.lora_B.weight", 0.25)]
+    assert "from norm 0.25 on: LoRA's B, which starts at zero" in str(groups)
+    with pytest.warns(UserWarning, match="will never train") if not trained else warnings.catch_warnings():
+        layer_groups(model, others="freeze")

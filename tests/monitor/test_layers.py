@@ -25,10 +25,10 @@ class Model(nn.Module):
 
 
 LAYERS = [
-    *(f"attention.in_proj_weight[{part}]" for part in range(3)),
+    *(f"attention.in_proj_weight[{part}]" for part in ("query", "key", "value")),
     "attention.out_proj.weight",
     "custom.weight",
-    *(f"gates.weight_{kind}[{gate}]" for kind in ("ih", "hh") for gate in range(3)),
+    *(f"gates.weight_{kind}[{gate}]" for kind in ("ih", "hh") for gate in ("reset", "update", "new")),
     "zero.weight",
 ]
 

@@ -274,3 +274,19 @@ def test_names_that_do_not_fit_are_refused(
     with pytest.raises(error, match=message):
         train(FusedLayca([("packed", param)], 0.1, chunks=chunks, chunk_names=names), [[torch.randn(6, 4)]])
     assert torch.equal(param, before)
+
+
+def test_the_guard_names_parts_and_a_given_radius_knows_the_shape_of_each(seed: int) -> None:
+    qkv, columns = Parameter(torch.randn(7, 4)), Parameter(torch.randn(5, 6))
+    groups = [
+        {"params": [("qkv", qkv)], "chunks": (4, 2, 1), "chunk_names": ("query", "key", "value")},
+        {"params": [("in", columns)], "chunks": "columns"},
+    ]
+    optimizer = FusedLayca(groups, 0.1, radius=lambda shape: float(shape.numel()))
+    train(optimizer, [[torch.randn(7, 4), torch.randn(5, 6)]] * 2)
+    assert optimizer.state[qkv]["radius"].tolist() == [16, 8, 4]
+    assert optimizer.state[columns]["radius"].tolist() == [5] * 6
+    optimizer.check_norms(1e-5, at="now")
+    with torch.no_grad():
+        qkv[4:6] *= 0.5
+    assert list(optimizer.check_norms(at="now").above(1e-3)) == ["qkv[key]"]

@@ -76,7 +76,7 @@ def twins(
     return FusedLayca(plain, 0.02, **base, **options), FusedLayca(shards, 0.02, **base, **options)
 
 
-@on(1, 2, 3, 4)
+@on(3, exhaustive=(1, 2, 4))
 def parts_take_the_steps_of_the_whole_layers(place: Place) -> None:
     for number, base in enumerate(BASES):
         plain, sharded = twins(place.mesh(), base, turned=bool(number % 2), backend=("auto", "torch")[number // 2])
@@ -87,7 +87,7 @@ def parts_take_the_steps_of_the_whole_layers(place: Place) -> None:
         check_alike(plain, sharded)
 
 
-@on(2, 3)
+@on(2, exhaustive=(3,))
 def parts_of_sixteen_bits_take_them_as_well(place: Place) -> None:
     plain, sharded = twins(place.mesh(), {"momentum": 0.9}, turned=place.world == 3, dtype=torch.bfloat16)
     for _ in range(STEPS):
@@ -98,7 +98,7 @@ def parts_of_sixteen_bits_take_them_as_well(place: Place) -> None:
     assert off(ours, [plain.effective_weight(param) for param in params_of(plain)]) < 1e-6
 
 
-@on(2, 4)
+@on(2, exhaustive=(4,))
 def all_parts_travel_in_one_sum(place: Place) -> None:
     _, sharded = twins(place.mesh(), {"momentum": 0.9})
     give(sharded, draw(params_of(sharded)))
@@ -135,7 +135,7 @@ def parts_cut_along_two_dimensions_take_the_steps_of_whole_ones(place: Place) ->
         assert off(params_of(sharded), params_of(plain)) < 1e-6
 
 
-@on(2, 3)
+@on(2, exhaustive=(3,))
 def telemetry_and_curves_of_parts_have_the_names_of_whole_ones(place: Place) -> None:
     """Of layers that lie whole on one process the statistics are those here, under their names among all."""
     plain, sharded = twins(place.mesh(), {"momentum": 0.9}, turned=place.world == 2)
@@ -154,6 +154,11 @@ def telemetry_and_curves_of_parts_have_the_names_of_whole_ones(place: Place) -> 
         norms = dict(zip(expected.layer_names, expected.norm.tolist(), strict=True))
         for name, norm in zip(found.layer_names, found.norm.tolist(), strict=True):
             assert abs(norm / norms[name] - 1) < 1e-5
+    for at in ("step", "now"):
+        drifts = sharded.check_norms(at=at)
+        assert list(drifts.above(-1.0))
+        assert set(drifts.above(-1.0)) == set(plain.check_norms(at=at).above(-1.0))
+        drifts.raise_if(1e-5)
 
 
 @on(4)
@@ -177,7 +182,7 @@ def columns_shared_out_in_turns_are_refused(place: Place) -> None:
     assert off([param], params_of(plain)) < 1e-6
 
 
-@on(2, 3)
+@on(2, exhaustive=(3,))
 def a_checkpoint_of_other_parts_is_refused(place: Place) -> None:
     """Through torch.distributed.checkpoint, which flattens it, of as many layers; the same parts go on."""
     folder = place.folder / f"parts-{place.world}"

@@ -22,7 +22,20 @@ import torch.onnx
 from layca_fast.backends import load
 
 from ..support import BACKENDS, HANGS
-from . import changes, checkpoints, directions, exchanges, in_backward, killed, layers, monitors, parts, radii, training  # noqa: F401  (they add their cases)
+from . import (  # noqa: F401  (they add their cases)
+    attached,
+    changes,
+    checkpoints,
+    directions,
+    exchanges,
+    in_backward,
+    killed,
+    layers,
+    monitors,
+    parts,
+    radii,
+    training,
+)
 from .support import Place, cases_of, start
 
 #: Checkpoints are written by two processes, and read by other numbers.
