@@ -6,7 +6,7 @@ each came in; the tests look for them in the torch that is there, and ``make tes
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -47,8 +47,7 @@ def not_compiled(function: Function) -> Function:
 
     ``torch.compiler.disable`` does the same, but imports all of torch's compiler, which takes a second.
     """
-    kept: Function = _disable_dynamo(function)
-    return kept
+    return cast(Function, _disable_dynamo(function))
 
 
 def dispatch_modes_are_on() -> bool:
