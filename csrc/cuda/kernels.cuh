@@ -18,6 +18,10 @@ constexpr int blocks_at_once = (Formula::n_states > 1 ? 3 : 4) - (sizeof(T) > 4 
 template <class Formula>
 constexpr int blocks_at_once<Formula, Halves> = 4 - (Formula::takes_roots ? (Formula::n_states + 1) / 2 : 0);
 
+// Whose mean and look-ahead spill 16 bytes for sm_90 with one more.
+template <>
+constexpr int blocks_at_once<Muon, Halves> = 3;
+
 // finish is short, so that registers decide how many layers are under way.
 template <class T>
 constexpr int finish_blocks_at_once = sizeof(Element<T>) > 4 ? 2 : 3;
