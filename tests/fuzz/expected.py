@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layca_fast.formulas.rotation import NEARLY_PARALLEL_SINE2
 from layca_fast.reference import SMALLEST_SINE, orthogonal_part, slices
 from layca_fast.state.compensation import HALVES
 
@@ -161,6 +162,25 @@ class Expected:
                 return True
         return False
 
+    def _turned(self, step: Tensor, start: Tensor, expected: Tensor) -> float:
+        """How far the weights go because a unit of rounding turns the step.
+
+        It moves the end of the step by eps of its norm, and of that norm only the part across the weights, the sine of
+        the angle between them, says where they go. The changes of :func:`_nudges` may all lie along a short step. Where
+        the norm of that part is taken from three dots, their own rounding counts, by the square of the sine.
+        """
+        before = self.before
+        if not before.turns or before.group["rule"] != "layca":
+            return 0.0
+        total = 0.0
+        for layer, direction, end in zip(*(_layers(before, each) for each in (start, step, expected)), strict=True):
+            across, length = float(orthogonal_part(layer, direction).norm()), float(direction.norm())
+            if across > 0:
+                square = (across / length) ** 2
+                of_dots = torch.finfo(torch.float64).eps / (2 * square) if square >= NEARLY_PARALLEL_SINE2 else 0.0
+                total += (float((end - layer).norm()) * (before.eps * length / across + of_dots)) ** 2
+        return math.sqrt(total)
+
     def _complain_of_weight(self, weight: Tensor, stored: Mapping[str, Tensor], outcome: Outcome) -> str | None:
         before = self.before
         # What becomes of a broken weight that takes the plain step is nobody's business.
@@ -183,6 +203,7 @@ class Expected:
         if self._is_step_undecided(stored, outcome.base_step):
             self.tally["undecided"] += 1
             return None
+        allowed += PLAIN * self._turned(outcome.base_step, start, expected)
         slack = 0.0
         for inputs in _nudges(before, stored, self.grad):
             moved = reference(before, inputs["weight"], inputs["grad"], before.state, inputs["state"]).weight
