@@ -33,6 +33,9 @@ PAIRS = (
     ("3.14", "2.15.0"),
 )
 
+#: Beside torch before 2.13: newer ones warn of what the interpreter of its Triton does, and since 2.4 refuse it.
+OLD_NUMPY = ("numpy<1.25",)
+
 PAGE = ROOT / "docs" / "backends.md"
 BEGIN, END = "<!-- written by make test-versions -->\n", "\n<!-- end of the table -->"
 HEAD = "| Python | torch | Triton | cpu backend | tests | result |\n| --- | --- | --- | --- | --- | --- |"
@@ -69,7 +72,7 @@ def try_pair(python: str, torch: str, workers: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         _, wheel = build(Path(folder) / "wheels", python, cuda=False)
         here = Environment(Path(folder) / "fresh", python)
-        here.uv_install(wheel, f"torch=={torch}", *TOOLS)
+        here.uv_install(wheel, f"torch=={torch}", *TOOLS, *OLD_NUMPY[: tuple(map(int, torch.split(".")[:2])) < (2, 13)])
         here.check_installed()
         program = (
             "import platform, importlib.metadata as m, layca_fast, torch; "
