@@ -5,9 +5,9 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from .backends import choose
+from .compat import not_compiled
 from .formulas.bases import recommended_rate
 from .formulas.chunks import as_tuples
 from .formulas.options import (
@@ -189,7 +189,7 @@ class FusedLayca(Grouped):
 
     # To compile what it does on the host would gain nothing, and be done again for every new lr. torch.compiler.disable
     # would import the compiler, which takes seconds, together with this package.
-    @_disable_dynamo
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Turn every rotating layer that has a gradient by atan(lr); take the base step on the other tensors.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..state.checks import is_fake
+from ..compat import is_fake
 from ..state.compensation import HALVES, compute_dtype, join
 from ..state.modes import out_of_inference
 from ..state.sharding import local_gradient, local_of, wrap

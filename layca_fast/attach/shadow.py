@@ -15,11 +15,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..backends import choose
+from ..compat import is_fake
 from ..formulas.bases import BASES
 from ..formulas.options import check_groups
 from ..messages import describe, labelled
 from ..state.attached import ATTACHED
-from ..state.checks import check_parameter, check_writable, count_layers, is_fake
+from ..state.checks import check_parameter, check_writable, count_layers
 from ..state.members import rotates
 from ..state.memory import check_apart, is_trained
 from ..state.others import option

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from ..compat import not_compiled
 from ..formulas.options import BACKENDS, check_choice
 from ..formulas.rotation import orthogonal_square
 from ..messages import warn_caller
@@ -153,7 +153,7 @@ class RotationMonitor(AfterSteps):
         self.reset()
 
     # To compile a record would gain nothing, and be done again for every new step number.
-    @_disable_dynamo
+    @not_compiled
     @torch.inference_mode(False)
     @torch.no_grad()
     def reset(self, step: int = 0) -> None:
@@ -181,7 +181,7 @@ class RotationMonitor(AfterSteps):
     def _follow(self, optimizer: Optimizer) -> None:
         self.guard(optimizer)
 
-    @_disable_dynamo
+    @not_compiled
     @torch.inference_mode(False)
     @torch.no_grad()
     def record(self, step: int | None = None) -> bool:

@@ -27,7 +27,7 @@ def model_of() -> nn.Sequential:
 
 @on(3, exhaustive=(1, 2, 4))
 def muon_under_fsdp2_is_that_of_one_process(place: Place) -> None:
-    """Both step by FSDP's gradients, means that it rounds: of nearly singular momenta Muon makes steps of such a rounding."""
+    """On FSDP's gradients, means that it rounds: of nearly singular momenta Muon makes steps of such a rounding."""
     torch.manual_seed(place.seed)
     plain = model_of()
     model = copy.deepcopy(plain)
