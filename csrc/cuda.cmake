@@ -33,7 +33,20 @@ target_include_directories(_cuda_emulator BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE
                                                          "${CMAKE_CURRENT_SOURCE_DIR}/cuda/emulator")
 if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
   # Jumps between stacks are what glibc's checks of longjmp look for.
-  target_compile_options(_cuda_emulator PRIVATE -O1 -U_FORTIFY_SOURCE -fno-math-errno -ffp-contract=off -Wall -Wextra)
+  set(LAYCA_EMULATOR_OPTIONS -O1 -U_FORTIFY_SOURCE -fno-math-errno -ffp-contract=off -Wall -Wextra)
+  target_compile_options(_cuda_emulator PRIVATE ${LAYCA_EMULATOR_OPTIONS})
+endif()
+
+# Steps of the emulated GPU without Python, for a sanitizer that looks for races: not installed, built by tests/sanitize.
+list(REMOVE_ITEM LAYCA_EMULATOR_SOURCES cuda/bindings.cpp)
+add_executable(race_driver EXCLUDE_FROM_ALL cuda/emulator/race_driver.cpp ${LAYCA_EMULATOR_GPU} ${LAYCA_EMULATOR_SOURCES})
+target_include_directories(race_driver BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}"
+                                                      "${CMAKE_CURRENT_SOURCE_DIR}/cuda/emulator")
+target_compile_options(race_driver PRIVATE ${LAYCA_EMULATOR_OPTIONS})
+if(LAYCA_SANITIZE STREQUAL "thread")
+  # To the sanitizer the threads of the emulated GPU are the only ones: what makes them take turns is not looked at.
+  set_source_files_properties(${LAYCA_EMULATOR_GPU} PROPERTIES COMPILE_OPTIONS -fno-sanitize=thread)
+  target_compile_definitions(race_driver PRIVATE LAYCA_WATCH_THREADS)
 endif()
 
 if(LAYCA_CUDA STREQUAL "AUTO")

@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
-#include <map>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <stdexcept>
-#include <string>
+#include <utility>
 #include <vector>
 
 #include "fibers.h"
@@ -28,6 +28,7 @@ namespace {
 // Blocks that share the multiprocessor, and the memory that each has there; what lies between two variables.
 constexpr unsigned resident = 3;
 constexpr std::size_t shared_bytes = 4096, red_zone = 64;
+constexpr int most_shared = 8;
 
 std::mt19937_64 random_numbers(1);
 
@@ -60,7 +61,8 @@ struct Warp {
 struct Block {
   std::vector<Lane> lanes;
   std::vector<Warp> warps;
-  std::map<const void*, unsigned char*> shared;
+  // Of a fixed size: who allocates memory that others give back is ordered before them, to a sanitizer.
+  std::pair<const void*, unsigned char*> shared[most_shared] = {};
   unsigned char* free_memory = nullptr;
   int waiting = 0, ended = 0;
   Line line = 0;
@@ -78,6 +80,7 @@ class Launch {
     for (unsigned block = 0; block < blocks; ++block) to_come_.push_back({block, 0, 0});
     std::shuffle(to_come_.begin(), to_come_.end(), random_numbers);
     grid_ = {blocks, 1, 1};
+    ready_.reserve(resident * threads);
   }
 
   void run() {
@@ -164,7 +167,7 @@ class Launch {
     block.free_memory = memory_.back().get();
     std::memset(block.free_memory, 0xff, shared_bytes);
     ASAN_POISON_MEMORY_REGION(block.free_memory, shared_bytes);
-    block.shared.clear();
+    std::fill(std::begin(block.shared), std::end(block.shared), std::pair<const void*, unsigned char*>{});
     block.ended = block.waiting = 0;
     block.warps.assign((threads_ + warp_size - 1) / warp_size, {});
     block.lanes.resize(threads_);
@@ -242,13 +245,16 @@ std::uint64_t shuffle_down(std::uint32_t lanes, std::uint64_t value, unsigned of
 
 void* shared_memory(const void* of, std::size_t bytes) {
   Block& block = *current->home;
-  unsigned char*& memory = block.shared[of];
-  if (!memory) {
-    memory = block.free_memory;
-    block.free_memory += (bytes + red_zone) / red_zone * red_zone + red_zone;
-    ASAN_UNPOISON_MEMORY_REGION(memory, bytes);
+  for (auto& [name, memory] : block.shared) {
+    if (!name) {
+      name = of;
+      memory = block.free_memory;
+      block.free_memory += (bytes + red_zone - 1) / red_zone * red_zone + red_zone;
+      ASAN_UNPOISON_MEMORY_REGION(memory, bytes);
+    }
+    if (name == of) return memory;
   }
-  return memory;
+  throw std::logic_error("a block has more variables in shared memory than the emulator");
 }
 
 void run_blocks(const std::function<void()>& body, unsigned blocks, unsigned threads) {
