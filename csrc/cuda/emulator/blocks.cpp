@@ -5,7 +5,6 @@
 #include <exception>
 #include <iterator>
 #include <memory>
-#include <random>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -30,7 +29,23 @@ constexpr unsigned resident = 3;
 constexpr std::size_t shared_bytes = 4096, red_zone = 64;
 constexpr int most_shared = 8;
 
-std::mt19937_64 random_numbers(1);
+// Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+struct RandomNumbers {
+  using result_type = std::uint64_t;
+  static constexpr result_type min() { return 0; }
+  static constexpr result_type max() { return ~result_type{0}; }
+  result_type operator()() {
+    result_type z = state += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+  }
+  // Below `end`, which is small.
+  int below(int end) { return static_cast<int>(((*this)() >> 32) * static_cast<unsigned>(end) >> 32); }
+
+  result_type state = 1;
+};
+RandomNumbers random_numbers;
 
 // Those of earlier launches.
 std::vector<std::unique_ptr<Fiber>> idle_fibers;
@@ -40,7 +55,6 @@ std::vector<std::unique_ptr<Fiber>> idle_fibers;
 struct Lane : Thread {
   enum State { READY, AT_BARRIER, AT_SHUFFLE, ENDED };
   State state = READY;
-  std::uint64_t rank = 0;
   unsigned shuffles = 0;
   std::unique_ptr<Fiber> fiber;
 };
@@ -55,7 +69,11 @@ struct Exchange {
 };
 
 struct Warp {
-  Exchange exchanges[2];
+  Exchange exchanges[2] = {};
+  std::uint64_t rank = 0;
+  // Those that can go on.
+  Lane* ready[warp_size] = {};
+  int n_ready = 0;
 };
 
 struct Block {
@@ -86,9 +104,7 @@ class Launch {
   void run() {
     for (unsigned place = 0; place < resident && !to_come_.empty(); ++place) begin(homes_[place]);
     while (!ready_.empty()) {
-      std::pop_heap(ready_.begin(), ready_.end(), comes_later);
-      Lane* const lane = ready_.back();
-      ready_.pop_back();
+      Lane* const lane = take_ready();
       current = lane;
       lane->fiber->enter();
       current = nullptr;
@@ -155,8 +171,6 @@ class Launch {
   }
 
  private:
-  static bool comes_later(const Lane* one, const Lane* other) { return one->rank < other->rank; }
-
   // The next block takes this place.
   void begin(Block& block) {
     const Index index = to_come_.back();
@@ -171,14 +185,12 @@ class Launch {
     block.ended = block.waiting = 0;
     block.warps.assign((threads_ + warp_size - 1) / warp_size, {});
     block.lanes.resize(threads_);
-    const std::uint64_t block_rank = random_numbers() % 4;
-    std::uint64_t warp_rank = 0;
+    const std::uint64_t block_rank = random_numbers() << 32;
+    for (Warp& warp : block.warps) warp.rank = block_rank + random_numbers.below(256);
     for (unsigned thread = 0; thread < threads_; ++thread) {
       Lane& lane = block.lanes[thread];
-      if (thread % warp_size == 0) warp_rank = random_numbers() % 256;
       static_cast<Thread&>(lane) = {{thread, 0, 0}, index, {threads_, 1, 1}, grid_, &block,
                                     static_cast<int>(thread) / warp_size, static_cast<int>(thread) % warp_size};
-      lane.rank = block_rank << 40 | warp_rank << 32 | (random_numbers() & 0xffffffff);
       lane.shuffles = 0;
       lane.fiber = new_fiber();
       lane.fiber->body = [this, &lane] { work(lane); };
@@ -216,9 +228,23 @@ class Launch {
 
   void make_ready(Lane& lane) {
     lane.state = Lane::READY;
-    if (!by_rank_) lane.rank = random_numbers();
-    ready_.push_back(&lane);
-    std::push_heap(ready_.begin(), ready_.end(), comes_later);
+    Warp& warp = lane.home->warps[lane.warp];
+    if (warp.n_ready == 0) ready_.push_back(&warp);
+    warp.ready[warp.n_ready++] = &lane;
+  }
+
+  Lane* take_ready() {
+    auto warp = ready_.begin() + random_numbers.below(static_cast<int>(ready_.size()));
+    if (by_rank_) {
+      warp = std::max_element(ready_.begin(), ready_.end(), [](Warp* one, Warp* other) { return one->rank < other->rank; });
+    }
+    Warp& taken = **warp;
+    std::swap(taken.ready[random_numbers.below(taken.n_ready)], taken.ready[taken.n_ready - 1]);
+    if (--taken.n_ready == 0) {
+      *warp = ready_.back();
+      ready_.pop_back();
+    }
+    return taken.ready[taken.n_ready];
   }
 
   const std::function<void()>& body_;
@@ -226,7 +252,8 @@ class Launch {
   const bool by_rank_;
   Index grid_;
   std::vector<Index> to_come_;
-  std::vector<Lane*> ready_;
+  // Warps of which a thread can go on.
+  std::vector<Warp*> ready_;
   Block homes_[resident];
   std::vector<std::unique_ptr<unsigned char[]>> memory_;
   unsigned done_ = 0;
@@ -269,6 +296,6 @@ void run_blocks(const std::function<void()>& body, unsigned blocks, unsigned thr
   running = nullptr;
 }
 
-void set_seed(std::uint64_t seed) { random_numbers.seed(seed); }
+void set_seed(std::uint64_t seed) { random_numbers.state = seed; }
 
 }  // namespace layca::emulator
