@@ -29,7 +29,8 @@ struct Ticket {
 };
 
 // Called for every launch instead of running it: on which stream, of which kernel, and by which number it is to be run.
-using Queue = void (*)(std::uintptr_t stream, const char* verb, std::int64_t ticket);
+// Returns 0, or the launch is refused.
+using Queue = int (*)(std::uintptr_t stream, const char* verb, std::int64_t ticket);
 
 std::map<const void*, Kernel>& kernels() {
   static std::map<const void*, Kernel> all;
@@ -74,8 +75,8 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a
   Ticket ticket{found->second.bind(arguments), grid.x, block.x};
   if (!queue) return run(ticket);
   tickets[next_ticket] = std::move(ticket);
-  queue(reinterpret_cast<std::uintptr_t>(stream), found->second.verb, next_ticket++);
-  return cudaSuccess;
+  const bool is_taken = queue(reinterpret_cast<std::uintptr_t>(stream), found->second.verb, next_ticket++) == 0;
+  return is_taken ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
