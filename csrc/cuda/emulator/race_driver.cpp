@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <string>
 #include <vector>
 
@@ -51,12 +52,7 @@ Numbers step(const std::string& formula, const std::string& dtype, std::uint64_t
   return {setup.tables.memory, setup.dots, setup.tables.radii};
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  if (argc < 2) return 2;
-  const std::string formula = argv[1];
-  const int rounds = argc > 2 ? std::atoi(argv[2]) : 1;
+int run(const std::string& formula, int rounds) {
   for (const char* dtype : {"float32", "bfloat16"}) {
     const Numbers expected = step(formula, dtype, 0);
     for (int seed = 1; seed < rounds; ++seed) {
@@ -67,4 +63,16 @@ int main(int argc, char** argv) {
   }
   std::printf("%s: %d orders of blocks and threads\n", formula.c_str(), rounds);
   return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2) return 2;
+  try {
+    return run(argv[1], argc > 2 ? std::atoi(argv[2]) : 1);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
 }

@@ -1,8 +1,8 @@
 """A GPU whose work lies in queues until something makes it run, for tests of the order of copies, launches and events.
 
 Tensors are on the CPU. What torch would do on a GPU is queued on the current stream instead, and so are the launches of
-the emulated kernels: when they run is drawn, or put off until the host waits. It raises where a host that is ahead would
-spoil a copy, and where a capture would do what none may.
+the emulated kernels: when they run is drawn, or put off until the host waits. It raises where a host that is ahead
+would spoil a copy, and where a capture would do what none may.
 """
 
 import ctypes
@@ -304,25 +304,3 @@ class FakeGpu(TorchDispatchMode):
         super().__exit__(*error)
         self._driver.layca_emulator_queue(None)
         self._patch.undo()
-
-
-def tables_of(optimizer: Any) -> Callable[[], Callable[[], None]]:
-    """A check of launches: when the kernel runs, it finds the addresses and scalars that the host had at its launch."""
-
-    def launched() -> Callable[[], None]:
-        mirrors = [
-            mirror
-            for _, batch in optimizer._plan.batches
-            for mirror in (batch._tensor_mirror, batch.hyperparameters._mirror)
-        ]
-        expected = [mirror._host.numpy().copy() for mirror in mirrors]
-
-        def runs() -> None:
-            for mirror, table in zip(mirrors, expected, strict=True):
-                assert (mirror.device_tensor.numpy() == table).all(), (
-                    "a kernel runs on other tables than it was launched for"
-                )
-
-        return runs
-
-    return launched

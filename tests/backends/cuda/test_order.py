@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from layca_fast import FusedLayca
-from layca_fast.step.upload import MOST, READY, SPARES, Buffers, Mirror
+from layca_fast.step.upload import MOST, SPARES, Buffers, Mirror
 
 from ...support import clones, contents, params_of, random_gradients, same_bits, shapes_for, train
-from .fake_gpu import FakeGpu, tables_of
+from .fake_gpu import FakeGpu
 from .support import emulated, emulator  # noqa: F401
 
 #: The emulator takes a minute to build.
@@ -47,6 +47,24 @@ def pair(options: dict[str, Any], **more: Any) -> tuple[FusedLayca, FusedLayca]:
         groups = [{"params": each[:2]}, {"params": each[2:], "lr": 0.02}]
         made.append(FusedLayca(groups, 0.1, backend="cuda", **options, **more))
     return made[0], made[1]
+
+
+def tables_of(optimizer: FusedLayca) -> Callable[[], Callable[[], None]]:
+    """A check of launches: when the kernel runs, it finds the addresses and scalars that the host had at its launch."""
+
+    def launched() -> Callable[[], None]:
+        batches = [batch for _, batch in optimizer._plan.batches]
+        mirrors = [mirror for batch in batches for mirror in (batch._tensor_mirror, batch.hyperparameters._mirror)]
+        expected = [mirror._host.numpy().copy() for mirror in mirrors]
+
+        def runs() -> None:
+            found = [mirror.device_tensor.numpy() for mirror in mirrors]
+            same = all(bool((ours == theirs).all()) for ours, theirs in zip(found, expected, strict=True))
+            assert same, "a kernel runs on other tables than it was launched for"
+
+        return runs
+
+    return launched
 
 
 def give(optimizer: FusedLayca, row: list[Tensor]) -> None:
@@ -251,6 +269,13 @@ def test_captures_neither_wait_nor_ask_nor_allocate(fake: Callable[[float], Fake
 # What the fake GPU is there to notice.
 
 
+def steps_on(gpu: FakeGpu, optimizer: FusedLayca, fault: Callable[[], None]) -> None:
+    rows = random_gradients(params_of(optimizer), MOST)
+    with running(gpu, optimizer, rows):
+        fault()
+        scheduled(optimizer, rows[1:])
+
+
 def test_a_buffer_taken_too_early_is_noticed(
     fake: Callable[[float], FakeGpu], monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
@@ -259,40 +284,28 @@ def test_a_buffer_taken_too_early_is_noticed(
         return buffers._all[-1]
 
     late, _ = pair({"momentum": 0.9})
-    rows = random_gradients(params_of(late), READY + 3)
-    monkeypatch.setattr(Buffers, "take", careless)
-    with (
-        pytest.raises(AssertionError, match="a pinned buffer that a copy has yet to read"),
-        running(fake(0.0), late, rows),
-    ):
-        scheduled(late, rows[1:])
+    with pytest.raises(AssertionError, match="a pinned buffer that a copy has yet to read"):
+        steps_on(fake(0.0), late, lambda: monkeypatch.setattr(Buffers, "take", careless))
 
 
 def test_a_kernel_before_its_upload_is_noticed(
     fake: Callable[[float], FakeGpu], monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     late, _ = pair({"momentum": 0.9})
-    rows = random_gradients(params_of(late), 4)
-    push = Mirror.push
-    with pytest.raises(AssertionError, match="other tables"), running(fake(0.3), late, rows):
-        monkeypatch.setattr(Mirror, "push", lambda mirror: None)
-        train(late, rows[1:2])
-    monkeypatch.setattr(Mirror, "push", push)
+    with pytest.raises(AssertionError, match="other tables"):
+        steps_on(fake(0.3), late, lambda: monkeypatch.setattr(Mirror, "push", lambda mirror: None))
 
 
 def test_an_upload_on_another_stream_than_the_kernels_is_noticed(
     fake: Callable[[float], FakeGpu], monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     late, _ = pair({"momentum": 0.9})
-    rows = random_gradients(params_of(late), 40)
-    gpu = fake(0.3)
-    push = Mirror.push
+    gpu, push = fake(0.3), Mirror.push
 
     def elsewhere(mirror: Mirror) -> None:
         with gpu.on(gpu.streams[1]):
             push(mirror)
 
-    with pytest.raises(AssertionError, match="other tables"), running(gpu, late, rows):
-        gpu.new_stream()
-        monkeypatch.setattr(Mirror, "push", elsewhere)
-        scheduled(late, rows[1:])
+    gpu.new_stream()
+    with pytest.raises(AssertionError, match="other tables"):
+        steps_on(gpu, late, lambda: monkeypatch.setattr(Mirror, "push", elsewhere))
