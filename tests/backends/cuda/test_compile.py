@@ -143,6 +143,26 @@ def test_aligned_packs_move_in_vectors(architecture: str, moves: dict[str, dict[
             assert counts == expected, kernel
 
 
+def is_vector(kind: str, name: str) -> bool:
+    return any(re.match(pattern.format(kind), name) for pattern in VECTORS.values())
+
+
+@reads_code
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_packs_are_under_way_before_one_is_used(
+    architecture: str, moves: dict[str, dict[Kernel, list[str]]]
+) -> None:
+    """The loads of both packs of every array come before the first store: occupancy.py counts on that."""
+    late = {
+        kernel: names
+        for kernel, names in moves[architecture].items()
+        if kernel.verb in ("measure", "rotate")
+        and (stores := [place for place, name in enumerate(names) if is_vector("STG", name)])
+        and any(is_vector("LDG", name) for name in names[stores[0] :])
+    }
+    assert late == {}
+
+
 @reads_code
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_elements_are_known_to_be_in_global_memory(
