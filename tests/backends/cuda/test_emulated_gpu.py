@@ -64,20 +64,10 @@ FAULTS = {
         "of_warp[warp] = sums;",
         "made other numbers",
     ),
-    "no barrier before the dots": (
-        "dots = layer_dots(batch, blockIdx.x);\n  __syncthreads();",
-        "dots = layer_dots(batch, blockIdx.x);",
-        "wait for ones that never come",
-    ),
     "a barrier that some threads do not reach": (
         "of_warp[warp] = sums;\n  __syncthreads();",
         "of_warp[warp] = sums;\n  if (warp < 3) __syncthreads();",
         "its block",
-    ),
-    "lanes that have left when their warp makes a shuffle": (
-        "if (warp != 0) return;",
-        "if (warp != 0 || lane > 7) return;",
-        "wait for ones that never come",
     ),
     "a tile beyond the last": (
         "const TileSpan tile = tile_span(batch, blockIdx.x);",
@@ -115,10 +105,10 @@ def with_fault(folder: Path, old: str, new: str, rounds: int, sanitizer: str) ->
 
 @has_sanitizers
 def test_faults_of_kernels_are_noticed(tmp_path: Path) -> None:
-    """In three orders; without a fault there is nothing to notice."""
-    assert with_fault(tmp_path, "sum_block(Sums& sums) {", "sum_block(Sums& sums) {", 3, "address").returncode == 0
+    """In two orders; without a fault there is nothing to notice."""
+    assert with_fault(tmp_path, "sum_block(Sums& sums) {", "sum_block(Sums& sums) {", 2, "address").returncode == 0
     for name, (old, new, message) in FAULTS.items():
-        done = with_fault(tmp_path, old, new, 3, "address")
+        done = with_fault(tmp_path, old, new, 2, "address")
         assert done.returncode == 1, name
         assert message in done.stderr, name
 
