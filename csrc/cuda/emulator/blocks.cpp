@@ -164,7 +164,8 @@ class Launch {
     }
     lane.fiber->leave();
     const unsigned from = lane.lane + offset;
-    if (from < warp_size && (lanes >> from & 1) == 0) throw std::logic_error("a shuffle reads a lane that is not in it");
+    if (from < warp_size && (lanes >> from & 1) == 0)
+      throw std::logic_error("a shuffle reads a lane that is not in it");
     const std::uint64_t found = exchange.values[from < warp_size ? from : lane.lane];
     if (++exchange.left == expected) exchange.arrived = exchange.left = 0;
     return found;
@@ -189,8 +190,13 @@ class Launch {
     for (Warp& warp : block.warps) warp.rank = block_rank + random_numbers.below(256);
     for (unsigned thread = 0; thread < threads_; ++thread) {
       Lane& lane = block.lanes[thread];
-      static_cast<Thread&>(lane) = {{thread, 0, 0}, index, {threads_, 1, 1}, grid_, &block,
-                                    static_cast<int>(thread) / warp_size, static_cast<int>(thread) % warp_size};
+      static_cast<Thread&>(lane) = {{thread, 0, 0},
+                                    index,
+                                    {threads_, 1, 1},
+                                    grid_,
+                                    &block,
+                                    static_cast<int>(thread) / warp_size,
+                                    static_cast<int>(thread) % warp_size};
       lane.shuffles = 0;
       lane.fiber = new_fiber();
       lane.fiber->body = [this, &lane] { work(lane); };
@@ -236,7 +242,8 @@ class Launch {
   Lane* take_ready() {
     auto warp = ready_.begin() + random_numbers.below(static_cast<int>(ready_.size()));
     if (by_rank_) {
-      warp = std::max_element(ready_.begin(), ready_.end(), [](Warp* one, Warp* other) { return one->rank < other->rank; });
+      warp = std::max_element(ready_.begin(), ready_.end(),
+                              [](Warp* one, Warp* other) { return one->rank < other->rank; });
     }
     Warp& taken = **warp;
     std::swap(taken.ready[random_numbers.below(taken.n_ready)], taken.ready[taken.n_ready - 1]);

@@ -1,10 +1,10 @@
 // The emulated GPU at work on one launch: blocks of threads, each thread a fiber, in an order drawn from a seed.
 //
-// A thread runs until it waits for others: at __syncthreads() for its block, at a shuffle for its warp. Who goes on then
-// is drawn: in one half of the launches any thread that can, in the other one of the first block and warp in an order
-// that holds for all of the launch, so that some warps are as far ahead of others as barriers allow. Shared memory is full of NaN when a block
-// begins. What the GPU leaves undefined is an error here: threads of a block at different barriers, or one that has
-// ended; shuffles that not all of the named lanes make at the same place.
+// A thread runs until it waits for others: at __syncthreads() for its block, at a shuffle for its warp. Who goes on
+// then is drawn: in one half of the launches any thread that can, in the other one of the first block and warp in an
+// order that holds for all of the launch, so that some warps are as far ahead of others as barriers allow. Shared
+// memory is full of NaN when a block begins. What the GPU leaves undefined is an error here: threads of a block at
+// different barriers, or one that has ended; shuffles that not all of the named lanes make at the same place.
 #pragma once
 
 #include <cstddef>

@@ -22,10 +22,9 @@
 #define blockDim (::layca::emulator::current->block_size)
 
 // In place of __shared__, which must say where in memory each block has it.
-#define LAYCA_SHARED(Type, name)               \
-  static char shared_##name;                   \
-  auto& name = *static_cast<Shared<Type>*>(    \
-      ::layca::emulator::shared_memory(&shared_##name, sizeof(Shared<Type>)))
+#define LAYCA_SHARED(Type, name) \
+  static char shared_##name;     \
+  auto& name = *static_cast<Shared<Type>*>(::layca::emulator::shared_memory(&shared_##name, sizeof(Shared<Type>)))
 
 inline void __syncthreads(int line = __builtin_LINE()) { ::layca::emulator::wait_for_block(line); }
 

@@ -1,5 +1,6 @@
 // Steps on the emulated GPU for ThreadSanitizer: it reports two threads that use the same memory, one of them to write,
-// without a barrier or the end of a launch in between. Fails, too, where the order of blocks and threads shows in a bit.
+// without a barrier or the end of a launch in between. Fails, too, where the order of blocks and threads shows in a
+// bit.
 //
 //   race_driver FORMULA [ROUNDS]
 #include <cstdint>

@@ -63,7 +63,7 @@ def occupancy_of(registers: int, architecture: str) -> float:
 
 
 def bytes_of_thread(kernel: Kernel) -> int:
-    """What a thread of measure or rotate loads before it waits; of 16-bit weights also remainders, and float32 moments."""
+    """What a thread of measure or rotate loads before it waits. 16-bit weights have remainders and float32 moments."""
     formula = FORMULAS[kernel.formula]
     turns = kernel.verb == "rotate"
     grads = int(not turns or formula.reads_grad)
