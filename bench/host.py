@@ -147,17 +147,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, options in OPTIONS.items():
                 for case in CASES:
                     host = Host(tensors, options, case)
-                    first, middle, third = (
-                        1e6 * each for each in quartiles(timed(host, args.rounds, time.perf_counter))
-                    )
+                    times = timed(host, args.rounds, time.perf_counter)
+                    first, middle, third = (1e6 * each for each in quartiles(times))
                     work = 1e6 * quartiles(timed(host, args.rounds, time.process_time))[1]
-                    times = [f"{middle:.0f} ({first:.0f}-{third:.0f})", f"{work:.0f}", f"{goal:.0f}"]
-                    rows.append([str(tensors), name, case, *times, str(calls_of(host))])
-    print_table(
-        "Host time of a step of tensors on a GPU, launches left out",
-        ["tensors", "base", "new in the step", "µs (quartiles)", "µs of processor", "goal", "calls"],
-        rows,
-    )
+                    found = [f"{middle:.0f} ({first:.0f}-{third:.0f})", f"{work:.0f}", f"{goal:.0f}"]
+                    rows.append([str(tensors), name, case, *found, str(calls_of(host))])
+    columns = ["tensors", "base", "new in the step", "µs (quartiles)", "µs of processor", "goal", "calls"]
+    print_table("Host time of a step of tensors on a GPU, launches left out", columns, rows)
     return 0
 
 

@@ -4,11 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from layca_fast.backends.triton.backend import BACKEND
 from layca_fast.backends.triton.launches import TILE, TILE_WARPS
