@@ -136,9 +136,8 @@ class Batch(Structure):
             return self._viewed(self.grads) if self._has_views else self.grads
         if self._specs is None or not all(map(is_sharded, self.grads)):
             return None
-        return (
-            list(map(local_tensor, self.grads)) if same_objects(list(map(spec_of, self.grads)), self._specs) else None
-        )
+        same = same_objects(list(map(spec_of, self.grads)), self._specs)
+        return list(map(local_tensor, self.grads)) if same else None
 
     def _viewed(self, grads: Sequence[Any]) -> list[Any] | None:
         """Of plain gradients what each slot is a view of; None where one is no such tensor, or has another shape."""
