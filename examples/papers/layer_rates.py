@@ -97,9 +97,9 @@ def draw(path: Path, numbers: Numbers) -> None:
 
 
 def check(numbers: Numbers) -> None:
-    """FusedLayca: alpha = 0 is better than either end."""
-    ends = {alpha: at(numbers, "layca-sgd", alpha).of("test accuracy").mean() for alpha in (-0.8, 0.0, 0.8)}
-    assert ends[0.0] > max(ends[-0.8], ends[0.8]), f"uniform rotation is not the best: {ends}"
+    """FusedLayca: a network whose last layers turn much faster than its first generalises worse."""
+    uniform, last = (at(numbers, "layca-sgd", alpha).of("test accuracy").mean() for alpha in (0.0, 0.8))
+    assert uniform > last + 0.05, f"alpha = 0.8 gives {last}, alpha = 0 {uniform}"
 
 
 STUDY = Study(
