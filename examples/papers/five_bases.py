@@ -109,7 +109,7 @@ def draw(path: Path, numbers: Numbers) -> None:
         panels[0].legend(fontsize=6)
         last.set_yticks(range(5), list(STARTS))
         last.invert_yaxis()
-        last.set_title("hollow: torch.optim, filled: FusedLayca")
+        last.set_title("○ torch.optim   ● FusedLayca")
         last.set_xlabel("final test accuracy")
 
 

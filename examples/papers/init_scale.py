@@ -28,7 +28,7 @@ EPOCHS = 20
 
 def start(name: str, scale: int) -> Sequence[int]:
     """The rates to begin with: SGD's where the scale's square takes them, so that few more are tried."""
-    return (-4, -3, -2) if name == "layca-sgd" else tuple(2 * scale + power for power in (-1, 0, 1))
+    return (-5, -4, -3, -2, -1) if name == "layca-sgd" else tuple(2 * scale + power for power in (-2, -1, 0, 1, 2))
 
 
 def case(name: str, scale: int, lr: int) -> Case:
@@ -90,9 +90,10 @@ def draw(path: Path, numbers: Numbers) -> None:
                 curve = mine.groupby("lr")["value"].mean()
                 axes.plot(3.0**curve.index, curve, ".-", color=shades[scale], linewidth=1, label=f"x {3.0**scale:.3g}")
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter("")
             axes.set_title(shown)
             axes.set_xlabel("lr")
-            axes.set_ylim(0.5, 0.96)
+            axes.set_ylim(0.8, 0.95)
         panels[0].set_ylabel("validation accuracy")
         panels[1].tick_params(labelleft=False)
         panels[1].legend(fontsize=6, loc="lower left")

@@ -134,7 +134,7 @@ def draw(path: Path, numbers: Numbers) -> None:
                     mine.mean(axis=1),
                     ".-",
                     color=colour,
-                    label={"initial": "before", "final": "after"}[when],
+                    label=label,
                 )
                 axes.fill_between(mine.index, mine.min(axis=1), mine.max(axis=1), color=colour, alpha=0.15)
         left.axhline(0, color="0.8", linewidth=0.6, zorder=0)
