@@ -58,16 +58,15 @@ def at(numbers: Numbers, name: str, alpha: float) -> Numbers:
 
 def table(numbers: Numbers) -> Table:
     """Final test accuracy, and the training loss halfway, by alpha."""
-    alphas = sorted(numbers.frame["alpha"].unique())
+    names = [name for name in NAMES if len(numbers.of(optimizer=name).frame)]
+    half = float(max(numbers.of("training loss").frame["at"]) // 2)
     rows = []
-    for name, shown in NAMES.items():
-        found = [at(numbers, name, alpha) for alpha in alphas if len(numbers.of(optimizer=name).frame)]
-        if found:
-            half = max(numbers.of("training loss").frame["at"]) / 2
-            rows.append([f"{shown}, test accuracy", *(each.of("test accuracy").span() for each in found)])
-            losses = (each.of("training loss", at=half).span(4) for each in found)
-            rows.append([f"{shown}, training loss after {half:.0f} epochs", *losses])
-    return ["alpha", *(f"{alpha:g}" for alpha in alphas)], rows
+    for alpha in sorted(numbers.frame["alpha"].unique()):
+        found = [at(numbers, name, alpha) for name in names]
+        cells = [(each.of("test accuracy").span(), each.of("training loss", at=half).span(2)) for each in found]
+        rows.append([f"{alpha:g}", *(cell for pair in cells for cell in pair)])
+    columns = [f"{NAMES[name]}: {what}" for name in names for what in ("test accuracy", f"loss, epoch {half:.0f}")]
+    return ["alpha", *columns], rows
 
 
 def draw(path: Path, numbers: Numbers) -> None:

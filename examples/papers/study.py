@@ -145,7 +145,8 @@ class Study:
         if len(found.frame):
             names = [*cases[0], "seed"]
             have = set(found.frame[names].drop_duplicates().itertuples(index=False, name=None))
-        return [(case, seed) for case in cases for seed in seeds if (*case.values(), seed) not in have]
+        wanted = {(*case.values(), seed): (case, seed) for case in cases for seed in seeds}
+        return [each for key, each in wanted.items() if key not in have]
 
     def _rows(self, case: Case, seed: int, quick: bool) -> list[dict[str, Any]]:
         torch.manual_seed(seed)

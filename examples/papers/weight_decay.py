@@ -3,8 +3,8 @@
 An MLP of 8 hidden layers of 64 units with batch norm on 1,000 digits, 40 epochs; lr falls to a fifth after epochs 30
 and 36. SGD without decay and with it; then FusedLayca, each layer of which turns at every step by the very angle by
 which SGD turned it, without decay or with it, as RotationMonitor has measured; then FusedLayca at one rate, and the
-same with decay put into the gradient. SGD's rate, its decay at that rate, and FusedLayca's rate are powers of 3, chosen
-on 1,000 validation digits.
+same with decay put into the gradient. Rates and decays are powers of 3, chosen on 1,000 validation digits; SGD also
+at 3^-1, which is too small for it without decay.
 
     python examples/papers/weight_decay.py --seeds 3   # 2 minutes on one core
 """
@@ -22,7 +22,7 @@ from layca_fast.figures.style import new_figure
 
 #: SGD's decay, as a power of 3; 0 stands for none.
 DECAYS = (-8, -7, -6, -5, -4)
-SGD_RATES, LAYCA_RATES = (-2, -1, 0, 1), (-4, -3, -2)
+SGD_RATES, LAYCA_RATES, LOW = (-2, -1, 0, 1, 2, 3), (-4, -3, -2, -1), -1
 EPOCHS, QUICK_EPOCHS = 40, 15
 
 #: By case: in the table, and in the figure.
@@ -57,13 +57,13 @@ def cases(found: Numbers) -> Sequence[Case]:
     rates, layca = [case("SGD", lr) for lr in SGD_RATES], [case("Layca", lr) for lr in LAYCA_RATES]
     wanted = [*rates, *layca]
     if done(found, wanted):
-        lr, layca_lr = best(found, rates, "lr"), best(found, layca, "lr")
-        decays = [case("SGD, decay", lr, decay) for decay in DECAYS]
-        wanted += decays
-        if done(found, decays):
-            decay = best(found, decays, "decay")
-            wanted += [case("Layca, SGD's angles", lr), case("Layca, angles of SGD with decay", lr, decay)]
-            wanted += [case("Layca, decay", layca_lr, decay)]
+        for lr in (LOW, best(found, rates, "lr")):
+            decays = [case("SGD, decay", lr, decay) for decay in DECAYS]
+            wanted += decays
+            if done(found, decays):
+                decay = best(Numbers(found.frame[found.frame["lr"] == lr]), decays, "decay")
+                wanted += [case("Layca, SGD's angles", lr), case("Layca, angles of SGD with decay", lr, decay)]
+                wanted += [case("Layca, decay", best(found, layca, "lr"), decay)]
     return wanted
 
 
@@ -111,36 +111,38 @@ def measure(case: Case, seed: int, quick: bool) -> Iterable[Number]:
         yield "angle", epoch + 1, angle
 
 
-def chosen(numbers: Numbers) -> dict[str, Numbers]:
-    """The trainings of each kind at what was chosen."""
+def chosen(numbers: Numbers) -> dict[tuple[str, int], Numbers]:
+    """The trainings of each kind and lr at what was chosen; those of SGD and its copies at the small lr, too."""
     kinds = {}
     for name in SHOWN:
         mine = numbers.of(optimizer=name)
         if len(mine.frame):
-            mine = mine.of(lr=best_rate(mine))
-            kinds[name] = mine.of(decay=best_rate(mine, rate="decay"))
+            at_best = int(best_rate(numbers.of(optimizer="SGD"))) if "SGD" in name else int(best_rate(mine))
+            for lr in sorted({LOW, at_best} if "SGD" in name else {at_best}):
+                rows = mine.of(lr=lr)
+                kinds[name, lr] = rows.of(decay=best_rate(rows, rate="decay"))
     return kinds
 
 
 def table(numbers: Numbers) -> Table:
     """Rate, decay, and final test accuracy."""
     rows = []
-    for name, mine in chosen(numbers).items():
-        first = mine.frame.iloc[0]
-        rate = "as measured" if "angles" in name else f"3^{first['lr']}"
-        decay = f"3^{first['decay']}" if "decay" in name and "angles" not in name else ""
-        angle = mine.of("angle").frame
-        rows.append([name, rate, decay, f"{angle['value'].mean():.4f}", mine.of("test accuracy").span()])
-    return ["training", "lr", "decay", "mean angle of a step", "test accuracy"], rows
+    for (name, lr), mine in sorted(chosen(numbers).items(), key=lambda item: ("SGD" not in item[0][0], item[0][1])):
+        decay = f"3^{mine.frame['decay'].iloc[0]}" if mine.frame["decay"].iloc[0] else ""
+        rate = f"that of SGD at 3^{lr}" if "angles" in name else f"3^{lr}"
+        rows.append([name, rate, decay, f"{mine.of('angle').mean():.4f}", mine.of("test accuracy").span()])
+    return ["training", "lr", "SGD's decay", "mean angle of a step", "test accuracy"], rows
 
 
 def draw(path: Path, numbers: Numbers) -> None:
-    """Mean angle of a step, training loss and test accuracy by epoch."""
+    """Mean angle of a step, training loss and test accuracy by epoch, of SGD at the small lr."""
     with new_figure((7.2, 2.9), path) as figure:
         panels = figure.subplots(1, 3)
         named = {"angle": "mean angle of a step", "training loss": "", "test accuracy by epoch": "test accuracy"}
         for axes, (quantity, label) in zip(panels, named.items(), strict=True):
-            for name, mine in chosen(numbers).items():
+            for (name, lr), mine in chosen(numbers).items():
+                if "SGD" in name and lr != LOW:
+                    continue
                 curve = mine.of(quantity).by_seed().mean(axis=1)
                 line = "--" if "angles" in name or name == "Layca, decay" else "-"
                 axes.plot(curve.index, curve, line, color=SHOWN[name], linewidth=1.2, label=name)
@@ -154,11 +156,14 @@ def draw(path: Path, numbers: Numbers) -> None:
 
 def check(numbers: Numbers) -> None:
     """Layca with angles of SGD ends where SGD ends; decay changes nothing under Layca."""
-    found = {name: mine.of("test accuracy").mean() for name, mine in chosen(numbers).items()}
-    for name, copy in (("SGD", "Layca, SGD's angles"), ("SGD, decay", "Layca, angles of SGD with decay")):
-        if name in found and copy in found:
-            assert abs(found[name] - found[copy]) < 0.02, f"{copy}: {found[copy]}, {name}: {found[name]}"
-    assert abs(found["Layca"] - found["Layca, decay"]) < 0.02, f"decay changes Layca: {found}"
+    found = {key: mine.of("test accuracy").mean() for key, mine in chosen(numbers).items()}
+    copies = {"SGD": "Layca, SGD's angles", "SGD, decay": "Layca, angles of SGD with decay"}
+    for (name, lr), accuracy in found.items():
+        if name in copies:
+            copied = found[copies[name], lr]
+            assert abs(accuracy - copied) < 0.02, f"{name} ends at {accuracy}, Layca with its angles at {copied}"
+    plain, decayed = ([each for (name, _), each in found.items() if name == kind] for kind in ("Layca", "Layca, decay"))
+    assert abs(plain[0] - decayed[0]) < 0.02, f"Layca ends at {plain[0]}, with decay at {decayed[0]}"
 
 
 STUDY = Study(
