@@ -88,11 +88,12 @@ bench: $(BENCH_STAMP)  ## time a step of every backend beside torch's and others
 	@echo "==> Running the benchmarks"
 	@$(RUN) pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
-# Each program trains what its CSV lacks and draws its figure. study.py, small.py and write_page.py are what they share.
-PAPERS := $(filter-out %/study.py %/small.py %/write_page.py,$(sort $(wildcard examples/papers/*.py)))
+# Each program trains what its CSV lacks and draws its figure; the page is written from the CSVs at the end.
+PAGE_WRITER := examples/papers/write_page.py
+PAPERS := $(filter-out $(PAGE_WRITER),$(shell grep -l __main__ examples/papers/*.py))
 papers: $(BUILT)  ## what docs/papers.md shows: train what its CSVs lack, draw its figures, write its tables (an hour from nothing)
 	@set -e; for program in $(PAPERS); do echo "==> $$program"; $(BIN)/python $$program $(ARGS); done
-	@$(BIN)/python examples/papers/write_page.py
+	@$(BIN)/python $(PAGE_WRITER)
 
 # Where docs/speed.md looks for them. ARGS='--rounds 11' makes the first of them shorter.
 RESULTS := bench/results

@@ -21,7 +21,7 @@ from layca_fast import RotationMonitor
 from layca_fast.figures.style import new_figure
 
 #: SGD's decay, as a power of 3; 0 stands for none.
-DECAYS = (-8, -7, -6, -5, -4)
+DECAYS = (-8, -7, -6, -5, -4, -3, -2)
 SGD_RATES, LAYCA_RATES, LOW = (-2, -1, 0, 1, 2, 3), (-4, -3, -2, -1), -1
 EPOCHS, QUICK_EPOCHS = 40, 15
 
@@ -120,7 +120,9 @@ def chosen(numbers: Numbers) -> dict[tuple[str, int], Numbers]:
             at_best = int(best_rate(numbers.of(optimizer="SGD"))) if "SGD" in name else int(best_rate(mine))
             for lr in sorted({LOW, at_best} if "SGD" in name else {at_best}):
                 rows = mine.of(lr=lr)
-                kinds[name, lr] = rows.of(decay=best_rate(rows, rate="decay"))
+                # A copy is of the decay that was best for SGD, not for the copy.
+                judge = numbers.of(optimizer="SGD, decay", lr=lr) if "decay" in name and "SGD" in name else rows
+                kinds[name, lr] = rows.of(decay=best_rate(judge, rate="decay"))
     return kinds
 
 
