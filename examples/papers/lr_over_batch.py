@@ -86,8 +86,7 @@ def draw(path: Path, numbers: Numbers) -> None:
             for axes, rule in zip(row, RULES, strict=True):
                 for level, line in zip(LEVELS[rule], (":", "--", "-"), strict=True):
                     mine = numbers.of(quantity, rule=rule, level=level).frame.groupby("batch")["value"]
-                    shown = f"lr $3^{{{level}}}$ at 27"
-                    axes.plot(mine.mean(), line, marker=".", color=COLOURS[rule], label=shown)
+                    axes.plot(mine.mean(), line, marker=".", color=COLOURS[rule])
                     axes.fill_between(mine.min().index, mine.min(), mine.max(), color=COLOURS[rule], alpha=0.15)
                 axes.set_yscale("log")
                 axes.set_xscale("log")
@@ -95,8 +94,8 @@ def draw(path: Path, numbers: Numbers) -> None:
                 axes.minorticks_off()
             row[0].set_ylabel(label)
         for axes, rule in zip(grid[0], RULES, strict=True):
-            axes.set_title(rule.replace("^2", "²"))
-            axes.legend(fontsize=6)
+            levels = ", ".join(f"$3^{{{level}}}$" for level in LEVELS[rule])
+            axes.set_title(f"{rule.replace('^2', '²')}\nlr at 27: {levels}")
         for axes in grid[1]:
             axes.set_xlabel("batch")
 
