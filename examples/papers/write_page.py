@@ -39,7 +39,8 @@ def table_of(name: str) -> str:
     made = [f"{package} {', '.join(sorted(found.frame[package].unique()))}" for package in ("layca_fast", "torch")]
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     told = f"Mean (least to most) over {seeds} seed{'s' if seeds > 1 else ''}; {when}, {', '.join(made)}."
-    return "\n".join([told, "", *(f"| {' | '.join(line)} |" for line in lines)])
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join([told, "", *(f"| {' | '.join(line)} |" for line in cells)])
 
 
 def render(text: str) -> str:
