@@ -14,6 +14,7 @@ lr is one of three powers of 3, by the loss at points between those, or on valid
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 import torch
@@ -153,9 +154,17 @@ def chosen(numbers: Numbers, task: str, name: str) -> Numbers:
 
 
 def falling(numbers: Numbers) -> float:
-    """Rank correlation of a layer's place with its rate, the last layer left out: -1 where shallower are faster."""
-    mean = numbers.of("rate").by_seed().mean(axis=1).iloc[:-1]
+    """Rank correlation of a layer's place with its rate: -1 where shallower are faster."""
+    mean = numbers.of("rate").by_seed().mean(axis=1)
     return float(mean.rank().corr(mean.index.to_series().rank()))
+
+
+def until_half(numbers: Numbers, k: int) -> str:
+    """After how many steps half of a frequency is fitted; nothing for digits."""
+    steps = numbers.of("half fitted after", at=k).values()
+    if not steps:
+        return ""
+    return "never" if any(math.isnan(step) for step in steps) else f"{fmean(steps):.0f}"
 
 
 def table(numbers: Numbers) -> Table:
@@ -165,9 +174,11 @@ def table(numbers: Numbers) -> Table:
         mine = chosen(numbers, task, name)
         if len(mine.frame):
             rates, last = mine.of("rate"), int(mine.of("rate").frame["at"].max())
-            cells = (rates.of(at=layer).span(2) for layer in (0, last // 2, last - 1, last))
-            rows.append([f"{task}, {NAMES[name]}", f"3^{mine.frame['lr'].iloc[0]}", *cells, f"{falling(mine):+.2f}"])
-    return ["training", "lr", "first", "middle", "last but one", "last", "rank correlation with depth"], rows
+            cells = [rates.of(at=layer).span(2) for layer in (0, last // 2, last - 1, last)]
+            cells += [f"{falling(mine):+.2f}", *(until_half(mine, k) for k in FREQUENCIES)]
+            rows.append([f"{task}, {NAMES[name]}", f"3^{mine.frame['lr'].iloc[0]}", *cells])
+    columns = ["training", "lr", "first", "middle", "last but one", "last", "rank correlation with depth"]
+    return [*columns, *(f"{k} period{'s' if k > 1 else ''}: half fitted after" for k in FREQUENCIES)], rows
 
 
 def draw(path: Path, numbers: Numbers) -> None:

@@ -112,7 +112,9 @@ def make_optimizer(name: str, model: nn.Module, lr: float, alpha: float = 0.0, *
     params = [param for param in model.parameters() if param.requires_grad]
     factors = lr_factors(len(params), alpha)
     if name.startswith("layca-"):
-        groups = [{"params": [param], "lr_factor": factor} for param, factor in zip(params, factors, strict=True)]
+        # Said, because a layer with one output has the form of a vector, which would not rotate by itself.
+        shared = {"rotate": True}
+        groups = [{"params": [p], "lr_factor": factor, **shared} for p, factor in zip(params, factors, strict=True)]
         return FusedLayca(groups, lr=lr, base=name.removeprefix("layca-"), **options)
     groups = [{"params": [param], "lr": lr * factor} for param, factor in zip(params, factors, strict=True)]
     return PAPER_BASES[name].make(groups, lr=lr, **options)
