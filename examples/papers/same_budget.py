@@ -9,6 +9,7 @@ best stands at an end.
     python examples/papers/same_budget.py --seeds 3   # 4 minutes on one core
 """
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
@@ -21,8 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from layca_fast.commands.demo.training import Network
 from layca_fast.figures.style import new_figure
 
-# study.py has put the folder of these on the path.
-# isort: split
+sys.path.append(str(Path(__file__).parents[1]))
 from lm_data import batch, python_reference
 from lm_model import CharacterGPT, loss_of
 
