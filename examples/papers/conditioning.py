@@ -99,14 +99,19 @@ def last(numbers: Numbers, quantity: str) -> str:
 
 
 def table(numbers: Numbers) -> Table:
-    """After training."""
+    """Hidden layers after training; the last one before it and after."""
     end = max(int(name.split()[-1]) for name in numbers.frame["quantity"] if name.startswith("kappa"))
     rows = []
     for net in [net for net in POWERS if net in set(numbers.frame["net"])]:
         mine = chosen(numbers, net)
-        cells = [show(mine, f"{name}, epoch {end}") for show in (hidden, last) for name in ("lambda", "kappa")]
+        looks = ((hidden, end), (last, 0), (last, end))
+        cells = [show(mine, f"{name}, epoch {epoch}") for show, epoch in looks for name in ("lambda", "kappa")]
         rows.append([net, f"3^{mine.frame['lr'].iloc[0]}", *cells, mine.of("test accuracy").span()])
-    columns = [f"{place}: {name}" for place in ("hidden", "last") for name in ("lambda_max", "kappa of inputs")]
+    columns = [
+        f"{place}: {name}"
+        for place in ("hidden", "last, before", "last, after")
+        for name in ("lambda_max", "kappa of inputs")
+    ]
     return ["network", "lr", *columns, "test accuracy"], rows
 
 
