@@ -54,7 +54,7 @@ TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup plans demo test test-exhaustive test-trainers test-all bench bench-full papers gpu verify docs lint format fuzz sanitize \
-    wheel wheels wheel-cuda test-versions FORCE
+    wheel wheels wheel-cuda check-tag test-versions FORCE
 # Targets of one command run one after the other: their tests and timings want the cores for themselves.
 .NOTPARALLEL:
 
@@ -116,6 +116,10 @@ verify: $(BUILT)  ## check the backends here against the float64 reference (a mi
 
 wheel: $(RELEASE_STAMP)  ## sdist and wheel into dist/, checked, and tried in fresh environments (ARGS='--python python3.12')
 	@$(RELEASE)/bin/python -m release.wheel $(ARGS)
+
+check-tag:  ## whether the tag of this commit, v..., is that of layca_fast/version.py
+	@tag=v$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' layca_fast/version.py); git tag --points-at HEAD | grep -qx "$$tag" || \
+	    { echo "this commit has no tag $$tag: layca_fast/version.py and the tag of a release must agree"; exit 1; }
 
 wheels: $(RELEASE_STAMP)  ## wheels for all versions of Python here by cibuildwheel (containers on Linux); see pyproject.toml
 	@$(RELEASE)/bin/python -m cibuildwheel --output-dir dist $(ARGS)
