@@ -19,7 +19,7 @@ PROGRAMS = (
     *("layer_convergence", "conditioning", "residual_blocks", "lr_over_batch", "he_norms", "break_even"),
 )
 
-BLOCK = re.compile(r"(?<=<!-- table of )(\w+)( -->\n).*?(?=\n<!-- end -->)", re.S)
+BLOCK = re.compile(r"(?<=<!-- table of )(\w+)( -->\n).*?(?=<!-- end -->)", re.S)
 
 
 def study_of(name: str) -> Study:
@@ -45,7 +45,7 @@ def table_of(name: str) -> str:
 
 def render(text: str) -> str:
     """The page with its tables as the CSVs have them."""
-    return BLOCK.sub(lambda match: f"{match[1]}{match[2]}{table_of(match[1])}", text)
+    return BLOCK.sub(lambda match: f"{match[1]}{match[2]}{table_of(match[1])}\n", text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
