@@ -1,4 +1,4 @@
-"""Beyond the break-even point a larger lr leaves gradients with a smaller covariance (seed paper 003).
+"""Beyond the break-even point a larger lr leaves gradients with a smaller covariance (Jastrzębski et al.).
 
 The largest eigenvalue of the covariance of mini-batch gradients, K, by lr, which stays as it is: an MLP of 3 hidden
 layers of 64 units without batch norm on 1,000 digits, batches of 50, SGD, and FusedLayca (which keeps the norm of the

@@ -1,4 +1,4 @@
-"""Two norms that He's initialisation keeps, by width (Arpit and Bengio 2019, with seed paper 003).
+"""Two norms that He's initialisation keeps, by width (Arpit and Bengio).
 
 A ReLU network of 10 layers at initialisation, weights of variance 2 / outputs: the norm of what goes into each layer
 stays near that of the input, |h| = |x|, and the norm of one sample's weight gradient near |x| times that of its error

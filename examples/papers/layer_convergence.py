@@ -1,4 +1,4 @@
-"""Do shallower layers converge faster, and low frequencies come before high ones (seed paper 000)?
+"""Do shallower layers converge faster, and low frequencies before high ones (Which layer is learning faster)?
 
 The rate at which a layer's weights come near those of the end, ln(|w - w*| before / after) per 1,000 steps, from the
 start until half of the steps are done; rates lr fall on half a cosine to 0, so that the end is where it comes to rest.

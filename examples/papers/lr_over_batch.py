@@ -1,4 +1,4 @@
-"""Equal lr over batch size, equal ends (seed paper 003: what SGD's noise scale decides).
+"""Equal lr over batch size, equal ends (Jastrzębski et al., Three factors influencing minima in SGD).
 
 An MLP of 3 hidden layers of 64 units without batch norm (which depends on the batch by itself) on 1,000 digits, 20
 epochs at a constant lr: batches of 9, 27 and 81, three values of lr / batch, SGD. Noted is where the nine trainings

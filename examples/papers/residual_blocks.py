@@ -1,4 +1,4 @@
-"""What residual blocks do: they step against the gradient, and shared ones explode (seed paper 003).
+"""What residual blocks do: they step against the gradient, and shared ones explode (Jastrzębski et al.).
 
 An MLP of 10 residual blocks h + W2 relu(N(W1 relu(N(h)))) of width 64 on 1,000 digits, 20 epochs of FusedLayca, N batch
 norm without scale or shift. Kinds: blocks of their own; one block used ten times, with one batch norm or with a batch
