@@ -1,0 +1,194 @@
+"""What transfer.py reports from its CSV: tables on the terminal and in Markdown pages, and two figures."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from transfer_table import Table, Transfer, transfer
+from transfer_training import OPTIMIZERS, Setting
+
+from layca_fast.figures.console import print_table
+from layca_fast.figures.style import new_figure
+
+
+@dataclass(frozen=True)
+class Study:
+    """What differs between the settings: a label and the changes of each. The first one's best rate is transferred.
+
+    ``even``: all settings get all rates from the lowest to the highest that any of them was searched at.
+    """
+
+    title: str
+    changes: dict[str, dict[str, Any]]
+    even: bool = False
+
+    def settings(self, optimizer: str) -> list[Setting]:
+        """In the order of ``changes``."""
+        return [Setting(optimizer, **change) for change in self.changes.values()]
+
+
+WIDTHS = (32, 64, 128)
+
+STUDIES = {
+    "width": Study("Width, depth 2, 300 steps", {f"width {width}": {"width": width} for width in WIDTHS}, even=True),
+    "horizon": Study("Steps, width 32, depth 2", {f"{steps} steps": {"steps": steps} for steps in (300, 1200)}),
+    "scale": Study(
+        "Scale of the initial hidden matrices, width 32, depth 2, 300 steps",
+        {label: {"scale": scale} for label, scale in (("× 1", 1.0), ("× 1/4", 0.25), ("× 4", 4.0))},
+    ),
+    "depth": Study("Depth, width 32, 300 steps", {f"depth {depth}": {"depth": depth} for depth in (1, 2, 4, 8)}),
+    "warm-up": Study(
+        "Width, without warm-up, depth 2, 300 steps",
+        {f"width {width}": {"width": width, "warm_up": False} for width in WIDTHS},
+    ),
+}
+
+#: Of widths, from narrow to wide, and of the transferred rate.
+COLOURS, TAKEN = matplotlib.colormaps["viridis"](np.linspace(0.75, 0.05, 3)), "#d62728"
+
+#: Losses above it are drawn out of the panel.
+HIGHEST = 2.4
+
+
+def outcomes(table: Table, study: Study, optimizer: str) -> list[Transfer | None]:
+    """Of all settings; None where trainings are missing."""
+    first, *others = study.settings(optimizer)
+    reference = table.best(first)
+    if reference is None:
+        return [None] * len(study.changes)
+    return [transfer(table, setting, reference) for setting in (first, *others)]
+
+
+def cell(outcome: Transfer | None, first: bool) -> str:
+    """Best rate and mean loss there; then the mean regret. A question mark: the rate's neighbours are missing."""
+    if outcome is None:
+        return ""
+    rate = f"2^{outcome.best:g}{'' if outcome.inside else '?'}"
+    regret = "" if first else f" (+{max(0.0, fmean(outcome.regret)):.3f})"
+    return f"{rate}: {fmean(outcome.at_best):.3f}{regret}"
+
+
+def lines(table: Table, study: Study) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows; the last two columns are the regret at the last setting, and the number of seeds."""
+    rows = []
+    for optimizer, label in OPTIMIZERS.items():
+        found = outcomes(table, study, optimizer)
+        last = found[-1]
+        if found[0] is None:
+            continue
+        spread = f"{min(last.regret):.3f} to {max(last.regret):.3f}" if last and len(last.regret) > 1 else ""
+        seeds = sorted({len(each.regret) for each in found if each})
+        cells = [cell(each, first=number == 0) for number, each in enumerate(found)]
+        rows.append([label, *cells, spread, "/".join(map(str, seeds))])
+    last_label = list(study.changes)[-1]
+    return ["optimizer", *study.changes, f"regret at {last_label}, by seed", "seeds"], rows
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    bars = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in bars)
+
+
+def fill(page: Path, tables: dict[str, str]) -> None:
+    """Write tables between ``<!-- transfer: NAME -->`` and ``<!-- end -->``, where a page has these lines."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        pattern = rf"(<!-- transfer: {re.escape(name)} -->\n).*?(\n<!-- end -->)"
+        text = re.sub(pattern, lambda found, new=table: f"{found[1]}\n{new}\n{found[2]}", text, flags=re.S)
+    page.write_text(text, encoding="utf-8")
+
+
+def draw_optimizer(axes: Axes, table: Table, optimizer: str) -> None:
+    """Loss against rate, a line for each width; a ring where width 32's best rate lies."""
+    study = STUDIES["width"]
+    found = outcomes(table, study, optimizer)
+    for colour, setting, outcome in zip(COLOURS, study.settings(optimizer), found, strict=True):
+        by_power = table.common(setting)
+        if not by_power:
+            continue
+        powers, losses = list(by_power), [list(by_seed.values()) for by_seed in by_power.values()]
+        axes.fill_between(
+            powers, *([end(each) for each in losses] for end in (min, max)), color=colour, alpha=0.2, lw=0
+        )
+        axes.plot(powers, [fmean(each) for each in losses], color=colour, marker="o", markersize=2.5, linewidth=1.2)
+        if outcome is None:
+            continue
+        best, reference = fmean(outcome.at_best), table.best(study.settings(optimizer)[0])
+        taken = best + fmean(outcome.regret)
+        axes.plot(outcome.best, best, color=colour, marker="o", markersize=6)
+        axes.plot(reference, min(taken, HIGHEST), marker="o", markersize=8, markerfacecolor="none", color=TAKEN)
+    last = found[-1]
+    regret = f"\nregret {max(0.0, fmean(last.regret)):.3f} nats" if last else ""
+    axes.set_title(f"{OPTIMIZERS[optimizer]}{regret}")
+
+
+def draw_rates(table: Table, path: Path) -> None:
+    """Seven panels of held-out loss against rate, and one for the legend."""
+    with new_figure((7.2, 4.0), path) as figure:
+        panels = figure.subplots(2, 4, sharey=True)
+        order = ["adamw", "adamw-hidden", "muon", None, "layca", "hyperball", "muon-layca", "muon-hyperball"]
+        for axes, optimizer in zip(panels.flat, order, strict=True):
+            if optimizer is None:
+                axes.axis("off")
+                continue
+            draw_optimizer(axes, table, optimizer)
+            axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1))
+            axes.xaxis.set_major_formatter(lambda power, _: f"$2^{{{power:.0f}}}$")
+        panels[0, 0].set_ylim(1.35, HIGHEST)
+        for axes in panels[:, 0]:
+            axes.set_ylabel("held-out loss, nats per character")
+        for axes in panels[1]:
+            axes.set_xlabel("learning rate")
+        legend = panels[0, 3]
+        for width, colour in zip(WIDTHS, COLOURS, strict=True):
+            legend.plot(
+                [], [], color=colour, marker="o", markersize=6, linewidth=1.2, label=f"width {width}, and its best"
+            )
+        ring = {"marker": "o", "markersize": 8, "markerfacecolor": "none", "linestyle": "none"}
+        legend.plot([], [], color=TAKEN, label="the best rate\nof width 32", **ring)
+        legend.legend(loc="center", handlelength=1.5)
+
+
+def draw_regret(table: Table, path: Path) -> None:
+    """A panel for each study: the regret at its last settings, a dot a seed and a bar for the mean."""
+    names = [name for name in STUDIES if any(outcomes(table, STUDIES[name], each)[-1] for each in OPTIMIZERS)]
+    shown = [(name, place) for name in names for place in ((-2, -1) if name == "scale" else (-1,))]
+    with new_figure((7.2, 2.6), path) as figure:
+        panels = np.atleast_1d(figure.subplots(1, len(shown), sharey=True))
+        for axes, (name, place) in zip(panels, shown, strict=True):
+            study = STUDIES[name]
+            for height, optimizer in enumerate(reversed(OPTIMIZERS)):
+                outcome = outcomes(table, study, optimizer)[place]
+                if outcome is not None:
+                    colour = COLOURS[0] if optimizer in ("adamw", "adamw-hidden", "muon") else COLOURS[-1]
+                    axes.barh(height, fmean(outcome.regret), color=colour, alpha=0.5, height=0.6)
+                    axes.plot(outcome.regret, [height] * len(outcome.regret), "o", color=colour, markersize=2.5)
+            labels = list(study.changes)
+            without = "\nno warm-up" if name == "warm-up" else ""
+            what = "init. " if name == "scale" else ""
+            axes.set_title(f"{what}{labels[0]}\nto {labels[place]}{without}")
+            axes.axvline(0, color="black", linewidth=0.6)
+            axes.set_xlim(left=min(0.0, axes.get_xlim()[0]), right=max(0.1, axes.get_xlim()[1]))
+        panels[0].set_yticks(range(len(OPTIMIZERS)), list(reversed(OPTIMIZERS.values())))
+        figure.supxlabel("regret of the rate that was best before, nats", fontsize=8)
+
+
+def report(table: Table, names: Sequence[str], figures: Path, pages: Sequence[Path]) -> None:
+    """Print the tables of these studies, write them into pages that have a place for them, draw both figures."""
+    tables = {}
+    for name in names:
+        columns, rows = lines(table, STUDIES[name])
+        if rows:
+            print_table(STUDIES[name].title, columns, rows)
+            tables[name] = markdown(columns, rows)
+    for page in pages:
+        fill(page, tables)
+    draw_rates(table, figures / "transfer.png")
+    draw_regret(table, figures / "transfer_regret.png")
