@@ -1,7 +1,7 @@
 """What transfer.py reports from its CSV: tables on the terminal and in Markdown pages, and two figures."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -180,15 +180,19 @@ def draw_regret(table: Table, path: Path) -> None:
         figure.supxlabel("regret of the rate that was best before, nats", fontsize=8)
 
 
+def tables(table: Table, names: Iterable[str]) -> dict[str, str]:
+    """In Markdown, of the named studies, by name; those without any training are left out."""
+    found = {name: lines(table, STUDIES[name]) for name in names}
+    return {name: markdown(columns, rows) for name, (columns, rows) in found.items() if rows}
+
+
 def report(table: Table, names: Sequence[str], figures: Path, pages: Sequence[Path]) -> None:
     """Print the tables of these studies, write them into pages that have a place for them, draw both figures."""
-    tables = {}
     for name in names:
         columns, rows = lines(table, STUDIES[name])
         if rows:
             print_table(STUDIES[name].title, columns, rows)
-            tables[name] = markdown(columns, rows)
     for page in pages:
-        fill(page, tables)
+        fill(page, tables(table, STUDIES))
     draw_rates(table, figures / "transfer.png")
     draw_regret(table, figures / "transfer_regret.png")
