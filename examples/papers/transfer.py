@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "transfer.csv"
 
 #: Where the figures go, and the pages whose tables are written anew.
 FIGURES = Path(__file__).parents[2] / "docs"
-PAGES = [FIGURES / "learning_rate.md", FIGURES / "large_models.md"]
+PAGES = [FIGURES.parent / "README.md", FIGURES / "learning_rate.md", FIGURES / "large_models.md"]
 
 #: Beyond these powers of 2 the search does not go.
 LARGEST, SMALLEST = 2, -16

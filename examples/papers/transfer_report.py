@@ -1,6 +1,7 @@
 """What transfer.py reports from its CSV: tables on the terminal and in Markdown pages, and two figures."""
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,19 +181,53 @@ def draw_regret(table: Table, path: Path) -> None:
         figure.supxlabel("regret of the rate that was best before, nats", fontsize=8)
 
 
-def tables(table: Table, names: Iterable[str]) -> dict[str, str]:
-    """In Markdown, of the named studies, by name; those without any training are left out."""
-    found = {name: lines(table, STUDIES[name]) for name in names}
-    return {name: markdown(columns, rows) for name, (columns, rows) in found.items() if rows}
+def best_losses(table: Table) -> str:
+    """In Markdown: mean loss and rate of the width study's bests, a row for each width."""
+    found = {name: outcomes(table, STUDIES["width"], name) for name in OPTIMIZERS}
+    rows = []
+    for place, width in enumerate(WIDTHS):
+        each = [outcome[place] for outcome in found.values()]
+        rows.append([str(width), *(f"{fmean(one.at_best):.3f}, 2^{one.best:g}" if one else "" for one in each)])
+    return markdown(["width", *(f"`{name}`" for name in OPTIMIZERS)], rows)
 
 
-def report(table: Table, names: Sequence[str], figures: Path, pages: Sequence[Path]) -> None:
-    """Print the tables of these studies, write them into pages that have a place for them, draw both figures."""
+def summary(table: Table) -> str:
+    """What the README says: the regrets from the smallest to the largest width, in a sentence."""
+    found = {name: outcomes(table, STUDIES["width"], name)[-1] for name in OPTIMIZERS}
+    if not all(found.values()):
+        return ""
+    costs = {name: max(0.0, fmean(each.regret)) for name, each in found.items() if each}
+    seeds = min(len(each.regret) for each in found.values() if each)
+
+    def both(base: str) -> str:
+        low, high = sorted(costs[f"{base}{rule}"] for rule in ("layca", "hyperball"))
+        return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+
+    return textwrap.fill(
+        f"A learning rate that is tuned on a small model can serve a larger one. Taken from width {WIDTHS[0]} to width "
+        f"{WIDTHS[-1]}, the best rate of a character GPT costs AdamW {costs['adamw']:.2f} nats per character "
+        f"({costs['adamw-hidden']:.2f} where only the hidden matrices' rate is taken along). It costs `FusedLayca` "
+        f"{both('')} along Adam's direction and {both('muon-')} along Muon's, and plain Muon {costs['muon']:.2f} "
+        f"(means of {seeds} seeds).",
+        120,
+        break_on_hyphens=False,
+    )
+
+
+def tables(table: Table) -> dict[str, str]:
+    """What pages have a place for, by name: a table for each study that has trainings, the best losses, the summary."""
+    found = {name: lines(table, study) for name, study in STUDIES.items()}
+    parts = {name: markdown(columns, rows) for name, (columns, rows) in found.items() if rows}
+    return {**parts, "best": best_losses(table), "summary": summary(table)}
+
+
+def report(table: Table, names: Iterable[str], figures: Path, pages: Iterable[Path]) -> None:
+    """Print the tables of these studies, write all into pages that have a place for them, draw both figures."""
     for name in names:
         columns, rows = lines(table, STUDIES[name])
         if rows:
             print_table(STUDIES[name].title, columns, rows)
     for page in pages:
-        fill(page, tables(table, STUDIES))
+        fill(page, tables(table))
     draw_rates(table, figures / "transfer.png")
     draw_regret(table, figures / "transfer_regret.png")

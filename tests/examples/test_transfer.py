@@ -115,7 +115,7 @@ def test_the_documented_tables_are_those_of_the_csv(example: ModuleType, tmp_pat
         copy = tmp_path / page.name
         copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
         assert "<!-- transfer: " in copy.read_text(encoding="utf-8")
-        reports.fill(copy, reports.tables(table, example.STUDIES))
+        reports.fill(copy, reports.tables(table))
         assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), page.name
 
 
