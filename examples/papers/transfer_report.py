@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from transfer_table import Table, Transfer, transfer
+from transfer_table import Table, Transfer, transfers
 from transfer_training import OPTIMIZERS, Setting
 
 from layca_fast.figures.console import print_table
@@ -59,11 +59,7 @@ HIGHEST = 2.4
 
 def outcomes(table: Table, study: Study, optimizer: str) -> list[Transfer | None]:
     """Of all settings; None where trainings are missing."""
-    first, *others = study.settings(optimizer)
-    reference = table.best(first)
-    if reference is None:
-        return [None] * len(study.changes)
-    return [transfer(table, setting, reference) for setting in (first, *others)]
+    return transfers(table, study.settings(optimizer))
 
 
 def cell(outcome: Transfer | None, first: bool) -> str:
@@ -72,7 +68,7 @@ def cell(outcome: Transfer | None, first: bool) -> str:
         return ""
     rate = f"2^{outcome.best:g}{'' if outcome.inside else '?'}"
     regret = "" if first else f" (+{max(0.0, fmean(outcome.regret)):.3f})"
-    return f"{rate}: {fmean(outcome.at_best):.3f}{regret}"
+    return f"{rate}: {fmean(outcome.losses[outcome.best]):.3f}{regret}"
 
 
 def lines(table: Table, study: Study) -> tuple[list[str], list[list[str]]]:
@@ -84,9 +80,8 @@ def lines(table: Table, study: Study) -> tuple[list[str], list[list[str]]]:
         if found[0] is None:
             continue
         spread = f"{min(last.regret):.3f} to {max(last.regret):.3f}" if last and len(last.regret) > 1 else ""
-        seeds = sorted({len(each.regret) for each in found if each})
         cells = [cell(each, first=number == 0) for number, each in enumerate(found)]
-        rows.append([label, *cells, spread, "/".join(map(str, seeds))])
+        rows.append([label, *cells, spread, str(len(found[0].regret))])
     last_label = list(study.changes)[-1]
     return ["optimizer", *study.changes, f"regret at {last_label}, by seed", "seeds"], rows
 
@@ -108,23 +103,17 @@ def fill(page: Path, tables: dict[str, str]) -> None:
 
 def draw_optimizer(axes: Axes, table: Table, optimizer: str) -> None:
     """Loss against rate, a line for each width; a ring where width 32's best rate lies."""
-    study = STUDIES["width"]
-    found = outcomes(table, study, optimizer)
-    for colour, setting, outcome in zip(COLOURS, study.settings(optimizer), found, strict=True):
-        by_power = table.common(setting)
-        if not by_power:
-            continue
-        powers, losses = list(by_power), [list(by_seed.values()) for by_seed in by_power.values()]
-        axes.fill_between(
-            powers, *([end(each) for each in losses] for end in (min, max)), color=colour, alpha=0.2, lw=0
-        )
-        axes.plot(powers, [fmean(each) for each in losses], color=colour, marker="o", markersize=2.5, linewidth=1.2)
+    found = outcomes(table, STUDIES["width"], optimizer)
+    for colour, outcome in zip(COLOURS, found, strict=True):
         if outcome is None:
             continue
-        best, reference = fmean(outcome.at_best), table.best(study.settings(optimizer)[0])
-        taken = best + fmean(outcome.regret)
-        axes.plot(outcome.best, best, color=colour, marker="o", markersize=6)
-        axes.plot(reference, min(taken, HIGHEST), marker="o", markersize=8, markerfacecolor="none", color=TAKEN)
+        powers, losses = list(outcome.losses), list(outcome.losses.values())
+        least, means, most = ([of(each) for each in losses] for of in (min, fmean, max))
+        axes.fill_between(powers, least, most, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(powers, means, color=colour, marker="o", markersize=2.5, linewidth=1.2)
+        axes.plot(outcome.best, min(means), color=colour, marker="o", markersize=6)
+        taken = min(fmean(outcome.losses[outcome.taken]), HIGHEST)
+        axes.plot(outcome.taken, taken, marker="o", markersize=8, markerfacecolor="none", color=TAKEN)
     last = found[-1]
     regret = f"\nregret {max(0.0, fmean(last.regret)):.3f} nats" if last else ""
     axes.set_title(f"{OPTIMIZERS[optimizer]}{regret}")
@@ -162,7 +151,7 @@ def draw_regret(table: Table, path: Path) -> None:
     names = [name for name in STUDIES if any(outcomes(table, STUDIES[name], each)[-1] for each in OPTIMIZERS)]
     shown = [(name, place) for name in names for place in ((-2, -1) if name == "scale" else (-1,))]
     with new_figure((7.2, 2.6), path) as figure:
-        panels = np.atleast_1d(figure.subplots(1, len(shown), sharey=True))
+        panels = np.atleast_1d(figure.subplots(1, len(shown), sharex=True, sharey=True))
         for axes, (name, place) in zip(panels, shown, strict=True):
             study = STUDIES[name]
             for height, optimizer in enumerate(reversed(OPTIMIZERS)):
@@ -170,13 +159,15 @@ def draw_regret(table: Table, path: Path) -> None:
                 if outcome is not None:
                     colour = COLOURS[0] if optimizer in ("adamw", "adamw-hidden", "muon") else COLOURS[-1]
                     axes.barh(height, fmean(outcome.regret), color=colour, alpha=0.5, height=0.6)
-                    axes.plot(outcome.regret, [height] * len(outcome.regret), "o", color=colour, markersize=2.5)
+                    axes.plot(
+                        outcome.regret, [height] * len(outcome.regret), "o", color=colour, markersize=2.5, clip_on=False
+                    )
             labels = list(study.changes)
             without = "\nno warm-up" if name == "warm-up" else ""
             what = "init. " if name == "scale" else ""
             axes.set_title(f"{what}{labels[0]}\nto {labels[place]}{without}")
-            axes.axvline(0, color="black", linewidth=0.6)
-            axes.set_xlim(left=min(0.0, axes.get_xlim()[0]), right=max(0.1, axes.get_xlim()[1]))
+        panels[0].set_xlim(left=0)
+        panels[0].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(2))
         panels[0].set_yticks(range(len(OPTIMIZERS)), list(reversed(OPTIMIZERS.values())))
         figure.supxlabel("regret of the rate that was best before, nats", fontsize=8)
 
@@ -187,7 +178,9 @@ def best_losses(table: Table) -> str:
     rows = []
     for place, width in enumerate(WIDTHS):
         each = [outcome[place] for outcome in found.values()]
-        rows.append([str(width), *(f"{fmean(one.at_best):.3f}, 2^{one.best:g}" if one else "" for one in each)])
+        rows.append(
+            [str(width), *(f"{fmean(one.losses[one.best]):.3f}, 2^{one.best:g}" if one else "" for one in each)]
+        )
     return markdown(["width", *(f"`{name}`" for name in OPTIMIZERS)], rows)
 
 

@@ -35,65 +35,59 @@ class Table:
         losses = [self.loss(setting, power, seed) for seed in seeds]
         return fmean(math.inf if loss is None else loss for loss in losses)
 
-    def losses(self, setting: Setting) -> dict[float, dict[int, float]]:
-        """By power of 2 in ascending order, then by seed."""
-        found: dict[float, dict[int, float]] = {}
-        for row in self.rows.values():
-            if row.key() == row_of(setting, row.lr, row.seed).key():
-                found.setdefault(row.lr, {})[row.seed] = row.held_out
-        return dict(sorted(found.items()))
-
-    def common(self, setting: Setting, *also: float) -> dict[float, dict[int, float]]:
-        """As ``losses``: the first n seeds of the rates that have them all.
-
-        n is the largest for which the best of these has both its neighbours, and ``also`` are there; 1 if none is.
-        """
-        found = self.losses(setting)
-        for count in range(max((len(each) for each in found.values()), default=1), 0, -1):
-            seeds = range(count)
-            same = {
-                power: {seed: by_seed[seed] for seed in seeds}
-                for power, by_seed in found.items()
-                if set(seeds) <= set(by_seed)
-            }
-            if same and {least(same) - 1, least(same) + 1, *also} <= set(same):
-                break
-        return same if found else {}
+    def losses(self, setting: Setting, seeds: int) -> dict[float, list[float]]:
+        """By power of 2 in ascending order: those of the first ``seeds`` seeds, of the rates that have them all."""
+        powers = sorted({row.lr for row in self.rows.values() if row.key() == row_of(setting, row.lr, row.seed).key()})
+        found = {power: [self.loss(setting, power, seed) for seed in range(seeds)] for power in powers}
+        return {power: [loss for loss in each if loss is not None] for power, each in found.items() if None not in each}
 
     def best(self, setting: Setting) -> float | None:
-        """The power with the least mean loss; None: nothing trained yet."""
-        found = self.common(setting)
+        """By the first seed, where to search from; None: nothing trained yet."""
+        found = self.losses(setting, 1)
         return least(found) if found else None
 
 
-def least(losses: dict[float, dict[int, float]]) -> float:
-    """The power with the least mean loss."""
-    return min(losses, key=lambda power: (fmean(losses[power].values()), power))
+def least(losses: dict[float, list[float]]) -> float:
+    """The power with the least mean loss; among equals the smallest."""
+    return min(losses, key=lambda power: (fmean(losses[power]), power))
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a setting has, and what the first setting's best rate costs there: ``regret`` by seed, in nats."""
+    """What a setting has at each power of 2, and what the first setting's best rate, ``taken``, gives there.
 
-    setting: Setting
-    best: float
-    at_best: list[float]
-    regret: list[float]
-    #: Both neighbours of the best rate were tried.
-    inside: bool
+    ``losses``: a list for each power, one loss a seed. ``inside``: both neighbours of the best were tried.
+    """
+
+    losses: dict[float, list[float]]
+    taken: float
+
+    @property
+    def best(self) -> float:
+        return least(self.losses)
+
+    @property
+    def inside(self) -> bool:
+        return {self.best - 1, self.best + 1} <= set(self.losses)
+
+    @property
+    def regret(self) -> list[float]:
+        """Of each seed, in nats: may be negative for one, not for their mean."""
+        return [taken - best for taken, best in zip(self.losses[self.taken], self.losses[self.best], strict=True)]
 
 
-def transfer(table: Table, setting: Setting, reference: float) -> Transfer | None:
-    """None where nothing is trained at the reference's rate."""
-    found = table.common(setting, reference)
-    if reference not in found:
-        return None
-    best = least(found)
-    at_best, taken = found[best], found[reference]
-    return Transfer(
-        setting,
-        best,
-        [at_best[seed] for seed in sorted(at_best)],
-        [taken[seed] - at_best[seed] for seed in sorted(at_best)],
-        {best - 1, best + 1} <= set(found),
-    )
+def transfers(table: Table, settings: Sequence[Setting]) -> list[Transfer | None]:
+    """Of each setting, all from the same seeds: as many as leave every best inside its grid, or one.
+
+    None: nothing trained at the rate that is best for the first.
+    """
+    most = max((row.seed for row in table.rows.values()), default=0) + 1
+    for seeds in range(most, 0, -1):
+        found = [table.losses(setting, seeds) for setting in settings]
+        if not found[0]:
+            continue
+        taken = least(found[0])
+        outcomes = [Transfer(losses, taken) if taken in losses else None for losses in found]
+        if all(outcome is not None and outcome.inside for outcome in outcomes):
+            return list(outcomes)
+    return outcomes if found[0] else [None] * len(settings)

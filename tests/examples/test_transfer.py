@@ -89,7 +89,7 @@ def test_the_regret_is_what_the_smallest_widths_best_rate_costs(
     found = {name: reports.outcomes(table, reports.STUDIES["width"], name)[-1] for name in ("adamw", "layca")}
     assert found["adamw"].best == -7
     assert found["adamw"].regret == pytest.approx([4, 4, 4])
-    assert found["adamw"].at_best == pytest.approx([2, 2.01, 2.02])
+    assert found["adamw"].losses[-7] == pytest.approx([2, 2.01, 2.02])
     assert found["layca"].regret == pytest.approx([0, 0, 0])
     assert all(each.inside for each in found.values())
     # A seed that only some of the rates have does not count.
