@@ -167,7 +167,7 @@ def draw_regret(table: Table, path: Path) -> None:
             what = "init. " if name == "scale" else ""
             axes.set_title(f"{what}{labels[0]}\nto {labels[place]}{without}")
         panels[0].set_xlim(left=0)
-        panels[0].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(2))
+        panels[0].xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(0.2))
         panels[0].set_yticks(range(len(OPTIMIZERS)), list(reversed(OPTIMIZERS.values())))
         figure.supxlabel("regret of the rate that was best before, nats", fontsize=8)
 
