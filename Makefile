@@ -19,6 +19,8 @@ STAMP := $(VENV)/installed.txt
 BENCH_STAMP := $(VENV)/bench.txt
 DOCS := $(VENV)/docs
 DOCS_STAMP := $(DOCS)/installed.txt
+RELEASE := $(VENV)/release
+RELEASE_STAMP := $(RELEASE)/installed.txt
 TRAINERS := $(VENV)/trainers
 TRAINERS_STAMP := $(TRAINERS)/installed.txt
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
@@ -51,13 +53,14 @@ TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup plans demo test test-exhaustive test-trainers test-all bench bench-full gpu verify docs lint format fuzz sanitize FORCE
+.PHONY: help setup plans demo test test-exhaustive test-trainers test-all bench bench-full gpu verify docs lint format fuzz sanitize \
+    wheel wheels wheel-cuda check-tag test-versions FORCE
 # Targets of one command run one after the other: their tests and timings want the cores for themselves.
 .NOTPARALLEL:
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Options: PYTHON=python3.11 (for a new .venv), TORCH='torch==2.12.0', ARGS='...' (passed on to the command),"
 	@echo "  LAYCA_CUDA=ON (build the CUDA module where no GPU is visible), LAYCA_REQUIRE_NATIVE=1 (a failed build is an error)"
 
@@ -104,13 +107,29 @@ verify: $(BUILT)  ## check the backends here against the float64 reference (a mi
 	@echo "==> Checking every backend against the reference"
 	@$(RUN) layca_fast verify $(ARGS)
 
+wheel: $(RELEASE_STAMP)  ## sdist and wheel into dist/, checked, and tried in fresh environments (ARGS='--python python3.12')
+	@$(RELEASE)/bin/python -m release.wheel $(ARGS)
+
+check-tag:  ## whether the tag of this commit, v..., is that of layca_fast/version.py
+	@tag=v$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' layca_fast/version.py); git tag --points-at HEAD | grep -qx "$$tag" || \
+	    { echo "this commit has no tag $$tag: layca_fast/version.py and the tag of a release must agree"; exit 1; }
+
+wheels: $(RELEASE_STAMP)  ## wheels for all versions of Python here by cibuildwheel (containers on Linux); see pyproject.toml
+	@$(RELEASE)/bin/python -m cibuildwheel --output-dir dist $(ARGS)
+
+wheel-cuda: $(RELEASE_STAMP)  ## the CUDA kernels for all GPUs as the package layca_fast_cuda (needs nvcc; many minutes)
+	@$(RELEASE)/bin/python -m release.wheel --cuda $(ARGS)
+
+test-versions: $(RELEASE_STAMP)  ## core tests under several versions of Python and torch; writes the table of docs/backends.md
+	@$(TEST_ENVIRONMENT) $(RELEASE)/bin/python -m release.versions $(ARGS)
+
 docs: $(DOCS_STAMP)  ## build the documentation into site/; warnings, such as of dead links, are errors
 	@echo "==> Building site/index.html"
 	@rm -rf site
 	@$(DOCS)/bin/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env -c docs -d $(DOCS)/doctrees . site \
 	    $(ARGS)
 
-lint: $(STAMP)  ## run ruff, mypy and clang-format through pre-commit
+lint: $(STAMP)  ## run ruff, mypy, clang-format and the checks of workflows through pre-commit
 	@echo "==> Running the linters"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(RUN) pre_commit run --all-files $(ARGS)
 
@@ -166,15 +185,23 @@ $(DOCS_STAMP): requirements/docs.txt
 	$(QUIETLY) $(DOCS)/bin/python -m pip install $(PIP_OPTIONS) --requirement requirements/docs.txt
 	@touch $@
 
+# The tools of a release: they make environments of their own, so this one has nothing else.
+$(RELEASE_STAMP): requirements/release.txt
+	@echo "==> Installing the tools of a release (once, some seconds)"
+	@$(PYTHON) -m venv --clear $(RELEASE)
+	$(QUIETLY) $(RELEASE)/bin/python -m pip install $(PIP_OPTIONS) --requirement requirements/release.txt
+	@touch $@
+
 # Dozens of packages, which what reads the installed ones (pytest's plugins, mypy) must not find in the other targets. So
 # they lie in an environment of their own; a .pth file adds to it all that $(VENV) has, torch and pip included.
 PACKAGES_OF = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-$(TRAINERS_STAMP): $(STAMP) requirements/trainers.txt
+$(TRAINERS_STAMP): $(STAMP) requirements/trainers.txt requirements/recipes.txt
 	@echo "==> Installing the trainers (once, a minute)"
 	@$(RUN) venv --clear --without-pip $(TRAINERS)
 	@echo "$(call PACKAGES_OF,$(VENV))" > "$(call PACKAGES_OF,$(TRAINERS))/development.pth"
 	$(QUIETLY) $(TRAINERS)/bin/python -m pip install $(PIP_OPTIONS) \
 	    --constraint $(TORCH_STAMP) --requirement requirements/trainers.txt
+	$(QUIETLY) $(TRAINERS)/bin/python -m pip install $(PIP_OPTIONS) --no-deps --requirement requirements/recipes.txt
 	@touch $@
 
 # Set up again where a stamp was made for something else than is asked for now.

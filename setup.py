@@ -1,8 +1,10 @@
 """Hands csrc/ to CMake and Ninja. What cannot be built is left out, and ``layca_fast/_build.json`` says why.
 
 LAYCA_REQUIRE_NATIVE=1 makes a native module that cannot be built an error. The CUDA module is wanted where there is a
-CUDA compiler; LAYCA_CUDA=OFF does without it, and LAYCA_CUDA=ON wants it everywhere. It is compiled for the GPUs that
-this machine has; LAYCA_CUDA_ARCHITECTURES names others ("90", "80;90"), or "all" of them, as a wheel needs them.
+CUDA compiler; LAYCA_CUDA=OFF does without it, LAYCA_CUDA=ON wants it everywhere, and LAYCA_CUDA=APART leaves it to the
+distribution of its own that release/cuda/ makes by what stands here. It is compiled for the GPUs that this machine has;
+LAYCA_CUDA_ARCHITECTURES names others ("90", "80;90"), or "all" of them, as a wheel needs them. LAYCA_OPENMP=OFF builds
+kernels that run on one thread.
 """
 
 import json
@@ -25,8 +27,8 @@ SOURCE = Path(__file__).parent.resolve() / "csrc"
 
 REQUIRED = os.environ.get("LAYCA_REQUIRE_NATIVE", "0") not in ("", "0")
 CUDA = os.environ.get("LAYCA_CUDA", "AUTO").upper()
-if CUDA not in ("AUTO", "ON", "OFF"):
-    raise SystemExit(f"LAYCA_CUDA={CUDA}: choose ON, OFF or AUTO")
+if CUDA not in ("AUTO", "ON", "OFF", "APART"):
+    raise SystemExit(f"LAYCA_CUDA={CUDA}: choose ON, OFF, AUTO or APART")
 ARCHITECTURES = os.environ.get("LAYCA_CUDA_ARCHITECTURES", "").replace(",", ";").lower()
 if not re.fullmatch(r"(all|\d{2,3}(;\d{2,3})*)?", ARCHITECTURES):
     raise SystemExit(f"LAYCA_CUDA_ARCHITECTURES={ARCHITECTURES}: choose all, or numbers such as 90 or 80;90")
@@ -103,6 +105,8 @@ def unwanted(backend: str) -> str | None:
     """Why a backend's module is not even tried, or None."""
     if backend != "cuda" or CUDA == "ON":
         return None
+    if CUDA == "APART":
+        return "it comes as a package of its own: pip install layca_fast_cuda"
     if CUDA == "OFF":
         return "LAYCA_CUDA=OFF was set at installation, as make does where it sees no GPU"
     if os.environ.get("CUDACXX") or shutil.which("nvcc"):
@@ -124,6 +128,7 @@ def build(backend: str, target: str, module: Path) -> None:
             "-DCMAKE_BUILD_TYPE=Release",
             # A CUDA compiler that does not work costs the CUDA module only.
             f"-DLAYCA_CUDA={'ON' if backend == 'cuda' else 'OFF'}",
+            f"-DCMAKE_DISABLE_FIND_PACKAGE_OpenMP={'ON' if os.environ.get('LAYCA_OPENMP') == 'OFF' else 'OFF'}",
             *(architectures() if backend == "cuda" else ()),
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -138,24 +143,30 @@ def build(backend: str, target: str, module: Path) -> None:
 class BuildNative(build_ext):
     """Builds each native module with CMake and notes the reasons for those that are missing."""
 
+    #: By the name of the backend that each serves.
+    modules = MODULES
+    #: Whether what runs without a module is told why it is missing.
+    noted = True
+
     def run(self) -> None:
         """Build into build_lib and, for an editable install, copy from there into the source tree."""
         self.reasons: dict[str, str | None] = {}
-        folders = {Path(self.build_lib, "layca_fast")}
+        (package,) = {name.rpartition(".")[0] for name in self.modules.values()}
+        folders = {Path(self.build_lib, package)}
         if self.inplace:
-            folders.add(Path(self.get_finalized_command("build_py").get_package_dir("layca_fast")))
+            folders.add(Path(self.get_finalized_command("build_py").get_package_dir(package)))
         for folder in folders:
-            for name in MODULES.values():
+            for name in self.modules.values():
                 for old in folder.glob(name.rpartition(".")[2] + ".*.*"):
                     old.unlink()
         super().run()
-        for folder in folders:
+        for folder in folders if self.noted else ():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "_build.json").write_text(json.dumps(self.reasons, indent=2) + "\n", encoding="utf-8")
 
     def build_extension(self, ext: Extension) -> None:
         """Build one module, or note why that failed."""
-        backend = next(key for key, name in MODULES.items() if name == ext.name)
+        backend = next(key for key, name in self.modules.items() if name == ext.name)
         self.reasons[backend] = unwanted(backend)
         if self.reasons[backend] is not None:
             return
@@ -172,7 +183,9 @@ class BuildNative(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
-setup(
-    ext_modules=[Extension(name, sources=[], optional=True) for name in MODULES.values()],
-    cmdclass={"build_ext": BuildNative},
-)
+# Builders run this file as the main program.
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension(name, sources=[], optional=True) for name in MODULES.values()],
+        cmdclass={"build_ext": BuildNative},
+    )

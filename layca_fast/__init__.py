@@ -9,6 +9,7 @@ from .monitor.curves import draw_with
 from .optimizer import FusedLayca
 from .step.norms import NormDriftError, NormDrifts
 from .step.stats import RotationStats
+from .version import __version__
 
 __all__ = [
     "Curves",
@@ -25,7 +26,5 @@ __all__ = [
     "detach",
     "layer_groups",
 ]
-
-__version__ = "0.1.0"
 
 draw_with(drawing)

@@ -5,9 +5,9 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from .backends import choose
+from .compat import not_compiled
 from .formulas.bases import recommended_rate
 from .formulas.chunks import as_tuples
 from .formulas.options import (
@@ -188,8 +188,8 @@ class FusedLayca(Grouped):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     # To compile what it does on the host would gain nothing, and be done again for every new lr. torch.compiler.disable
-    # would import the compiler, which takes seconds, together with this package.
-    @_disable_dynamo
+    # would import the compiler, which takes a second, together with this package.
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Turn every rotating layer that has a gradient by atan(lr); take the base step on the other tensors.

@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..state.checks import is_fake
+from ..compat import is_fake
 from ..state.compensation import HALVES, compute_dtype, join
 from ..state.modes import out_of_inference
 from ..state.sharding import local_gradient, local_of, wrap
 from ..state.structure import mapped
 from .exchange import block_on, pieces
-
-#: Whether a gradient may be of another type than its tensor: the step is, which plays the gradient.
-ARE_SUPPORTED = hasattr(Tensor, "grad_dtype")
 
 
 def is_half(param: Tensor) -> bool:

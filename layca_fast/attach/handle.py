@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from ..compat import not_compiled
 from ..formulas.chunks import as_tuples
 from ..formulas.options import check_choice
 from ..formulas.plain import with_plain
@@ -141,7 +141,7 @@ class Handle:
         return {**state, **ours, "__getstate__": self._state_of_optimizer}
 
     # To compile what the hooks do on the host would gain nothing, and be done again for every new lr.
-    @_disable_dynamo
+    @not_compiled
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if is_nested(self):
@@ -164,7 +164,7 @@ class Handle:
         shadow.keep(optimizer)
         return shadow
 
-    @_disable_dynamo
+    @not_compiled
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Some optimizers put new memory under a parameter while they step, and hooks may have changed lr.

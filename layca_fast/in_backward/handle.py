@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.autograd import Variable
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import choose
+from ..compat import not_compiled, number_of_backward
 from ..formulas.options import check_groups, waits
 from ..messages import describe, labelled
 from ..state.checks import cut_for
@@ -180,7 +180,7 @@ class StepInBackward:
         pairs = zip(self._groups, self._params, strict=True)
         return all(same_objects(group["params"], known) for group, known in pairs)
 
-    @_disable_dynamo
+    @not_compiled
     @torch.no_grad()
     def _take(self, param: Tensor) -> None:
         """The hook: step ``param`` by its gradient, which is complete, and free that."""
@@ -202,7 +202,7 @@ class StepInBackward:
                 "a backward pass with step_in_backward() cannot be part of a CUDA graph: remove() the handle and "
                 "capture ordinary steps"
             )
-        task = torch._C._current_graph_task_id()
+        task = number_of_backward()
         # A backward inside of another, as reentrant checkpoints run it, has a number of its own.
         is_next = task not in self._seen and bool(self._seen) and not self._running
         if is_next or param in self._stepped:

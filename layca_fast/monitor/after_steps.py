@@ -4,17 +4,17 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..compat import not_compiled
 from ..step.hooks import STEP_HOOKS, is_nested, lacks_hooks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-@_disable_dynamo
+@not_compiled
 def _stand_before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # A hook that is not compiled, before the step, keeps torch.compile from cutting up the code around the step, in
     # which is_nested could not tell where a step begins.
@@ -73,7 +73,7 @@ class AfterSteps(ABC):
             hook.remove()
         self._hooks = []
 
-    @_disable_dynamo
+    @not_compiled
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not is_nested(self):
             self.record()

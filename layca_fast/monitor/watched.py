@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
+from ..compat import is_fake
 from ..formulas.chunks import Chunks, as_tuples
 from ..groups.entries import trainable_entries
 from ..groups.roles import EMBEDDINGS
 from ..messages import named, warn_caller
-from ..state.checks import check_memory, check_parameter, cut_for, is_fake
+from ..state.checks import check_memory, check_parameter, cut_for
 from ..state.cut import LayerNames
 from ..state.members import rotates
 from ..state.others import attached, option

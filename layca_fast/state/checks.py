@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import is_fake, is_fsdp1
 from ..formulas.chunks import Chunks
 from ..formulas.options import find_base
 from ..messages import describe, labelled
@@ -15,6 +16,10 @@ from .layout import bytes_needed, overlaps
 from .sharding import check_placements, check_same_mesh, is_sharded, local_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+#: What in DeepSpeed takes steps on flat runs of many layers.
+FLATTENING = ("deepspeed.runtime.zero", "deepspeed.runtime.bf16_optimizer", "deepspeed.runtime.fp16.fused_optimizer")
 
 
 class SparseGradientError(TypeError, RuntimeError):
@@ -26,11 +31,18 @@ def is_wrapper(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-def is_fake(tensor: Tensor) -> bool:
-    """Whether it has a shape and a type and no numbers, as FakeTensorMode makes them to try a program out."""
-    # Imported by torch itself, in the versions that do; a fake tensor cannot be there before it.
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    return module is not None and isinstance(tensor, module.FakeTensor)
+def check_not_flattened() -> None:
+    """Raise TypeError where DeepSpeed takes the step: flat runs of many layers stand in place of the parameters."""
+    frame = sys._getframe() if "deepspeed" in sys.modules else None
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.startswith(FLATTENING):
+            raise TypeError(
+                f"this step was taken by {name}, which gives the optimizer flat runs of many layers instead of the "
+                "parameters, so there are no layers to turn: shard the model with FSDP2 "
+                "(torch.distributed.fsdp.fully_shard), or train float32 weights with ZeRO stage 0"
+            )
+        frame = frame.f_back
 
 
 def check_initialized(tensor: Tensor, label: str) -> None:
@@ -43,7 +55,7 @@ def check_parameter(tensor: Tensor, label: str) -> None:
     """Raise TypeError or ValueError for a tensor that no kernel may be handed."""
     check_initialized(tensor, label)
     name = describe(label, tensor)
-    if getattr(tensor, "_fsdp_flattened", False):
+    if is_fsdp1(tensor):
         raise TypeError(
             f"{name} is a part of an FSDP1 flat parameter, which knows no layers and so no norms of theirs, with "
             "use_orig_params=True neither: shard the model with FSDP2, torch.distributed.fsdp.fully_shard"

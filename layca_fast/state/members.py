@@ -8,6 +8,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
+from ..compat import is_fake
 from ..formulas.bases import FORMULAS, Formula
 from ..formulas.options import decays, find_base
 from ..messages import describe, labelled
@@ -15,10 +16,10 @@ from .checks import (
     check_gradient,
     check_matrices,
     check_memory,
+    check_not_flattened,
     check_parameter,
     check_writable,
     cut_for,
-    is_fake,
 )
 from .compensation import HALVES, fits, is_compensated, state_dtype
 from .contents import check_complete
@@ -262,6 +263,7 @@ def members(
     ``choose`` finds what steps a tensor. ``stepped``: the ids of those that the plan before had. Of the ones that need
     no state these count as well.
     """
+    check_not_flattened()
     for group, label, param in labelled(groups):
         if is_elsewhere(param):
             continue

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .checks import is_fake, is_wrapper
+from ..compat import is_fake
+from .checks import is_wrapper
 from .layout import bytes_needed, is_dense
 from .sharding import is_elsewhere, local_of
 

@@ -5,18 +5,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
+
+from ..compat import dispatch_modes_are_on, function_modes, tracing_modes
 
 
 def are_watching() -> bool:
     """Whether a dispatch or function mode is on that may have to know of writes; one C call each where none is."""
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    if torch._C._len_torch_function_stack() == 0:
-        return False
-    # That of a default device only looks at what makes new tensors, and may be on for the whole run.
-    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+    return dispatch_modes_are_on() or any(True for _ in function_modes())
 
 
 def check_modes() -> None:
@@ -24,15 +19,12 @@ def check_modes() -> None:
 
     The torch backend is no way out: it reads numbers back, as torch's optimizers do not.
     """
-    keys = torch._C._TorchDispatchModeKey
-    for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL):
-        mode = torch._C._get_dispatch_mode(key)
-        if mode is not None:
-            raise RuntimeError(
-                f"real tensors cannot be stepped inside of {type(mode).__name__}, which must not let them change or "
-                "could not record it: take the step outside of it, or, to try one out, make model and optimizer inside "
-                "of FakeTensorMode"
-            )
+    for mode in tracing_modes():
+        raise RuntimeError(
+            f"real tensors cannot be stepped inside of {type(mode).__name__}, which must not let them change or could "
+            "not record it: take the step outside of it, or, to try one out, make model and optimizer inside of "
+            "FakeTensorMode"
+        )
 
 
 def announce(tensors: Iterable[Tensor]) -> None:

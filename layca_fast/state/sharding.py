@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
+from ..compat import local_tensor, shard_offsets
 from .cut import Cut
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def local_of(tensor: Tensor) -> Tensor:
     """The plain tensor of this process inside a DTensor, always the same object; any other tensor itself."""
     if not is_sharded(tensor):
         return tensor
-    local: Any = tensor._local_tensor
+    local: Any = local_tensor(tensor)
     # A gradient may still be on its way.
     return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
 
@@ -129,9 +130,7 @@ class Sharding:
 
 def _ranges(tensor: "DTensor", cut: Cut) -> list[tuple[int, int]]:
     """First index and end of what this process has of each dimension of ``cut.shape``."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
+    offsets = shard_offsets(tensor)
     local = cut.walked(local_of(tensor)).shape
     # Where nothing is left for the last processes, torch's offsets may lie beyond the end.
     starts = [min(int(offsets[cut.dim_of(dim)]), size) for dim, size in enumerate(cut.shape)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..compat import split_factor
 from .cut import Cut
 from .reduction import Groups
 from .sharding import Sharding, is_sharded, local_of
@@ -140,7 +141,7 @@ def spread_of(param: Any, sharding: Sharding, cut: Cut, name: str) -> Spread:
     cuts: list[list[tuple[int, int, int]]] = [[] for _ in param.shape]
     for axis, dim in enumerate(dims):
         placement: Any = placements[dim]
-        cuts[cut.dim_of(placement.dim)].append((axis, int(getattr(placement, "split_factor", 1)), mesh.size(dim)))
+        cuts[cut.dim_of(placement.dim)].append((axis, split_factor(placement), mesh.size(dim)))
     spread = Spread(
         groups=sharding.groups,
         sizes=tuple(mesh.size(dim) for dim in dims),

@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..compat import is_fake
 from ..formulas.bases import Formula
 from ..formulas.chunks import as_tuples
 from ..formulas.options import decays, find_base, is_given, waits
 from ..formulas.rotation import KEEP
 from ..formulas.tables import Coefficient
 from ..messages import labelled
-from ..state.checks import is_fake
 from ..state.compensation import state_dtype
 from ..state.members import Member, State, drop_remainders, members
 from ..state.memory import check_apart

@@ -1,7 +1,7 @@
 """Whether tensors are still what and where they were, asked of every tensor at every step.
 
 So the loops over tensors are C++'s, where the native module is there and torch tells it in C how a tensor lies in
-memory (DLPack's exchange API, torch >= 2.10); otherwise they are those of ``map`` over methods and attributes. A Python
+memory; otherwise they are those of ``map`` over methods and attributes. A Python
 loop would take longer than the kernels do on small tensors.
 """
 
@@ -13,12 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..compat import EXCHANGE_API
 from ..state.native import import_native
 
 _native: Any = import_native("cpu")[0]
-
-#: torch's description of tensors in C, if it has one.
-_EXCHANGE_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 _DTYPE, _GRAD, _IS_META = attrgetter("dtype"), attrgetter("grad"), attrgetter("is_meta")
 
@@ -52,10 +50,10 @@ def addresses(tensors: Sequence[Any]) -> bytes:
 
 
 def _native_layouts(tensors: list[Tensor]) -> Any:
-    if _native is None or _EXCHANGE_API is None:
+    if _native is None or EXCHANGE_API is None:
         return None
     try:
-        return _native.Layouts(_EXCHANGE_API, tensors)
+        return _native.Layouts(EXCHANGE_API, tensors)
     except (TypeError, ValueError, BufferError, RuntimeError):
         # An exchange API of another version, or tensors that it does not describe.
         return None

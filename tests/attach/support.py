@@ -15,7 +15,6 @@ from torch.optim import (
     Adam,
     Adamax,
     AdamW,
-    Muon,
     NAdam,
     Optimizer,
     RAdam,
@@ -39,8 +38,10 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "Adagrad": Adagrad,
     "RMSprop": lambda params, **options: RMSprop(params, **{"momentum": 0.5, "centered": True, **options}),
     "Adafactor": lambda params, **options: Adafactor(params, **{"weight_decay": 0.0, **options}),
-    "Muon": lambda params, **options: Muon(params, **{"weight_decay": 0.0, **options}),
 }
+if hasattr(torch.optim, "Muon"):
+    # It came with torch 2.9.
+    OPTIMIZERS["Muon"] = lambda params, **options: torch.optim.Muon(params, **{"weight_decay": 0.0, **options})
 
 #: Every optimizer of torch whose step needs no closure and no sparse gradient.
 ALL_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

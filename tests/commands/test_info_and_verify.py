@@ -1,5 +1,6 @@
 """``python -m layca_fast info | verify``: what they print, and that verify fails where a backend is wrong."""
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import layca_fast
 from layca_fast import __main__, backends
 from layca_fast.backends.cuda import CudaBackend
 from layca_fast.backends.torch_ import TorchBackend
@@ -178,6 +180,15 @@ def test_info_lists_versions_and_reasons(capsys: pytest.CaptureFixture[str], mon
     printed = capsys.readouterr().out
     for expected in (torch.__version__, *backends(), *(status.reason for status in backends().values())):
         assert expected in printed
+
+
+def test_info_as_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert info.main(["--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["torch"] == torch.__version__
+    assert said["layca_fast"] == layca_fast.__version__
+    found = {name: (status.available, status.reason) for name, status in backends().items()}
+    assert {name: (each["available"], each["reason"]) for name, each in said["backends"].items()} == found
 
 
 def test_tables_without_rich_are_plain_text(

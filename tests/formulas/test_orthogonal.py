@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import Muon
 
 from layca_fast import FusedLayca
 from layca_fast.formulas.bases import BASES
@@ -14,6 +13,7 @@ from layca_fast.formulas.orthogonal import NewtonSchulz
 from layca_fast.reference import newton_schulz, reference_step
 
 from ..support import (
+    TORCH,
     clones,
     native_backends,
     norm_of,
@@ -23,6 +23,9 @@ from ..support import (
     same_bits,
     train,
 )
+
+#: torch.optim.Muon came with torch 2.9.
+beside_torchs_muon = pytest.mark.skipif(TORCH < (2, 9), reason="this torch has no Muon")
 
 CPU = torch.device("cpu")
 OPTIONS = BASES["muon"].options
@@ -81,6 +84,7 @@ def test_zeros_stay_zeros_beside_others(eps: float, seed: int) -> None:
     assert norm_of(result[0]) > 1
 
 
+@beside_torchs_muon
 @pytest.mark.parametrize(
     "options",
     [{}, {"momentum": 0.8, "nesterov": False}, {"adjust_lr": "match_rms_adamw"}, {"adjust_lr": "original"}],
@@ -95,7 +99,7 @@ def test_plain_steps_are_those_of_torch(backend: str, options: Mapping[str, Any]
     plain = {"weight_decay": 0.1, **options}
     optimizer = FusedLayca(ours, 0.02, base="muon", rotate=False, ns_dtype=torch.bfloat16, backend=backend, **plain)
     plain["adjust_lr_fn"] = plain.pop("adjust_lr", None)
-    other = Muon(theirs, lr=0.02, **plain)
+    other = torch.optim.Muon(theirs, lr=0.02, **plain)
     gradients = random_gradients(ours, 5)
     train(optimizer, gradients)
     train(other, gradients)
@@ -115,18 +119,20 @@ def test_plain_steps_are_those_of_torch(backend: str, options: Mapping[str, Any]
     assert max(own) <= 2 * max(torchs)
 
 
+@beside_torchs_muon
 def test_names_and_defaults_are_those_of_torch() -> None:
-    theirs = Muon([parameter(2, 2)]).defaults
+    theirs = torch.optim.Muon([parameter(2, 2)]).defaults
     for name, value in OPTIONS.items():
         if name != "ns_dtype":
             assert theirs["adjust_lr_fn" if name == "adjust_lr" else name] == value, name
     assert FusedLayca([parameter(2, 2)], base="muon").param_groups[0]["lr"] == 2**-4
 
 
+@beside_torchs_muon
 @native_backends
 def test_a_run_may_go_over_from_torch_in_its_middle(backend: str, seed: int) -> None:
     theirs = [parameter(20, 30), parameter(30, 20)]
-    other = Muon(theirs, lr=0.02, weight_decay=0.0)
+    other = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.0)
     train(other, random_gradients(theirs, 5))
     ours = clones(theirs)
     optimizer = FusedLayca(ours, 0.02, base="muon", rotate=False, ns_dtype=torch.bfloat16, backend=backend)

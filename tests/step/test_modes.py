@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from layca_fast import FusedLayca, RotationMonitor, attach
 
 from ..support import (
+    TORCH,
     clones,
     contents,
     copy_of,
@@ -49,6 +50,12 @@ def in_backward(params: Any, backend: str) -> Any:
 MAKES = [fused, attached, in_backward]
 
 
+def need_lists(make: Any) -> None:
+    """Skip where attach()'s operations on lists of tensors are what torch 2.6's own mode for saved ones fails at."""
+    if make is attached and TORCH < (2, 7):
+        pytest.skip("allow_mutation_on_saved_tensors of this torch takes no lists of tensors")
+
+
 @every_backend
 @pytest.mark.parametrize("make", [fused, attached])
 @pytest.mark.parametrize("steps_before", [0, 2])
@@ -56,6 +63,7 @@ def test_gradients_of_weights_that_were_saved_before_the_step(
     make: Any, backend: str, steps_before: int, seed: int
 ) -> None:
     """Under allow_mutation_on_saved_tensors a graph keeps the weights that it was made with."""
+    need_lists(make)
     weight = parameter(4, 4, backend=backend)
     optimizer = make([weight], backend)
     train(optimizer, random_gradients([weight], steps_before))
@@ -128,6 +136,8 @@ MODES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 def test_modes_change_no_bit(mode: Any, make: Any, backend: str, seed: int) -> None:
+    if mode is allow_mutation_on_saved_tensors:
+        need_lists(make)
     params = [parameter(4, 3, backend=backend), parameter(5, backend=backend)]
     with torch.no_grad():
         params[0][0, 0] = -0.0

@@ -1,4 +1,4 @@
-"""Param groups as timm makes them, without timm, which needs a torchvision that the CPU's torch does not have."""
+"""Param groups as timm makes them for the parameters of a model that is smaller than any of timm's."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +14,8 @@ from .loops import assert_turned
 from .recipes import recipes
 
 LR, DECAY = 0.02, 0.1
+
+pytestmark = pytest.mark.usefixtures("torchvision")
 Group = dict[str, Any]
 
 
