@@ -184,27 +184,26 @@ def best_losses(table: Table) -> str:
     return markdown(["width", *(f"`{name}`" for name in OPTIMIZERS)], rows)
 
 
+#: The README's: AdamW, and Layca along both directions beside Muon.
+SUMMARISED = ("adamw", "adamw-hidden", "layca", "muon-layca", "muon")
+
+
 def summary(table: Table) -> str:
-    """What the README says: the regrets from the smallest to the largest width, in a sentence."""
-    found = {name: outcomes(table, STUDIES["width"], name)[-1] for name in OPTIMIZERS}
-    if not all(found.values()):
+    """What the README says: the regrets from the smallest to the largest width, in sentences; "" where one is missing."""
+    found = {name: outcomes(table, STUDIES["width"], name)[-1] for name in SUMMARISED}
+    regrets = {name: each.regret for name, each in found.items() if each is not None}
+    if len(regrets) < len(SUMMARISED):
         return ""
-    costs = {name: max(0.0, fmean(each.regret)) for name, each in found.items() if each}
-    seeds = min(len(each.regret) for each in found.values() if each)
-
-    def both(base: str) -> str:
-        low, high = sorted(costs[f"{base}{rule}"] for rule in ("layca", "hyperball"))
-        return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
-
-    return textwrap.fill(
+    costs = {name: f"{max(0.0, fmean(regret)):.2f}" for name, regret in regrets.items()}
+    seeds = sorted({len(regret) for regret in regrets.values()})
+    text = (
         f"A learning rate that is tuned on a small model can serve a larger one. Taken from width {WIDTHS[0]} to width "
-        f"{WIDTHS[-1]}, the best rate of a character GPT costs AdamW {costs['adamw']:.2f} nats per character "
-        f"({costs['adamw-hidden']:.2f} where only the hidden matrices' rate is taken along). It costs `FusedLayca` "
-        f"{both('')} along Adam's direction and {both('muon-')} along Muon's, and plain Muon {costs['muon']:.2f} "
-        f"(means of {seeds} seeds).",
-        120,
-        break_on_hyphens=False,
+        f"{WIDTHS[-1]}, the best rate of a character GPT costs AdamW {costs['adamw']} nats per character "
+        f"({costs['adamw-hidden']} where only the rate of the hidden matrices is taken along). It costs `FusedLayca` "
+        f"{costs['layca']} along Adam's direction and {costs['muon-layca']} along Muon's; Muon's own steps, "
+        f"{costs['muon']}. Means of {'/'.join(map(str, seeds))} seeds."
     )
+    return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
 def tables(table: Table) -> dict[str, str]:
