@@ -96,8 +96,8 @@ def fill(page: Path, tables: dict[str, str]) -> None:
     """Write tables between ``<!-- transfer: NAME -->`` and ``<!-- end -->``, where a page has these lines."""
     text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
-        pattern = rf"(<!-- transfer: {re.escape(name)} -->\n).*?(\n<!-- end -->)"
-        text = re.sub(pattern, lambda found, new=table: f"{found[1]}\n{new}\n{found[2]}", text, flags=re.S)
+        pattern = rf"(<!-- transfer: {re.escape(name)} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda found, new=table: f"{found[1]}\n{new}\n\n{found[2]}", text, flags=re.S)
     page.write_text(text, encoding="utf-8")
 
 
@@ -156,7 +156,11 @@ def draw_regret(table: Table, path: Path) -> None:
             study = STUDIES[name]
             for height, optimizer in enumerate(reversed(OPTIMIZERS)):
                 outcome = outcomes(table, study, optimizer)[place]
-                if outcome is not None:
+                if outcome is None:
+                    axes.annotate(
+                        "not run", (0, height), xytext=(3, 0), textcoords="offset points", va="center", size=6
+                    )
+                else:
                     colour = COLOURS[0] if optimizer in ("adamw", "adamw-hidden", "muon") else COLOURS[-1]
                     axes.barh(height, fmean(outcome.regret), color=colour, alpha=0.5, height=0.6)
                     axes.plot(
@@ -189,7 +193,7 @@ SUMMARISED = ("adamw", "adamw-hidden", "layca", "muon-layca", "muon")
 
 
 def summary(table: Table) -> str:
-    """What the README says: the regrets from the smallest to the largest width, in sentences; "" where one is missing."""
+    """What the README says of the regrets from the smallest to the largest width; nothing where one is missing."""
     found = {name: outcomes(table, STUDIES["width"], name)[-1] for name in SUMMARISED}
     regrets = {name: each.regret for name, each in found.items() if each is not None}
     if len(regrets) < len(SUMMARISED):
