@@ -98,13 +98,18 @@ def test_the_regret_is_what_the_smallest_widths_best_rate_costs(
 
 
 def test_pages_get_their_tables_and_keep_the_rest(example: ModuleType, tmp_path: Path) -> None:
+    """Places without a table are filled without touching what stands between them and the next one."""
     reports = importlib.import_module("transfer_report")
     page = tmp_path / "page.md"
-    page.write_text("before\n\n<!-- transfer: width -->\nold\n<!-- end -->\n\nafter\n", encoding="utf-8")
-    reports.fill(page, {"width": "| new |", "depth": "| other |"})
-    assert (
-        page.read_text(encoding="utf-8") == "before\n\n<!-- transfer: width -->\n\n| new |\n\n<!-- end -->\n\nafter\n"
-    )
+    empty, old = (f"<!-- transfer: {name} -->\n{rest}<!-- end -->\n" for name, rest in (("a", ""), ("b", "\nold\n\n")))
+    page.write_text(f"before\n\n{empty}\nbetween\n\n{old}\nafter\n", encoding="utf-8")
+    reports.fill(page, {"a": "| new |", "b": "| newer |", "c": "| other |"})
+    filled = [
+        f"<!-- transfer: {name} -->\n\n| {new} |\n\n<!-- end -->\n" for name, new in (("a", "new"), ("b", "newer"))
+    ]
+    assert page.read_text(encoding="utf-8") == f"before\n\n{filled[0]}\nbetween\n\n{filled[1]}\nafter\n"
+    reports.fill(page, {"a": "| new |", "b": "| newer |"})
+    assert page.read_text(encoding="utf-8") == f"before\n\n{filled[0]}\nbetween\n\n{filled[1]}\nafter\n"
 
 
 def test_the_documented_tables_are_those_of_the_csv(example: ModuleType, tmp_path: Path) -> None:
