@@ -6,29 +6,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from transfer_training import Row, Setting, row_of
+from transfer_training import PYTHON, Row, Setting
 
 # transfer_training has put the folder of examples on the path.
 from result_rows import append, read  # isort: skip
 
 
 class Table:
-    """Rows by what their outcome follows from; those of another Python, whose text differs, are kept and not read."""
+    """Losses by setting, power of 2 and seed. Rows of another Python, whose text differs, are not read."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.rows = {row.key(): row for row in (read(path, Row) if path is not None else [])}
+        self.found: dict[Setting, dict[float, dict[int, float]]] = {}
+        for row in read(path, Row) if path is not None else []:
+            self._note(row)
+
+    def _note(self, row: Row) -> None:
+        if row.python == PYTHON:
+            self.found.setdefault(row.setting(), {}).setdefault(row.lr, {})[row.seed] = row.held_out
 
     def add(self, row: Row) -> None:
         """To the file, too."""
-        self.rows[row.key()] = row
+        self._note(row)
         if self.path is not None:
             append(self.path, row)
 
     def loss(self, setting: Setting, power: float, seed: int) -> float | None:
         """None: not trained yet."""
-        row = self.rows.get(row_of(setting, power, seed).key())
-        return None if row is None else row.held_out
+        return self.found.get(setting, {}).get(power, {}).get(seed)
 
     def mean(self, setting: Setting, power: float, seeds: Sequence[int]) -> float:
         """Over seeds, all of which the table has; infinite where one diverged."""
@@ -37,9 +42,12 @@ class Table:
 
     def losses(self, setting: Setting, seeds: int) -> dict[float, list[float]]:
         """By power of 2 in ascending order: those of the first ``seeds`` seeds, of the rates that have them all."""
-        powers = sorted({row.lr for row in self.rows.values() if row.key() == row_of(setting, row.lr, row.seed).key()})
-        found = {power: [self.loss(setting, power, seed) for seed in range(seeds)] for power in powers}
-        return {power: [loss for loss in each if loss is not None] for power, each in found.items() if None not in each}
+        wanted = range(seeds)
+        return {
+            power: [by_seed[seed] for seed in wanted]
+            for power, by_seed in sorted(self.found.get(setting, {}).items())
+            if set(wanted) <= set(by_seed)
+        }
 
     def best(self, setting: Setting) -> float | None:
         """By the first seed, where to search from; None: nothing trained yet."""
@@ -81,7 +89,7 @@ def transfers(table: Table, settings: Sequence[Setting]) -> list[Transfer | None
 
     None: nothing trained at the rate that is best for the first.
     """
-    most = max((row.seed for row in table.rows.values()), default=0) + 1
+    most = max((len(by_seed) for each in table.found.values() for by_seed in each.values()), default=1)
     for seeds in range(most, 0, -1):
         found = [table.losses(setting, seeds) for setting in settings]
         if not found[0]:

@@ -4,7 +4,7 @@ import argparse
 import math
 import platform
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -33,7 +33,10 @@ OPTIMIZERS = {
     "muon-hyperball": "Hyperball, Muon's direction",
 }
 
-#: Rows of the held-out text that a model is judged by.
+#: The text is that of this version.
+PYTHON = ".".join(platform.python_version_tuple()[:2])
+
+#: Batches of the held-out text that a model is judged by.
 HELD_OUT_BATCHES = 8
 
 
@@ -73,15 +76,14 @@ class Row:
     layca_fast: str = ""
     torch: str = ""
 
-    def key(self) -> tuple[object, ...]:
-        """What the outcome follows from."""
-        return tuple(asdict(self).values())[:12]
+    def setting(self) -> Setting:
+        """What its rate was tried for."""
+        return Setting(**{field.name: getattr(self, field.name) for field in fields(Setting)})
 
 
 def row_of(setting: Setting, lr: float, seed: int) -> Row:
     """Without an outcome."""
-    version = ".".join(platform.python_version_tuple()[:2])
-    return Row(**asdict(setting), lr=float(lr), seed=seed, python=version, held_out=math.nan)
+    return Row(**asdict(setting), lr=float(lr), seed=seed, python=PYTHON, held_out=math.nan)
 
 
 @cache
