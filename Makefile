@@ -53,7 +53,7 @@ TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup plans demo test test-exhaustive test-trainers test-all bench bench-full gpu verify docs lint format fuzz sanitize \
+.PHONY: help setup plans demo test test-exhaustive test-trainers test-all bench bench-full papers gpu verify docs lint format fuzz sanitize \
     wheel wheels wheel-cuda check-tag test-versions FORCE
 # Targets of one command run one after the other: their tests and timings want the cores for themselves.
 .NOTPARALLEL:
@@ -87,6 +87,13 @@ test-all: test test-exhaustive test-trainers  ## run all tests
 bench: $(BENCH_STAMP)  ## time a step of every backend beside torch's and others' on ResNet-50 (minutes; ARGS=--full: all models)
 	@echo "==> Running the benchmarks"
 	@$(RUN) pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+
+# Each program trains what its CSV lacks and draws its figure; the page is written from the CSVs at the end.
+PAGE_WRITER := examples/papers/write_page.py
+PAPERS := $(filter-out $(PAGE_WRITER),$(shell grep -l __main__ examples/papers/*.py))
+papers: $(BUILT)  ## what docs/papers.md shows: train what its CSVs lack, draw its figures, write its tables (an hour from nothing)
+	@set -e; for program in $(PAPERS); do echo "==> $$program"; $(BIN)/python $$program $(ARGS); done
+	@$(BIN)/python $(PAGE_WRITER)
 
 # Where docs/speed.md looks for them. ARGS='--rounds 11' makes the first of them shorter.
 RESULTS := bench/results

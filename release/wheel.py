@@ -26,7 +26,7 @@ from pathlib import Path
 from .environments import ROOT, TOOLS, Environment, run, uv
 
 #: In bytes. The CUDA module has code for four generations of GPUs.
-LARGEST = {"sdist": 3_000_000, "layca_fast": 2_000_000, "layca_fast_cuda": 10_000_000}
+LARGEST = {"sdist": 6_000_000, "layca_fast": 2_000_000, "layca_fast_cuda": 10_000_000}
 
 #: What the wheel of each package consists of, as patterns of whole paths. Nothing else may be in it.
 CONTENTS = {

@@ -35,6 +35,19 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 native_backends = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 
 
+def on_every_backend(name: str, values: Sequence[Any], every: int) -> pytest.MarkDecorator:
+    """Every value on every backend; under Triton's interpreter one of ``every``, the others in the exhaustive tests."""
+    return pytest.mark.parametrize(
+        ("backend", name),
+        [
+            pytest.param(backend, value, marks=[pytest.mark.exhaustive] * (backend == "triton" and number % every > 0))
+            for backend in BACKENDS
+            for number, value in enumerate(values)
+        ],
+        ids=str,
+    )
+
+
 def device_of(backend: str) -> torch.device:
     """The CPU where the backend takes its tensors, else the GPU: Triton runs there unless it is interpreted."""
     cpu = torch.device("cpu")
