@@ -1,0 +1,101 @@
+"""The base optimizer of one run of a batch, on its pieces."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...formulas.base_steps import finite_or_zero
+from ...step.batch import Batch
+from .arithmetic import Pool, Value
+from .cleaning import cleaned, is_seen_finite, restarted
+from .pieces import Piece, Run, stacked, write
+from .sums import dots
+
+
+class Base:
+    """What *measure* and *rotate* need of the base steps of ``run``, whose temporary memory is of ``pool``."""
+
+    def __init__(self, batch: Batch, run: Run, pool: Pool) -> None:
+        self._formula, self._type, self._state_type = batch.formula, batch.compute_dtype, batch.state_dtype
+        self._run, self._pool = run, pool
+        self._grads: list[Tensor] | None = None
+        self._can_look = batch.dots.device.type == "cpu"
+        # On the CPU a step that is not taken is not measured at all.
+        self._taken = None if batch.taken is None or self._can_look else batch.taken != 0
+
+    def _gradient(self, piece: Piece) -> Value:
+        if self._grads is None:
+            self._grads = self._run.gradients()
+        parts = self._grads if piece.block is None else [grad[piece.block] for grad in self._grads]
+        grad, scale = stacked(parts, self._type, self._pool), self._run.scale
+        return grad if isinstance(scale, float) and scale == 1 else grad * scale
+
+    def _states(self, piece: Piece) -> list[Value]:
+        return [stacked(matrices, self._type, self._pool) for matrices in piece.states]
+
+    def weight(self, piece: Piece) -> Value:
+        """The weights, (layers, elements), in the type that formulas run in; possibly the parameter itself."""
+        return piece.weight(self._type, self._pool)
+
+    def _value(self, tensor: Tensor) -> Value:
+        return Value(self._pool, tensor)
+
+    def _advanced(self, grad: Value, states: Sequence[Value]) -> list[Value]:
+        """The step is made of the states as they are stored: rotate will have nothing else."""
+        advanced = self._formula.advance(grad, tuple(states), self._run.options)
+        if self._state_type == self._type:
+            return list(advanced)
+        return [self._value(value.tensor.to(self._state_type).to(self._type)) for value in advanced]
+
+    def measure(self, piece: Piece, bad: Tensor) -> Tensor:
+        """Advance the states, and return the dots of each layer, (layers, 3); add what is not finite to ``bad``."""
+        raw, weight = self._gradient(piece), self.weight(piece).tensor
+        old = self._states(piece)
+        found = None
+        if self._can_look:
+            # First as if all were finite: next to always it is, which the sums show.
+            new = self._advanced(raw, old)
+            step = self._formula.step(raw, tuple(new), self._run.options).tensor
+            found = dots(weight, step, self._pool)
+            unseen = [state.tensor for state in new if state.tensor is not step]
+            unseen += [raw.tensor] if self._formula.hides else []
+            piece.is_clean = math.isfinite(found[:, 2].sum().item()) and all(map(is_seen_finite, unseen))
+        if found is None or not piece.is_clean:
+            new, step = self._cleaned(piece, raw, old, bad)
+            found = dots(weight, step, self._pool)
+        for matrices, before, after in zip(piece.states, old, new, strict=True):
+            if after is not before:
+                write(matrices, after.tensor if self._taken is None else self._if_taken(after.tensor, before.tensor))
+        # As for a tensor without a gradient.
+        return found if self._taken is None else self._if_taken(found, torch.zeros_like(found))
+
+    def _if_taken(self, after: Tensor, before: Tensor) -> Tensor:
+        assert self._taken is not None
+        return torch.where(self._taken, after, before)
+
+    def _cleaned(self, piece: Piece, raw: Value, old: Sequence[Value], bad: Tensor) -> tuple[list[Value], Tensor]:
+        """The advanced states and the step, where what is not finite counts as zero."""
+        clean_grad = cleaned(raw.tensor, self._formula.admit)
+        grad = self._value(clean_grad)
+        advanced = [value.tensor for value in self._advanced(grad, old)]
+        states = restarted(advanced, clean_grad, self._formula.are_squares, self._state_type)
+        new = [self._value(state) for state in states]
+        step = self._formula.step(grad, tuple(new), self._run.options).tensor
+        clean_step = cleaned(step)
+        suspects = zip((raw.tensor, *advanced, step), (clean_grad, *states, clean_step), strict=True)
+        changed = [before != after for before, after in suspects if before is not after]
+        if changed:
+            count = torch.stack(changed).any(0).sum(1)
+            bad += count if self._taken is None else self._taken * count
+        return new, clean_step
+
+    def step_again(self, piece: Piece) -> Value:
+        """The base step once more, from the states that measure left."""
+        formula, states = self._formula, tuple(self._states(piece))
+        grad = self._gradient(piece) if formula.reads_grad else None
+        if piece.is_clean:
+            return formula.step(grad, states, self._run.options)
+        grad = None if grad is None else self._value(cleaned(grad.tensor, formula.admit))
+        return self._value(cleaned(formula.step(grad, states, self._run.options).tensor))
