@@ -91,8 +91,8 @@ class TorchBackend(Backend):
             base = Base(batch, run, POOL)
             for piece in run.pieces():
                 if bool(nearly_parallel[piece.rows].any()):
-                    step, weight = base.step_again(piece).tensor.double(), base.weight(piece).tensor.double()
-                    difference = step - c[piece.rows] * weight
+                    step, weight = base.step_again(piece), base.weight(piece)
+                    difference = step.tensor.double() - c[piece.rows] * weight.tensor.double()
                     sums[piece.rows] += row_sums(difference * difference)
         sigma2.copy_(torch.where(nearly_parallel, sums, sigma2))
 

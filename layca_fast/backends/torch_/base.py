@@ -1,7 +1,7 @@
 """The base optimizer of one run of a batch, on its pieces."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from ...formulas.base_steps import finite_or_zero
 from ...step.batch import Batch
 from .arithmetic import Pool, Value
-from .cleaning import cleaned, is_seen_finite, restarted
+from .cleaning import is_seen_finite, restarted
 from .pieces import Piece, Run, stacked, write
 from .sums import dots
 
@@ -51,20 +51,20 @@ class Base:
 
     def measure(self, piece: Piece, bad: Tensor) -> Tensor:
         """Advance the states, and return the dots of each layer, (layers, 3); add what is not finite to ``bad``."""
-        raw, weight = self._gradient(piece), self.weight(piece).tensor
-        old = self._states(piece)
+        # Values, not their tensors: memory goes back to the pool with the value.
+        raw, weight, old = self._gradient(piece), self.weight(piece), self._states(piece)
         found = None
         if self._can_look:
             # First as if all were finite: next to always it is, which the sums show.
             new = self._advanced(raw, old)
-            step = self._formula.step(raw, tuple(new), self._run.options).tensor
-            found = dots(weight, step, self._pool)
-            unseen = [state.tensor for state in new if state.tensor is not step]
+            step = self._formula.step(raw, tuple(new), self._run.options)
+            found = dots(weight.tensor, step.tensor, self._pool)
+            unseen = [state.tensor for state in new if state is not step]
             unseen += [raw.tensor] if self._formula.hides else []
             piece.is_clean = math.isfinite(found[:, 2].sum().item()) and all(map(is_seen_finite, unseen))
         if found is None or not piece.is_clean:
-            new, step = self._cleaned(piece, raw, old, bad)
-            found = dots(weight, step, self._pool)
+            new, step = self._cleaned(raw, old, bad)
+            found = dots(weight.tensor, step.tensor, self._pool)
         for matrices, before, after in zip(piece.states, old, new, strict=True):
             if after is not before:
                 write(matrices, after.tensor if self._taken is None else self._if_taken(after.tensor, before.tensor))
@@ -75,27 +75,34 @@ class Base:
         assert self._taken is not None
         return torch.where(self._taken, after, before)
 
-    def _cleaned(self, piece: Piece, raw: Value, old: Sequence[Value], bad: Tensor) -> tuple[list[Value], Tensor]:
+    def _cleaned(self, raw: Value, old: Sequence[Value], bad: Tensor) -> tuple[list[Value], Value]:
         """The advanced states and the step, where what is not finite counts as zero."""
-        clean_grad = cleaned(raw.tensor, self._formula.admit)
-        grad = self._value(clean_grad)
-        advanced = [value.tensor for value in self._advanced(grad, old)]
-        states = restarted(advanced, clean_grad, self._formula.are_squares, self._state_type)
-        new = [self._value(state) for state in states]
-        step = self._formula.step(grad, tuple(new), self._run.options).tensor
-        clean_step = cleaned(step)
-        suspects = zip((raw.tensor, *advanced, step), (clean_grad, *states, clean_step), strict=True)
-        changed = [before != after for before, after in suspects if before is not after]
+        grad = self._clean(raw, self._formula.admit)
+        advanced = self._advanced(grad, old)
+        tensors = [value.tensor for value in advanced]
+        restarts = restarted(tensors, grad.tensor, self._formula.are_squares, self._state_type)
+        states = [
+            value if state is value.tensor else self._value(state)
+            for value, state in zip(advanced, restarts, strict=True)
+        ]
+        step = self._formula.step(grad, tuple(states), self._run.options)
+        clean_step = self._clean(step)
+        suspects = zip((raw, *advanced, step), (grad, *states, clean_step), strict=True)
+        changed = [before.tensor != after.tensor for before, after in suspects if before is not after]
         if changed:
             count = torch.stack(changed).any(0).sum(1)
             bad += count if self._taken is None else self._taken * count
-        return new, clean_step
+        return states, clean_step
+
+    def _clean(self, value: Value, clean: Callable[[Tensor], Tensor] = finite_or_zero) -> Value:
+        return value if is_seen_finite(value.tensor) else self._value(clean(value.tensor))
 
     def step_again(self, piece: Piece) -> Value:
         """The base step once more, from the states that measure left."""
         formula, states = self._formula, tuple(self._states(piece))
         grad = self._gradient(piece) if formula.reads_grad else None
         if piece.is_clean:
-            return formula.step(grad, states, self._run.options)
-        grad = None if grad is None else self._value(cleaned(grad.tensor, formula.admit))
-        return self._value(cleaned(formula.step(grad, states, self._run.options).tensor))
+            step: Value = formula.step(grad, states, self._run.options)
+            return step
+        grad = None if grad is None else self._clean(grad, formula.admit)
+        return self._clean(formula.step(grad, states, self._run.options))

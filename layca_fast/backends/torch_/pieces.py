@@ -76,9 +76,9 @@ class Piece:
         """The weights in ``dtype``, which may be the parameter itself."""
         if not self.remainders:
             return stacked(self.params, dtype, pool)
-        params = stacked(self.params, self.params[0].dtype, pool).tensor
-        rests = stacked(self.remainders, self.remainders[0].dtype, pool).tensor
-        return Value(pool, join(params, rests))
+        params = stacked(self.params, self.params[0].dtype, pool)
+        rests = stacked(self.remainders, self.remainders[0].dtype, pool)
+        return Value(pool, join(params.tensor, rests.tensor))
 
     def store_weight(self, weight: Tensor, keep: Tensor | None) -> None:
         """Write weights back, except where ``keep``: there, not even the bits of a NaN may change."""
