@@ -21,12 +21,24 @@ def row_sums(x: Tensor) -> Tensor:
     return x.sum(1)
 
 
+def _square_sums(x: Tensor) -> Tensor:
+    """The sum of squares of each row of ``x`` (rows, n) float64, in an order that depends on n alone: (rows,)."""
+    rows, n = x.shape
+    whole = n // ROW * ROW
+    # A norm reads once, where products would be written and read again.
+    if n <= ROW:
+        return torch.linalg.vector_norm(x, dim=1).square_()
+    norms = torch.linalg.vector_norm(x[:, :whole].view(rows, -1, ROW), dim=2)
+    if whole != n:
+        norms = torch.cat((norms, torch.linalg.vector_norm(x[:, whole:], dim=1, keepdim=True)), 1)
+    return row_sums(norms.square_())
+
+
 def dots(w: Tensor, u: Tensor, pool: Pool) -> Tensor:
     """n2, d and q of each row of ``w`` and ``u`` (rows, n): (rows, 3) float64."""
-    double = torch.float64
-    product, w64, u64 = (pool.take(w.shape, double) for _ in range(3))
+    w64, u64 = (pool.take(w.shape, torch.float64, w.device) for _ in range(2))
     try:
-        w, u = w64.copy_(w), u64.copy_(u)
-        return torch.stack([row_sums(torch.mul(x, y, out=product)) for x, y in ((w, w), (w, u), (u, u))], 1)
+        n2, q = _square_sums(w64.copy_(w)), _square_sums(u64.copy_(u))
+        return torch.stack((n2, row_sums(w64.mul_(u64)), q), 1)
     finally:
-        pool.give(product, w64, u64)
+        pool.give(w64, u64)
