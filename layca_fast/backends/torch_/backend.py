@@ -125,7 +125,7 @@ class TorchBackend(Backend):
             if PRECISE in present:
                 precise = a * w.double() + b * (u.double() - c * w.double())
                 rotated = torch.where(modes == PRECISE, precise.to(w.dtype), rotated)
-        piece.store_weight(rotated, modes == KEEP if KEEP in present else None)
+        piece.store_weight(rotated, modes == KEEP if KEEP in present else None, POOL)
 
 
 BACKEND = TorchBackend()

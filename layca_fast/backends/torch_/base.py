@@ -10,7 +10,7 @@ from ...formulas.base_steps import finite_or_zero
 from ...step.batch import Batch
 from .arithmetic import Pool, Value
 from .cleaning import is_seen_finite, restarted
-from .pieces import Piece, Run, stacked, write
+from .pieces import Parts, Piece, Run, parts_of
 from .sums import dots
 
 
@@ -20,7 +20,7 @@ class Base:
     def __init__(self, batch: Batch, run: Run, pool: Pool) -> None:
         self._formula, self._type, self._state_type = batch.formula, batch.compute_dtype, batch.state_dtype
         self._run, self._pool = run, pool
-        self._grads: list[Tensor] | None = None
+        self._grads: Parts | None = None
         self._can_look = batch.dots.device.type == "cpu"
         # On the CPU a step that is not taken is not measured at all.
         self._taken = None if batch.taken is None or self._can_look else batch.taken != 0
@@ -28,12 +28,12 @@ class Base:
     def _gradient(self, piece: Piece) -> Value:
         if self._grads is None:
             self._grads = self._run.gradients()
-        parts = self._grads if piece.block is None else [grad[piece.block] for grad in self._grads]
-        grad, scale = stacked(parts, self._type, self._pool), self._run.scale
+        parts = self._grads if piece.block is None else parts_of([self._grads.tensors[0][piece.block]])
+        grad, scale = parts.stacked(self._type, self._pool), self._run.scale
         return grad if isinstance(scale, float) and scale == 1 else grad * scale
 
     def _states(self, piece: Piece) -> list[Value]:
-        return [stacked(matrices, self._type, self._pool) for matrices in piece.states]
+        return [parts.stacked(self._type, self._pool) for parts in piece.states]
 
     def weight(self, piece: Piece) -> Value:
         """The weights, (layers, elements), in the type that formulas run in; possibly the parameter itself."""
@@ -65,9 +65,9 @@ class Base:
         if found is None or not piece.is_clean:
             new, step = self._cleaned(raw, old, bad)
             found = dots(weight.tensor, step.tensor, self._pool)
-        for matrices, before, after in zip(piece.states, old, new, strict=True):
+        for parts, before, after in zip(piece.states, old, new, strict=True):
             if after is not before:
-                write(matrices, after.tensor if self._taken is None else self._if_taken(after.tensor, before.tensor))
+                parts.write(after.tensor if self._taken is None else self._if_taken(after.tensor, before.tensor))
         # As for a tensor without a gradient.
         return found if self._taken is None else self._if_taken(found, torch.zeros_like(found))
 

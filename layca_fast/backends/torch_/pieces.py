@@ -34,27 +34,57 @@ def are_views(slot: Slot) -> bool:
     return slot.dense and scalar_device(slot.param.device) == slot.param.device
 
 
-def stacked(matrices: Sequence[Tensor], dtype: torch.dtype, pool: Pool) -> Value:
-    """Matrices of one length as one of ``dtype``; of a single matrix of that type itself."""
-    first = matrices[0]
-    if len(matrices) == 1:
+def are_alike(slots: Sequence[Slot]) -> bool:
+    """Whether tensors of ``slots`` can be put on each other as they are: torch walks such lists by itself."""
+    sizes = slots[0].param.shape[1:]
+    return all(slot.param.dim() > 0 and slot.param.shape[1:] == sizes and slot.param.is_contiguous() for slot in slots)
+
+
+@dataclass
+class Parts:
+    """Tensors that are one matrix of ``shape``: on each other, or a single one that is that matrix.
+
+    ``heights``: their sizes along the first dimension.
+    """
+
+    tensors: list[Tensor]
+    heights: list[int]
+    shape: tuple[int, int]
+
+    def stacked(self, dtype: torch.dtype, pool: Pool) -> Value:
+        """The matrix in ``dtype``; of a single one of that type itself."""
+        first = self.tensors[0]
+        if len(self.tensors) == 1:
+            if first.dtype == dtype:
+                return Value(pool, first)
+            return Value(pool, pool.take(self.shape, dtype, first.device).copy_(first), owned=True)
+        out = pool.take(self.shape, dtype, first.device)
         if first.dtype == dtype:
-            return Value(pool, first)
-        return Value(pool, pool.take(first.shape, dtype, first.device).copy_(first), owned=True)
-    out = pool.take((sum(map(len, matrices)), first.shape[1]), dtype, first.device)
-    if first.dtype == dtype:
-        torch.cat(list(matrices), out=out)
-    else:
-        out.copy_(torch.cat(list(matrices)))
-    return Value(pool, out, owned=True)
+            torch.cat(self.tensors, out=self._laid(out))
+        else:
+            out.copy_(torch.cat(self.tensors).view(self.shape))
+        return Value(pool, out, owned=True)
+
+    def _laid(self, matrix: Tensor) -> Tensor:
+        """``matrix`` with the dimensions of the tensors."""
+        return matrix.view(-1, *self.tensors[0].shape[1:])
+
+    def write(self, matrix: Tensor) -> None:
+        """Write what was :meth:`stacked` back to where it came from."""
+        if len(self.tensors) > 1:
+            torch._foreach_copy_(self.tensors, self._laid(matrix).split(self.heights))
+        elif matrix.data_ptr() != self.tensors[0].data_ptr():
+            self.tensors[0].copy_(matrix)
+
+    def as_integers(self) -> "Parts":
+        """The raw bits of numbers of 16 bits: as integers, they are sure to arrive as they are."""
+        return replace(self, tensors=[each.view(torch.int16) for each in self.tensors])
 
 
-def write(matrices: Sequence[Tensor], value: Tensor) -> None:
-    """Write what was :func:`stacked` back to where it came from."""
-    if len(matrices) > 1:
-        torch._foreach_copy_(list(matrices), value.split([len(matrix) for matrix in matrices]))
-    elif value.data_ptr() != matrices[0].data_ptr():
-        matrices[0].copy_(value)
+def parts_of(matrices: Sequence[Tensor]) -> Parts:
+    """Those of matrices that are as long as each other."""
+    heights = [matrix.shape[0] for matrix in matrices]
+    return Parts(list(matrices), heights, (sum(heights), matrices[0].shape[1]))
 
 
 @dataclass
@@ -67,34 +97,34 @@ class Piece:
 
     rows: slice | Tensor
     block: Block | None
-    params: list[Tensor]
-    remainders: list[Tensor]
-    states: list[list[Tensor]]
+    params: Parts
+    remainders: Parts | None
+    states: list[Parts]
     is_clean: bool = False
 
     def weight(self, dtype: torch.dtype, pool: Pool) -> Value:
         """The weights in ``dtype``, which may be the parameter itself."""
-        if not self.remainders:
-            return stacked(self.params, dtype, pool)
-        params = stacked(self.params, self.params[0].dtype, pool)
-        rests = stacked(self.remainders, self.remainders[0].dtype, pool)
+        if self.remainders is None:
+            return self.params.stacked(dtype, pool)
+        params = self.params.stacked(self.params.tensors[0].dtype, pool)
+        rests = self.remainders.stacked(self.remainders.tensors[0].dtype, pool)
         return Value(pool, join(params.tensor, rests.tensor))
 
-    def store_weight(self, weight: Tensor, keep: Tensor | None) -> None:
+    def store_weight(self, weight: Tensor, keep: Tensor | None, pool: Pool) -> None:
         """Write weights back, except where ``keep``: there, not even the bits of a NaN may change."""
-        dtype = self.params[0].dtype
-        if not self.remainders:
+        dtype = self.params.tensors[0].dtype
+        if self.remainders is None:
             pairs = [(self.params, weight.to(dtype))]
         else:
             param, remainder = split(weight, dtype)
-            # As integers, raw bits are sure to arrive as they are.
             pairs = [(self.params, param), (self.remainders, remainder)]
-            pairs = [([old.view(torch.int16) for old in olds], new.view(torch.int16)) for olds, new in pairs]
-        for olds, new in pairs:
-            if keep is not None:
-                old = olds[0] if len(olds) == 1 else torch.cat(olds)
-                new = torch.where(keep, old, new)
-            write(olds, new)
+            pairs = [(old.as_integers(), new.view(torch.int16)) for old, new in pairs]
+        for old, new in pairs:
+            if keep is None:
+                old.write(new)
+            else:
+                before = old.stacked(new.dtype, pool)
+                old.write(torch.where(keep, before.tensor, new))
 
 
 class Run:
@@ -114,6 +144,7 @@ class Run:
         self._pieces: list[Piece] = []
         self._whole: Piece | None = None
         self._has_views = all(map(are_views, self._slots))
+        self._are_alike = len(self._slots) > 1 and are_alike(self._slots)
 
     def pieces(self) -> list[Piece]:
         """Its pieces. Where they are no views, :meth:`settle` writes back what is changed."""
@@ -126,11 +157,11 @@ class Run:
 
     def _make(self) -> Iterator[Piece]:
         slots, first_layers = self._slots, self._batch.first_layers
-        params = [layer_matrix(slot.param, slot) for slot in slots]
-        remainders = [layer_matrix(slot.remainder, slot) for slot in slots if slot.remainder is not None]
-        states = [
-            [layer_matrix(slot.states[i], slot) for slot in slots] for i in range(len(self._batch.formula.states))
-        ]
+        count = len(self._batch.formula.states)
+        params = self._parts([slot.param for slot in slots])
+        rests = [slot.remainder for slot in slots if slot.remainder is not None]
+        remainders = self._parts(rests) if rests else None
+        states = [self._parts([slot.states[i] for slot in slots]) for i in range(count)]
         first = first_layers[self.indices[0]]
         whole = self._whole = Piece(slice(first, first + slots[0].layers), None, params, remainders, states)
         if len(slots) > 1:
@@ -140,7 +171,7 @@ class Run:
             ]
             yield replace(whole, rows=torch.cat(parts))
             return
-        layers, length = params[0].shape
+        layers, length = params.shape
         if layers * length <= self._tile:
             yield whole
             return
@@ -149,17 +180,23 @@ class Run:
             for column in range(0, length, self._tile):
                 end = min(row + height, layers)
                 block = slice(row, end), slice(column, min(column + self._tile, length))
-                cut = [[each[block] for each in matrices] for matrices in (params, remainders, *states)]
-                yield Piece(slice(first + row, first + end), block, cut[0], cut[1], cut[2:])
+                cut = [None if each is None else parts_of([each.tensors[0][block]]) for each in (remainders, *states)]
+                weights = parts_of([params.tensors[0][block]])
+                rows = slice(first + row, first + end)
+                yield Piece(rows, block, weights, cut[0], [each for each in cut[1:] if each is not None])
 
-    def gradients(self) -> list[Tensor]:
-        """This step's, as matrices."""
-        found = []
-        for i, slot in zip(self.indices, self._slots, strict=True):
-            grad = self._batch.grads[i]
-            assert grad is not None
-            found.append(layer_matrix(grad, slot))
-        return found
+    def _parts(self, tensors: Sequence[Tensor]) -> Parts:
+        """The matrix of tensors that lie as the parameters do."""
+        if self._are_alike:
+            rows = sum(slot.layers for slot in self._slots)
+            heights = [tensor.shape[0] for tensor in tensors]
+            return Parts(list(tensors), heights, (rows, self._slots[0].param.numel() // self._slots[0].layers))
+        return parts_of([layer_matrix(each, slot) for each, slot in zip(tensors, self._slots, strict=True)])
+
+    def gradients(self) -> Parts:
+        """This step's."""
+        grads = [self._batch.grads[i] for i in self.indices]
+        return self._parts([grad for grad in grads if grad is not None])
 
     def settle(self, *, weights: bool) -> None:
         """Write back weights, or else states, of tensors whose matrices are no views."""
@@ -168,11 +205,11 @@ class Run:
         (slot,), whole = self._slots, self._whole
         if weights:
             olds = [slot.param, *([] if slot.remainder is None else [slot.remainder])]
-            news = [*whole.params, *whole.remainders]
+            news = [whole.params, *([] if whole.remainders is None else [whole.remainders])]
         else:
-            olds, news = list(slot.states), [matrix for (matrix,) in whole.states]
+            olds, news = list(slot.states), whole.states
         for old, new in zip(olds, news, strict=True):
-            store(old, new)
+            store(old, new.tensors[0])
         # Until the next verb all may change.
         self._were_clean = [piece.is_clean for piece in self._pieces]
         self._pieces, self._whole = [], None

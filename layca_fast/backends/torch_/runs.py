@@ -11,7 +11,7 @@ from ...step.batch import Batch
 from .pieces import Run, are_views
 
 #: Elements that are worked on at a time: few enough for a cache, and enough for several threads.
-TILE = 2**17
+TILE = 2**18
 
 #: Tensors of up to so many elements share a stack with others whose layers are as long.
 SMALL = TILE // 2
@@ -74,8 +74,8 @@ class Runs:
     def _grouped(self, tags: list[int]) -> list[Run]:
         """Stacks of the small tensors of one tag whose layers are equally long, and the others one by one."""
         batch, runs = self._batch, []
-        stacks: dict[tuple[int, int], list[int]] = {}
-        filled: dict[tuple[int, int], int] = {}
+        stacks: dict[tuple[object, ...], list[int]] = {}
+        filled: dict[tuple[object, ...], int] = {}
         for index, (tag, slot) in enumerate(zip(tags, batch.slots, strict=True)):
             numel = slot.param.numel()
             if tag == ABSENT:
@@ -83,7 +83,7 @@ class Runs:
             if numel > SMALL or not are_views(slot):
                 runs.append([index])
                 continue
-            key = tag, numel // slot.layers
+            key = tag, numel // slot.layers, slot.param.shape[1:]
             if key not in stacks or filled[key] + numel > TILE:
                 stacks[key], filled[key] = [], 0
                 runs.append(stacks[key])
