@@ -1,5 +1,7 @@
 """The three verbs of the torch backend."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -9,11 +11,13 @@ from ...step.backend import Backend
 from ...step.batch import Batch
 from .arithmetic import Pool
 from .base import Base
-from .pieces import Piece
-from .runs import TILE, runs_of
+from .pieces import Piece, Run
+from .runs import TILE, WINDOW, Window, runs_of
 from .sums import row_sums
 
 POOL = Pool(TILE)
+
+_FLAGS = torch.tensor([Flag.ROTATES, Flag.CURRENT, Flag.WAITS, Flag.PART], device="cpu")
 
 
 class TorchBackend(Backend):
@@ -30,88 +34,116 @@ class TorchBackend(Backend):
     def refuses(self, device: torch.device) -> str | None:
         return None
 
+    def step(self, batch: Batch) -> None:
+        """In windows: what is rotated soon after it was measured is still in the cache, and so is its base step."""
+        if batch.dots.device.type != "cpu":
+            super().step(batch)
+            return
+        batch.dots.zero_()
+        batch.coefficients.zero_()
+        runs = runs_of(batch)
+        runs.refresh()
+        for window in runs.windows():
+            self._measure(batch, window.runs, WINDOW)
+            self._coefficients(batch, window)
+            self._rotate(batch, window.runs)
+
     def measure(self, batch: Batch) -> None:
         batch.dots.zero_()
         runs = runs_of(batch)
         runs.refresh()
+        self._measure(batch, runs, 0)
+
+    def _measure(self, batch: Batch, runs: Iterable[Run], kept: int) -> None:
+        """``kept``: of how many elements to keep weights and steps as they were made, at most."""
         if batch.taken is not None and batch.taken.device.type == "cpu" and not batch.taken:
             return
         bad = batch.counts[:, Count.NON_FINITE]
         for run in runs:
-            base = Base(batch, run, POOL)
-            for piece in run.pieces():
+            base, pieces = Base(batch, run, POOL), run.pieces()
+            for number, piece in enumerate(pieces):
+                # The last ones are rotated first.
+                keep = (len(pieces) - number) * TILE <= kept
                 if isinstance(piece.rows, slice):
-                    batch.dots[piece.rows] += base.measure(piece, bad[piece.rows])
+                    batch.dots[piece.rows] += base.measure(piece, bad[piece.rows], keep)
                     continue
                 found = torch.zeros_like(piece.rows)
-                batch.dots.index_copy_(0, piece.rows, base.measure(piece, found))
+                batch.dots.index_copy_(0, piece.rows, base.measure(piece, found, keep))
                 if not piece.is_clean:
                     bad.index_add_(0, piece.rows, found)
             run.settle(weights=False)
 
     def coefficients(self, batch: Batch) -> None:
-        tensors = batch.tensors[batch.layer_tensors]
+        self._coefficients(batch, runs_of(batch).whole)
+
+    def _coefficients(self, batch: Batch, window: Window) -> None:
+        rows = window.rows
+        tensors = batch.tensors[batch.layer_tensors[rows]]
         hypers = batch.hypers[tensors[:, Column.HYPER]]
-        rotates = tensors[:, Column.FLAGS] & Flag.ROTATES != 0
-        current = tensors[:, Column.FLAGS] & Flag.CURRENT != 0
-        waits = tensors[:, Column.FLAGS] & Flag.WAITS != 0
-        here = tensors[:, Column.FLAGS] & Flag.PART == 0
+        bits = tensors[:, Column.FLAGS].unsqueeze(1) & _FLAGS.to(tensors.device)
+        rotates, current, waits, is_part = (bits != 0).unbind(1)
         rule, noise = tensors[:, Column.RULE], hypers[:, Hyper.NOISE]
         has_grad = tensors[:, Column.GRAD] != 0
         lr, weight_decay = hypers[:, Hyper.LR], hypers[:, Hyper.WEIGHT_DECAY]
-        radii = [slot.radius for slot in batch.slots if slot.radius is not None]
-        before = batch.dots.new_zeros(batch.n_layers)
+        radii = [slot.radius for slot in window.slots if slot.radius is not None]
+        n2, d, q = batch.dots[rows].unbind(1)
+        before = torch.zeros_like(n2)
         if radii:
             before.masked_scatter_(rotates, torch.cat(radii).to(before.device))
-        n2, d, q = batch.dots.unbind(1)
         sigma2 = orthogonal_square(n2, d, q)
         if sigma2.device.type == "cpu":
             # Elsewhere, to know whether there is anything to measure again, the host would have to wait.
-            self._measure_again(batch, sigma2, rotates & here & is_nearly_parallel(sigma2, q))
+            sigma2 = self._measured_again(batch, window, sigma2, rotates & ~is_part & is_nearly_parallel(sigma2, q))
         flags = rotates, current, waits
         *abc, mode, after = coefficients(n2, d, q, sigma2, lr, before, weight_decay, *flags, rule, noise)
         mode = torch.where(has_grad, mode, KEEP)
-        torch.stack([*abc, mode], 1, out=batch.coefficients)
-        if before.device.type != "cpu" or not torch.equal(before, after):
-            parts = after.split([slot.layers for slot in batch.slots])
-            values = [part for part, slot in zip(parts, batch.slots, strict=True) if slot.radius is not None]
+        batch.coefficients[rows] = torch.stack([*abc, mode], 1)
+        if radii and (before.device.type != "cpu" or not torch.equal(before, after)):
+            parts = after.split([slot.layers for slot in window.slots])
+            values = [part for part, slot in zip(parts, window.slots, strict=True) if slot.radius is not None]
             torch._foreach_copy_(radii, values)
         stuck = rotates & has_grad & (lr > 0) & (mode == KEEP)
         finite = n2 - n2 == 0
-        batch.counts[:, Count.NO_DIRECTION] += stuck & finite
-        batch.counts[:, Count.BROKEN] += rotates & has_grad & ~finite
+        batch.counts[rows, Count.NO_DIRECTION] += stuck & finite
+        batch.counts[rows, Count.BROKEN] += rotates & has_grad & ~finite
 
-    def _measure_again(self, batch: Batch, sigma2: Tensor, nearly_parallel: Tensor) -> None:
-        """Take these layers' sigma^2 from the elements, as the sum of (u - c*w)^2, in place."""
+    def _measured_again(self, batch: Batch, window: Window, sigma2: Tensor, nearly_parallel: Tensor) -> Tensor:
+        """sigma^2 of all layers; of these from the elements, as the sum of (u - c*w)^2."""
         if not bool(nearly_parallel.any()):
-            return
+            return sigma2
+        asked = torch.zeros(batch.n_layers, dtype=torch.bool)
+        asked[window.rows] = nearly_parallel
         c = (batch.dots[:, 1] / batch.dots[:, 0]).unsqueeze(1)
-        sums = torch.zeros_like(sigma2)
-        for run in runs_of(batch):
+        sums = torch.zeros(batch.n_layers, dtype=torch.float64)
+        for run in window.runs:
             base = Base(batch, run, POOL)
             for piece in run.pieces():
-                if bool(nearly_parallel[piece.rows].any()):
-                    step, weight = base.step_again(piece), base.weight(piece)
+                if bool(asked[piece.rows].any()):
+                    step, weight = base.again(piece)
                     difference = step.tensor.double() - c[piece.rows] * weight.tensor.double()
                     sums[piece.rows] += row_sums(difference * difference)
-        sigma2.copy_(torch.where(nearly_parallel, sums, sigma2))
+        return torch.where(nearly_parallel, sums[window.rows], sigma2)
 
     def rotate(self, batch: Batch) -> None:
-        for run in runs_of(batch):
+        self._rotate(batch, runs_of(batch))
+
+    def _rotate(self, batch: Batch, runs: Iterable[Run]) -> None:
+        for run in runs:
             base = Base(batch, run, POOL)
             # What measure saw last may still be in the cache.
             for piece in reversed(run.pieces()):
-                self._rotate(base, piece, batch.coefficients[piece.rows])
+                self._rotate_piece(base, piece, batch.coefficients[piece.rows])
+                piece.kept = None
             run.settle(weights=True)
 
-    def _rotate(self, base: Base, piece: Piece, table: Tensor) -> None:
+    def _rotate_piece(self, base: Base, piece: Piece, table: Tensor) -> None:
         """Apply these coefficients (layers, 4) to the weights of a piece."""
         modes = table[:, Coefficient.MODE :]
         # On the CPU the modes can be read; elsewhere that would make the host wait, so every form is computed.
         present = set(modes.flatten().tolist()) if modes.device.type == "cpu" else {KEEP, LINEAR, PRECISE}
         if present == {KEEP}:
             return
-        step, weight = base.step_again(piece), base.weight(piece)
+        step, weight = base.again(piece)
         u, w = step.tensor, weight.tensor
         a, b, c, _ = table.unsqueeze(2).unbind(1)
         if present == {LINEAR}:

@@ -49,8 +49,11 @@ class Base:
             return list(advanced)
         return [self._value(value.tensor.to(self._state_type).to(self._type)) for value in advanced]
 
-    def measure(self, piece: Piece, bad: Tensor) -> Tensor:
-        """Advance the states, and return the dots of each layer, (layers, 3); add what is not finite to ``bad``."""
+    def measure(self, piece: Piece, bad: Tensor, keep: bool) -> Tensor:
+        """Advance the states, and return the dots of each layer, (layers, 3); add what is not finite to ``bad``.
+
+        ``keep``: what :meth:`again` returns next, so that it need not be made again.
+        """
         # Values, not their tensors: memory goes back to the pool with the value.
         raw, weight, old = self._gradient(piece), self.weight(piece), self._states(piece)
         found = None
@@ -68,6 +71,7 @@ class Base:
         for parts, before, after in zip(piece.states, old, new, strict=True):
             if after is not before:
                 parts.write(after.tensor if self._taken is None else self._if_taken(after.tensor, before.tensor))
+        piece.kept = (step, weight) if keep else None
         # As for a tensor without a gradient.
         return found if self._taken is None else self._if_taken(found, torch.zeros_like(found))
 
@@ -97,12 +101,13 @@ class Base:
     def _clean(self, value: Value, clean: Callable[[Tensor], Tensor] = finite_or_zero) -> Value:
         return value if is_seen_finite(value.tensor) else self._value(clean(value.tensor))
 
-    def step_again(self, piece: Piece) -> Value:
-        """The base step once more, from the states that measure left."""
+    def again(self, piece: Piece) -> tuple[Value, Value]:
+        """The base step once more, from the states that measure left, and the weights."""
+        if piece.kept is not None:
+            return piece.kept
         formula, states = self._formula, tuple(self._states(piece))
         grad = self._gradient(piece) if formula.reads_grad else None
-        if piece.is_clean:
-            step: Value = formula.step(grad, states, self._run.options)
-            return step
-        grad = None if grad is None else self._clean(grad, formula.admit)
-        return self._clean(formula.step(grad, states, self._run.options))
+        if not piece.is_clean and grad is not None:
+            grad = self._clean(grad, formula.admit)
+        step: Value = formula.step(grad, states, self._run.options)
+        return step if piece.is_clean else self._clean(step), self.weight(piece)

@@ -91,7 +91,7 @@ def parts_of(matrices: Sequence[Tensor]) -> Parts:
 class Piece:
     """Matrices of (layers, elements) that are stacked on each other, or one block of one.
 
-    ``rows``: their layers, among those of the batch. ``is_clean``: whether nothing had to be put in the place of
+    ``rows``: their layers, among those of the batch. ``kept``: its step and its weights. ``is_clean``: whether nothing had to be put in the place of
     non-finite elements of this step.
     """
 
@@ -100,6 +100,7 @@ class Piece:
     params: Parts
     remainders: Parts | None
     states: list[Parts]
+    kept: tuple[Value, Value] | None = None
     is_clean: bool = False
 
     def weight(self, dtype: torch.dtype, pool: Pool) -> Value:
@@ -139,12 +140,12 @@ class Run:
         #: What the gradient is multiplied by: a float, or a 0-d tensor on the device.
         self.scale: float | Tensor = 1.0
         self._batch, self._tile = batch, tile
-        self._slots = [batch.slots[i] for i in self.indices]
+        self.slots = [batch.slots[i] for i in self.indices]
         self._were_clean: list[bool] = []
         self._pieces: list[Piece] = []
         self._whole: Piece | None = None
-        self._has_views = all(map(are_views, self._slots))
-        self._are_alike = len(self._slots) > 1 and are_alike(self._slots)
+        self._has_views = all(map(are_views, self.slots))
+        self._are_alike = len(self.slots) > 1 and are_alike(self.slots)
 
     def pieces(self) -> list[Piece]:
         """Its pieces. Where they are no views, :meth:`settle` writes back what is changed."""
@@ -156,7 +157,7 @@ class Run:
         return self._pieces
 
     def _make(self) -> Iterator[Piece]:
-        slots, first_layers = self._slots, self._batch.first_layers
+        slots, first_layers = self.slots, self._batch.first_layers
         count = len(self._batch.formula.states)
         params = self._parts([slot.param for slot in slots])
         rests = [slot.remainder for slot in slots if slot.remainder is not None]
@@ -188,10 +189,10 @@ class Run:
     def _parts(self, tensors: Sequence[Tensor]) -> Parts:
         """The matrix of tensors that lie as the parameters do."""
         if self._are_alike:
-            rows = sum(slot.layers for slot in self._slots)
+            rows = sum(slot.layers for slot in self.slots)
             heights = [tensor.shape[0] for tensor in tensors]
-            return Parts(list(tensors), heights, (rows, self._slots[0].param.numel() // self._slots[0].layers))
-        return parts_of([layer_matrix(each, slot) for each, slot in zip(tensors, self._slots, strict=True)])
+            return Parts(list(tensors), heights, (rows, self.slots[0].param.numel() // self.slots[0].layers))
+        return parts_of([layer_matrix(each, slot) for each, slot in zip(tensors, self.slots, strict=True)])
 
     def gradients(self) -> Parts:
         """This step's."""
@@ -202,7 +203,7 @@ class Run:
         """Write back weights, or else states, of tensors whose matrices are no views."""
         if self._has_views or self._whole is None:
             return
-        (slot,), whole = self._slots, self._whole
+        (slot,), whole = self.slots, self._whole
         if weights:
             olds = [slot.param, *([] if slot.remainder is None else [slot.remainder])]
             news = [whole.params, *([] if whole.remainders is None else [whole.remainders])]

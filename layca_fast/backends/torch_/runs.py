@@ -1,6 +1,6 @@
 """Which tensors of a batch are stepped by the same operations, and the numbers that these take."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +16,22 @@ TILE = 2**18
 #: Tensors of up to so many elements share a stack with others whose layers are as long.
 SMALL = TILE // 2
 
+#: Elements that are measured before they are rotated: few enough for the last cache, and enough for what is computed of
+#: each layer to count for little.
+WINDOW = 2**21
+
 #: Of a tensor without a gradient.
 ABSENT = -1
+
+
+class Window:
+    """Runs that are stepped together, and their ``slots`` and layers, ``rows`` (layers,), in one order."""
+
+    def __init__(self, batch: Batch, runs: Sequence[Run], indices: Sequence[int]) -> None:
+        self.runs, self.slots = list(runs), [batch.slots[i] for i in indices]
+        spans = [range(batch.first_layers[i], batch.first_layers[i] + batch.slots[i].layers) for i in indices]
+        rows = [row for span in spans for row in span]
+        self.rows = torch.tensor(rows, dtype=torch.int64, device=batch.dots.device)
 
 
 class Runs:
@@ -28,10 +42,36 @@ class Runs:
         self._width = len(batch.options(batch.slots[0]))
         self._tags: list[int] = []
         self._runs: list[Run] = []
-        self._steps: list[Tensor] = []
+        self._windows: list[Window] = []
+        self._whole: Window | None = None
 
     def __iter__(self) -> Iterator[Run]:
         return iter(self._runs)
+
+    @property
+    def whole(self) -> Window:
+        """All of the batch as one, with what is not stepped."""
+        if self._whole is None:
+            self._whole = Window(self._batch, self._runs, range(len(self._batch.slots)))
+        return self._whole
+
+    def windows(self) -> list[Window]:
+        """All that is stepped, in parts."""
+        if not self._windows:
+            parts: list[list[Run]] = []
+            filled = WINDOW
+            for run in self._runs:
+                if filled >= WINDOW:
+                    parts.append([])
+                    filled = 0
+                parts[-1].append(run)
+                filled += sum(slot.param.numel() for slot in run.slots)
+            self._windows = [Window(self._batch, part, [i for run in part for i in run.indices]) for part in parts]
+        return self._windows
+
+    def _regroup(self, runs: list[Run], tags: list[int]) -> None:
+        self._runs, self._tags = runs, tags
+        self._windows, self._whole = [], None
 
     def refresh(self) -> None:
         """Count the step to come, and take over its gradients and numbers."""
@@ -63,7 +103,7 @@ class Runs:
             count = 0.0 if slot.step is None else next(counts)
             tags.append(kinds.setdefault((count, *numbers[place]), len(kinds)))
         if tags != self._tags:
-            self._runs, self._tags = self._grouped(tags), tags
+            self._regroup(self._grouped(tags), tags)
         prepared = []
         for count, scale, *options in kinds:
             made = batch.formula.prepare(torch.tensor(count, dtype=torch.float64), tuple(options))
@@ -96,8 +136,7 @@ class Runs:
         batch = self._batch
         tags = [0 if here else ABSENT for here in stepped]
         if tags != self._tags:
-            self._runs = [Run(batch, [index], TILE) for index, tag in enumerate(tags) if tag != ABSENT]
-            self._tags = tags
+            self._regroup([Run(batch, [index], TILE) for index, tag in enumerate(tags) if tag != ABSENT], tags)
         for run in self._runs:
             (index,) = run.indices
             slot, row = batch.slots[index], batch.hyper_row(index)
