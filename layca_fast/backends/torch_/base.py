@@ -52,7 +52,7 @@ class Base:
     def measure(self, piece: Piece, bad: Tensor, keep: bool) -> Tensor:
         """Advance the states, and return the dots of each layer, (layers, 3); add what is not finite to ``bad``.
 
-        ``keep``: what :meth:`again` returns next, so that it need not be made again.
+        ``keep``: the step, where that is cheaper than to make it again.
         """
         # Values, not their tensors: memory goes back to the pool with the value.
         raw, weight, old = self._gradient(piece), self.weight(piece), self._states(piece)
@@ -71,7 +71,8 @@ class Base:
         for parts, before, after in zip(piece.states, old, new, strict=True):
             if after is not before:
                 parts.write(after.tensor if self._taken is None else self._if_taken(after.tensor, before.tensor))
-        piece.kept = (step, weight) if keep else None
+        # What is no state or gradient costs more to make than to keep.
+        piece.kept = step if keep and not any(step is each for each in (raw, *new)) else None
         # As for a tensor without a gradient.
         return found if self._taken is None else self._if_taken(found, torch.zeros_like(found))
 
@@ -104,7 +105,7 @@ class Base:
     def again(self, piece: Piece) -> tuple[Value, Value]:
         """The base step once more, from the states that measure left, and the weights."""
         if piece.kept is not None:
-            return piece.kept
+            return piece.kept, self.weight(piece)
         formula, states = self._formula, tuple(self._states(piece))
         grad = self._gradient(piece) if formula.reads_grad else None
         if not piece.is_clean and grad is not None:

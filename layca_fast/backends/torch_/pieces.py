@@ -91,7 +91,7 @@ def parts_of(matrices: Sequence[Tensor]) -> Parts:
 class Piece:
     """Matrices of (layers, elements) that are stacked on each other, or one block of one.
 
-    ``rows``: their layers, among those of the batch. ``kept``: its step and its weights. ``is_clean``: whether nothing had to be put in the place of
+    ``rows``: their layers, among those of the batch. ``kept``: its step. ``is_clean``: whether nothing had to be put in the place of
     non-finite elements of this step.
     """
 
@@ -100,7 +100,7 @@ class Piece:
     params: Parts
     remainders: Parts | None
     states: list[Parts]
-    kept: tuple[Value, Value] | None = None
+    kept: Value | None = None
     is_clean: bool = False
 
     def weight(self, dtype: torch.dtype, pool: Pool) -> Value:

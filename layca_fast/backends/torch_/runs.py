@@ -18,7 +18,7 @@ SMALL = TILE // 2
 
 #: Elements that are measured before they are rotated: few enough for the last cache, and enough for what is computed of
 #: each layer to count for little.
-WINDOW = 2**21
+WINDOW = 2**20
 
 #: Of a tensor without a gradient.
 ABSENT = -1
