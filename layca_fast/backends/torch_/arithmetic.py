@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ...state.modes import out_of_inference
 
-
 #: Numbers below are numbers of every type that formulas run in.
 LARGEST_SCALE = 2.0**100
 
@@ -132,13 +131,16 @@ class Value:
         return self._result(torch.div, self.tensor, other.tensor)
 
     def __gt__(self, other: "Value | float") -> Tensor:
-        return self.tensor > _plain(other)
+        found: Tensor = self.tensor > _plain(other)
+        return found
 
     def __lt__(self, other: "Value | float") -> Tensor:
-        return self.tensor < _plain(other)
+        found: Tensor = self.tensor < _plain(other)
+        return found
 
     def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
-        return self.tensor == _plain(other)
+        found: Tensor = self.tensor == _plain(other)
+        return found
 
     __hash__ = None  # type: ignore[assignment]
 

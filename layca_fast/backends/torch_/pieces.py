@@ -91,8 +91,8 @@ def parts_of(matrices: Sequence[Tensor]) -> Parts:
 class Piece:
     """Matrices of (layers, elements) that are stacked on each other, or one block of one.
 
-    ``rows``: their layers, among those of the batch. ``kept``: its step. ``is_clean``: whether nothing had to be put in the place of
-    non-finite elements of this step.
+    ``rows``: their layers, among those of the batch. ``kept``: its step. ``is_clean``: whether nothing had to be put in
+    the place of non-finite elements of this step.
     """
 
     rows: slice | Tensor

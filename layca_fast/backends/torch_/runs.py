@@ -78,11 +78,11 @@ class Runs:
         batch = self._batch
         stepped = [grad is not None and grad.numel() > 0 for grad in batch.grads]
         counted = [slot.step for slot, here in zip(batch.slots, stepped, strict=True) if here and slot.step is not None]
-        if batch.taken is None and counted:
-            torch._foreach_add_(counted, 1)
-        else:
+        if batch.taken is not None:
             for step in counted:
                 step += batch.taken
+        elif counted:
+            torch._foreach_add_(counted, 1)
         if batch.dots.device.type == "cpu":
             self._refresh_from_tables(stepped, counted)
         else:

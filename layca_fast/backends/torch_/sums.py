@@ -27,7 +27,8 @@ def _square_sums(x: Tensor) -> Tensor:
     whole = n // ROW * ROW
     # A norm reads once, where products would be written and read again.
     if n <= ROW:
-        return torch.linalg.vector_norm(x, dim=1).square_()
+        norms: Tensor = torch.linalg.vector_norm(x, dim=1)
+        return norms.square_()
     norms = torch.linalg.vector_norm(x[:, :whole].view(rows, -1, ROW), dim=2)
     if whole != n:
         norms = torch.cat((norms, torch.linalg.vector_norm(x[:, whole:], dim=1, keepdim=True)), 1)
