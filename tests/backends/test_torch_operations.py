@@ -46,12 +46,12 @@ def counted(shapes: list[tuple[int, ...]], options: dict[str, Any]) -> Counting:
 
 @pytest.mark.parametrize("options", BASES, ids=str)
 def test_small_tensors_share_their_operations(options: dict[str, Any], seed: int) -> None:
-    """Of a tensor more: a handful of operations that move it, whatever the base; by hand it is 25 to 30."""
+    """Of a tensor more: none, for torch walks lists by itself; by hand it is 25 to 30."""
     few, many = (counted([(6, 5)] * count, options).operations for count in (100, 300))
-    assert (many - few) / 200 < 7
+    assert (many - few) / 200 < 0.5
 
 
-@pytest.mark.parametrize(("options", "most"), list(zip(BASES, (35, 40, 55), strict=True)), ids=str)
+@pytest.mark.parametrize(("options", "most"), list(zip(BASES, (24, 28, 42), strict=True)), ids=str)
 def test_a_large_layer_takes_few_operations_and_no_new_memory(options: dict[str, Any], most: int, seed: int) -> None:
     """Of a block more: so many operations, none of which takes memory of the block's size."""
     short, long = (counted([(blocks * 256, 1024)], options) for blocks in (1, 3))
