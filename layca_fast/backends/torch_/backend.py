@@ -98,7 +98,7 @@ class TorchBackend(Backend):
         *abc, mode, after = coefficients(n2, d, q, sigma2, lr, before, weight_decay, *flags, rule, noise)
         mode = torch.where(has_grad, mode, KEEP)
         batch.coefficients[rows] = torch.stack([*abc, mode], 1)
-        if radii and (before.device.type != "cpu" or not torch.equal(before, after)):
+        if radii:
             parts = after.split([slot.layers for slot in window.slots])
             values = [part for part, slot in zip(parts, window.slots, strict=True) if slot.radius is not None]
             torch._foreach_copy_(radii, values)
