@@ -30,7 +30,12 @@ class Base:
             self._grads = self._run.gradients()
         parts = self._grads if piece.block is None else parts_of([self._grads.tensors[0][piece.block]])
         grad, scale = parts.stacked(self._type, self._pool), self._run.scale
-        return grad if isinstance(scale, float) and scale == 1 else grad * scale
+        if isinstance(scale, float) and scale == 1:
+            return grad
+        scaled = grad * scale
+        # Carried out at once: rounded as whoever unscales the gradients first has them.
+        _ = scaled.tensor
+        return scaled
 
     def _states(self, piece: Piece) -> list[Value]:
         return [parts.stacked(self._type, self._pool) for parts in piece.states]
