@@ -53,8 +53,8 @@ TEST_ENVIRONMENT := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup plans demo test test-exhaustive test-trainers test-all bench bench-full gpu verify docs lint format fuzz sanitize \
-    wheel wheels wheel-cuda test-versions FORCE
+.PHONY: help setup plans demo test test-exhaustive test-trainers test-all bench bench-full papers gpu verify docs lint format fuzz sanitize \
+    wheel wheels wheel-cuda check-tag test-versions FORCE
 # Targets of one command run one after the other: their tests and timings want the cores for themselves.
 .NOTPARALLEL:
 
@@ -88,6 +88,13 @@ bench: $(BENCH_STAMP)  ## time a step of every backend beside torch's and others
 	@echo "==> Running the benchmarks"
 	@$(RUN) pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
+# Each program trains what its CSV lacks and draws its figure; the page is written from the CSVs at the end.
+PAGE_WRITER := examples/papers/write_page.py
+PAPERS := $(filter-out $(PAGE_WRITER),$(shell grep -l __main__ examples/papers/*.py))
+papers: $(BUILT)  ## what docs/papers.md shows: train what its CSVs lack, draw its figures, write its tables (an hour from nothing)
+	@set -e; for program in $(PAPERS); do echo "==> $$program"; $(BIN)/python $$program $(ARGS); done
+	@$(BIN)/python $(PAGE_WRITER)
+
 # Where docs/speed.md looks for them. ARGS='--rounds 11' makes the first of them shorter.
 RESULTS := bench/results
 bench-full: $(BENCH_STAMP)  ## all models in interleaved rounds, and scaling: the files, table and figures of docs/speed.md (hours)
@@ -109,6 +116,10 @@ verify: $(BUILT)  ## check the backends here against the float64 reference (a mi
 
 wheel: $(RELEASE_STAMP)  ## sdist and wheel into dist/, checked, and tried in fresh environments (ARGS='--python python3.12')
 	@$(RELEASE)/bin/python -m release.wheel $(ARGS)
+
+check-tag:  ## whether the tag of this commit, v..., is that of layca_fast/version.py
+	@tag=v$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' layca_fast/version.py); git tag --points-at HEAD | grep -qx "$$tag" || \
+	    { echo "this commit has no tag $$tag: layca_fast/version.py and the tag of a release must agree"; exit 1; }
 
 wheels: $(RELEASE_STAMP)  ## wheels for all versions of Python here by cibuildwheel (containers on Linux); see pyproject.toml
 	@$(RELEASE)/bin/python -m cibuildwheel --output-dir dist $(ARGS)

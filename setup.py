@@ -3,7 +3,8 @@
 LAYCA_REQUIRE_NATIVE=1 makes a native module that cannot be built an error. The CUDA module is wanted where there is a
 CUDA compiler; LAYCA_CUDA=OFF does without it, LAYCA_CUDA=ON wants it everywhere, and LAYCA_CUDA=APART leaves it to the
 distribution of its own that release/cuda/ makes by what stands here. It is compiled for the GPUs that this machine has;
-LAYCA_CUDA_ARCHITECTURES names others ("90", "80;90"), or "all" of them, as a wheel needs them.
+LAYCA_CUDA_ARCHITECTURES names others ("90", "80;90"), or "all" of them, as a wheel needs them. LAYCA_OPENMP=OFF builds
+kernels that run on one thread.
 """
 
 import json
@@ -127,6 +128,7 @@ def build(backend: str, target: str, module: Path) -> None:
             "-DCMAKE_BUILD_TYPE=Release",
             # A CUDA compiler that does not work costs the CUDA module only.
             f"-DLAYCA_CUDA={'ON' if backend == 'cuda' else 'OFF'}",
+            f"-DCMAKE_DISABLE_FIND_PACKAGE_OpenMP={'ON' if os.environ.get('LAYCA_OPENMP') == 'OFF' else 'OFF'}",
             *(architectures() if backend == "cuda" else ()),
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",

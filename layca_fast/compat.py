@@ -1,11 +1,13 @@
 """What this package takes from torch that is private, or younger than the oldest torch it runs on.
 
-Nothing else in the package names such a thing, so a torch that moved one is mended here. ``SINCE`` has the version that
-each came in; the tests look for them in the torch that is there, and ``make test-versions`` runs them in several.
+A torch that moved one of these is mended here. Elsewhere stand only the names of an optimizer's dicts of hooks
+(``_optimizer_step_pre_hooks`` and their like), by which ``attach`` works. ``SINCE`` has the version that each came in;
+the tests look for all of them in the torch that is there, and ``make test-versions`` runs them in several.
 """
 
 import sys
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -29,17 +31,27 @@ SINCE = {
     "_subclasses.fake_tensor.FakeTensor": (2, 6),
     "distributed.tensor._utils.compute_local_shape_and_global_offset": (2, 6),
     "distributed.tensor.placement_types._StridedShard": (2, 6),
+    "distributed.tensor.DTensor._local_tensor": (2, 6),
+    "distributed.tensor.DTensor._spec": (2, 6),
     "overrides._get_current_function_mode_stack": (2, 6),
     "utils._device.DeviceContext": (2, 6),
     # Named by tests and benchmarks only; its steps and checkpoints are those of base="muon".
     "optim.Muon": (2, 9),
     "Tensor.__dlpack_c_exchange_api__": (2, 10),
+    "Tensor._version": (2, 6),
+    "Tensor.grad_dtype": (2, 10),
 }
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: torch's description of tensors in C, DLPack's exchange API; None before 2.10.
 EXCHANGE_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+
+#: Whether a gradient may be of another type than its tensor, by ``Tensor.grad_dtype``.
+GRADIENTS_HAVE_TYPES = hasattr(Tensor, "grad_dtype")
+
+#: Of a DTensor: the tensor of this process inside, and how it is shared out.
+local_tensor, spec_of = attrgetter("_local_tensor"), attrgetter("_spec")
 
 
 def not_compiled(function: Function) -> Function:
@@ -79,6 +91,11 @@ def is_fake(tensor: Tensor) -> bool:
     # Imported by torch itself, in the versions that do; a fake tensor cannot be there before it.
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often autograd has been told of a write to it; 0 for one of inference mode, of which it keeps no count."""
+    return 0 if tensor.is_inference() else int(tensor._version)
 
 
 def is_fsdp1(tensor: Tensor) -> bool:

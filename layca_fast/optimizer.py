@@ -188,7 +188,7 @@ class FusedLayca(Grouped):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     # To compile what it does on the host would gain nothing, and be done again for every new lr. torch.compiler.disable
-    # would import the compiler, which takes seconds, together with this package.
+    # would import the compiler, which takes a second, together with this package.
     @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,10 @@ def run(command: Sequence[str | Path], **environment: str) -> str:
 
     ``environment`` is added to this process's; an empty value takes a variable out.
     """
-    merged = {**os.environ, **environment}
+    # These would change what is built, and what is tested.
+    changing = ("LAYCA_CUDA", "LAYCA_REQUIRE_NATIVE", "PYTEST_ADDOPTS")
+    kept = {name: value for name, value in os.environ.items() if name not in changing}
+    merged = {**kept, **environment}
     merged = {name: value for name, value in merged.items() if value or name not in environment}
     words = [str(word) for word in command]
     done = subprocess.run(words, env=merged, capture_output=True, text=True)
@@ -93,8 +97,6 @@ class Environment:
 
 def uv() -> str:
     """The program uv of this environment, or of the system."""
-    import sys
-
     here = Path(sys.executable).parent
     found = shutil.which("uv", path=str(here)) or shutil.which("uv")
     if found is None:

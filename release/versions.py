@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from datetime import datetime, timezone
 from pathlib import Path
 
 from .environments import ROOT, TOOLS, Environment
@@ -38,7 +39,7 @@ OLD_NUMPY = ("numpy<1.25",)
 
 PAGE = ROOT / "docs" / "backends.md"
 BEGIN, END = "<!-- written by make test-versions -->\n", "\n<!-- end of the table -->"
-HEAD = "| Python | torch | Triton | cpu backend | tests | result |\n| --- | --- | --- | --- | --- | --- |"
+HEAD = "| Python | torch | Triton | cpu backend | passed | skipped | on |\n| --- | --- | --- | --- | --- | --- | --- |"
 
 
 def interpreter(version: str) -> str | None:
@@ -58,13 +59,18 @@ def order(row: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", f"{python} {torch}")]
 
 
-def written(page: str, row: str) -> str:
-    """The page with ``row`` in its table, in place of the row of the same versions."""
+def written(page: str, python: str, torch: str, row: str | None) -> str:
+    """The page with ``row`` in its table, in place of the one of that Python and torch; None: without either."""
     before, rest = page.split(BEGIN)
     table, after = rest.split(END)
-    versions = row.split("|")[1:4]
-    rows = [each for each in table.strip().splitlines()[2:] if each.split("|")[1:4] != versions]
-    return before + BEGIN + "\n".join([HEAD, *sorted([*rows, row], key=order)]) + END + after
+    same = rf"\| {re.escape(python)}\.\d+ \| {re.escape(torch)}(\+\w+)? \|"
+    rows = [each for each in table.strip().splitlines()[2:] if not re.match(same, each)]
+    return before + BEGIN + "\n".join([HEAD, *sorted([*rows, *filter(None, [row])], key=order)]) + END + after
+
+
+def is_old_triton(version: str) -> bool:
+    """Whether the triton backend refuses it, so that the tests leave it out: pyproject.toml asks for 3.3."""
+    return version != "none" and tuple(map(int, version.split(".")[:2])) < (3, 3)
 
 
 def try_pair(python: str, torch: str, workers: int) -> str:
@@ -72,7 +78,8 @@ def try_pair(python: str, torch: str, workers: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         _, wheel = build(Path(folder) / "wheels", python, cuda=False)
         here = Environment(Path(folder) / "fresh", python)
-        here.uv_install(wheel, f"torch=={torch}", *TOOLS, *OLD_NUMPY[: tuple(map(int, torch.split(".")[:2])) < (2, 13)])
+        is_old = tuple(map(int, torch.split(".")[:2])) < (2, 13)
+        here.uv_install(wheel, f"torch=={torch}", *TOOLS, *(OLD_NUMPY if is_old else ()))
         here.check_installed()
         program = (
             "import platform, importlib.metadata as m, layca_fast, torch; "
@@ -84,36 +91,40 @@ def try_pair(python: str, torch: str, workers: int) -> str:
         print("    " + here.run("-m", "layca_fast", "verify", "--quick").strip().splitlines()[-1], flush=True)
         said = here.run_core(workers)
         print(f"    {said}", flush=True)
-    passed = re.search(r"(\d+) passed", said)
-    cells = [*versions, "yes" if native == "True" else "no", passed[1] if passed else "0", "passed"]
-    return f"| {' | '.join(cells)} |"
+    if is_old_triton(versions[2]):
+        versions[2] += " (too old)"
+    counts = [found[1] if (found := re.search(rf"(\d+) {what}", said)) else "0" for what in ("passed", "skipped")]
+    today = datetime.now(timezone.utc).date().isoformat()
+    return f"| {' | '.join([*versions, 'yes' if native == 'True' else 'no', *counts, today])} |"
 
 
 def main() -> int:
-    """Run the pairs; returns 1 if one failed."""
+    """Run the pairs; returns 1 if one failed, or none could be run."""
     parser = argparse.ArgumentParser(prog="python -m release.versions", description=__doc__.partition("\n")[0])
-    parser.add_argument("--python", help="an interpreter: only this, with --torch")
+    parser.add_argument("--python", help="an interpreter, as python3.12: only this, with --torch")
     parser.add_argument("--torch", help="a version on PyPI: only this, with --python")
     parser.add_argument("--workers", type=int, default=2, help="processes of the tests")
     args = parser.parse_args()
     if (args.python is None) != (args.torch is None):
         parser.error("--python and --torch belong together")
     pairs = PAIRS if args.python is None else ((args.python, args.torch),)
-    failed = 0
+    failed = tried = 0
     for version, torch in pairs:
         python = args.python or interpreter(version)
         if python is None:
             print(f"==> Python {version} with torch {torch}: not run, for there is no python{version} on the PATH")
             continue
         print(f"==> {python} with torch {torch}", flush=True)
+        tried += 1
         try:
             row = try_pair(python, torch, args.workers)
         except RuntimeError as error:
             print(error, file=sys.stderr)
             failed += 1
-            continue
-        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), row), encoding="utf-8")
-    return 1 if failed else 0
+            row = None
+        version = re.sub(r"^.*python", "", python)
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), version, torch, row), encoding="utf-8")
+    return 1 if failed or not tried else 0
 
 
 if __name__ == "__main__":

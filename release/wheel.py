@@ -26,7 +26,7 @@ from pathlib import Path
 from .environments import ROOT, TOOLS, Environment, run, uv
 
 #: In bytes. The CUDA module has code for four generations of GPUs.
-LARGEST = {"sdist": 4_000_000, "layca_fast": 4_000_000, "layca_fast_cuda": 40_000_000}
+LARGEST = {"sdist": 6_000_000, "layca_fast": 2_000_000, "layca_fast_cuda": 10_000_000}
 
 #: What the wheel of each package consists of, as patterns of whole paths. Nothing else may be in it.
 CONTENTS = {
@@ -45,7 +45,10 @@ CONTENTS = {
 }
 
 #: What must not be in an sdist: what was built, and what tools and people leave behind.
-STRAY = r"(\.so|\.pyd|\.pyc|\.o|_build\.json|\.orig|\.rej|\.swp|~)$|/(__pycache__|\.git|\.venv|\.benchmarks|site)/"
+STRAY = (
+    r"(\.so|\.pyd|\.pyc|\.o|_build\.json|\.orig|\.rej|\.swp|~)$"
+    r"|(^|/)(__pycache__|\.git|\.venv|\.benchmarks|site|build|dist)/|/[\w.-]+\.egg-info/"
+)
 
 
 def strays(names: Sequence[str], package: str) -> list[str]:
@@ -69,8 +72,13 @@ def check_wheel(wheel: Path, package: str) -> None:
     module = "_cuda" if package == "layca_fast_cuda" else "_cpu"
     if found := strays(names, package):
         raise RuntimeError(f"{wheel.name} has files that do not belong there: {found}")
-    if not any(name.startswith(f"{package}/{module}.") for name in names):
+    modules = [name for name in names if name.startswith(f"{package}/{module}.")]
+    if not modules:
         raise RuntimeError(f"{wheel.name} has no {module}")
+    with zipfile.ZipFile(wheel) as archive:
+        # One that was compiled without OpenMP runs, on one thread.
+        if module == "_cpu" and "linux" in wheel.name and b"GOMP_parallel" not in archive.read(modules[0]):
+            raise RuntimeError(f"{modules[0]} was compiled without OpenMP")
     check_size(wheel, package)
     run([sys.executable, "-m", "check_wheel_contents", wheel])
 
@@ -112,29 +120,32 @@ def repaired(wheel: Path, out: Path) -> Path:
         return Path(shutil.copy(made, out))
 
 
+def tracked(folder: Path) -> Path:
+    """A copy of the tree in ``folder`` with the files that git tracks, as they are now: what else lies there stays.
+
+    An unpacked sdist, which is no repository, is copied whole.
+    """
+    if not (ROOT / ".git").exists():
+        return Path(shutil.copytree(ROOT, folder))
+    for name in filter(None, run(["git", "-C", ROOT, "ls-files", "-z"]).split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
 def build(out: Path, python: str, cuda: bool) -> tuple[Path | None, Path]:
     """The sdist, of layca_fast only, and the wheel."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         if cuda:
             # It has no sdist: what it is made of lies outside of its folder.
-            run(
-                [
-                    uv(),
-                    "build",
-                    "--quiet",
-                    "--wheel",
-                    "--python",
-                    python,
-                    "--out-dir",
-                    folder,
-                    ROOT / "release" / "cuda",
-                ]
-            )
+            source = ROOT / "release" / "cuda"
+            run([uv(), "build", "--quiet", "--wheel", "--python", python, "--out-dir", folder, source])
             sdist = None
         else:
-            # Of a clean copy: files that lie in the tree and are not in git stay there.
-            run([uv(), "build", "--quiet", "--sdist", "--python", python, "--out-dir", folder, ROOT])
+            tree = tracked(Path(folder) / "tree")
+            run([uv(), "build", "--quiet", "--sdist", "--python", python, "--out-dir", folder, tree])
             (found,) = Path(folder).glob("*.tar.gz")
             sdist = Path(shutil.copy(found, out))
             # Always unpacked at the same place, for a compiler's cache (CMAKE_CXX_COMPILER_LAUNCHER=ccache).
@@ -159,8 +170,8 @@ def prove(wheel: Path, python: str, torch: str, workers: int, beside: Sequence[P
         print(said, end="")
         if not re.search(r"cpu +yes", said):
             raise RuntimeError("the installed package has no cpu backend")
-        if beside and re.search(r"cuda +no +the native module", said):
-            raise RuntimeError("the installed package does not find the CUDA module")
+        if beside and re.search(r"cuda +no +(the native module|layca_fast_cuda)", said):
+            raise RuntimeError("the installed package does not take the CUDA module")
         print("    " + here.run("-m", "layca_fast", "verify", "--quick").strip().splitlines()[-1], flush=True)
         here.pip_install(*TOOLS)
         print("    " + here.run_core(workers), flush=True)
@@ -205,7 +216,9 @@ def main() -> None:
         return
     print("==> Proving the wheel in a fresh environment, without a compiler", flush=True)
     tag = wheel.name.split("-")[2]
-    beside = sorted(args.out.glob(f"layca_fast-*-{tag}-*.whl"))[-1:] if args.cuda else []
+    beside = list(args.out.glob(f"layca_fast-{wheel.name.split('-')[1]}-{tag}-*.whl")) if args.cuda else []
+    if args.cuda and not beside:
+        raise SystemExit(f"{args.out} has no wheel of layca_fast of this version to try it with: make wheel")
     prove(wheel, args.python, args.torch, args.workers, beside)
     if sdist is not None:
         print("==> Proving the sdist in a fresh environment, without a compiler", flush=True)

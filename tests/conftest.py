@@ -16,6 +16,8 @@ import torch
 if TYPE_CHECKING:
     from layca_fast.commands.demo.training import Digits, Run
 
+TESTS = Path(__file__).parent
+
 if not torch.cuda.is_available():
     # Read by Triton when the kernels are defined, so before any test imports them.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -27,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def seed_of_code() -> int:
     """New with every change of the code, the same wherever that is tested, so that a failure can be met again."""
-    root = Path(__file__).parent.parent
+    root = TESTS.parent
     sources = [path for folder in ("layca_fast", "csrc", "tests") for path in (root / folder).rglob("*.*")]
     sources = sorted(path for path in sources if path.suffix in (".py", ".h", ".cuh", ".cpp", ".cu"))
     return zlib.crc32(b"".join(path.read_bytes() for path in sources)) >> 1
@@ -51,6 +53,9 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis.settings.register_profile("repeatable", derandomize=option == "code", database=None)
         hypothesis.settings.load_profile("repeatable")
 
+
+#: Tests of what is not in a wheel tell nothing of an installation: they are left to `make test-exhaustive`.
+NOT_INSTALLED = ("bench", "examples")
 
 #: The files that take longest, those of few and long tests before others: at the end one core would wait for them.
 FIRST = (
@@ -76,6 +81,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_beyond_pairs(items)
     if not torch.cuda.is_available():
         leave_one_of_each(items)
+    for item in items:
+        if item.path.is_relative_to(TESTS) and item.path.relative_to(TESTS).parts[0] in NOT_INSTALLED:
+            item.add_marker(pytest.mark.exhaustive)
 
 
 def leave_one_of_each(items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
 """What several test files share: backends, parameters and gradients to run them on, and bit-for-bit comparison."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,14 +23,29 @@ HANGS = 3600
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 #: Every backend of this version. None is skipped: the native module is always built for the tests, and Triton's
-#: kernels run under its interpreter where there is no GPU. The Triton of torch 2.6 is older than the backend takes.
-BACKENDS = ("torch", "cpu", "triton")[: 2 if TORCH < (2, 7) else 3]
+#: kernels run under its interpreter where there is no GPU. The Triton of torch 2.6 is older than the backend takes, and
+#: there is none but for Linux.
+HAS_TRITON = TORCH >= (2, 7) and sys.platform.startswith("linux")
+BACKENDS = ("torch", "cpu", "triton")[: 3 if HAS_TRITON else 2]
 
 #: An explicit backend that cannot run raises with its reason, so a missing one fails these tests and hides nothing.
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 #: For tests that only the host's side of the optimizer decides, and for those too long for the interpreter.
 native_backends = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+
+
+def on_every_backend(name: str, values: Sequence[Any], every: int) -> pytest.MarkDecorator:
+    """Every value on every backend; under Triton's interpreter one of ``every``, the others in the exhaustive tests."""
+    return pytest.mark.parametrize(
+        ("backend", name),
+        [
+            pytest.param(backend, value, marks=[pytest.mark.exhaustive] * (backend == "triton" and number % every > 0))
+            for backend in BACKENDS
+            for number, value in enumerate(values)
+        ],
+        ids=str,
+    )
 
 
 def device_of(backend: str) -> torch.device:

@@ -30,15 +30,39 @@ def test_each_name_is_there_from_its_version_on(name: str) -> None:
     assert find(name) == (compat.SINCE[name] <= VERSION)
 
 
+#: torch documents _foreach_..., which is private by name only. What attributes a version's tensors have is asked there.
+PRIVATE = re.compile(
+    r"\btorch(\.\w+)*\._(?!foreach_|_version__)\w+"
+    r"|from torch[\w.]*\._\w+ import"
+    r"|from torch[\w.]* import (\([^)]*|.*)\b_\w+"
+    r"|\b_(local_tensor|spec|fsdp_flattened|version)\b(?= *[\"',).]|$)"
+    r"|attr\(\w*Tensor, \"\w+\""
+)
+
+
 def test_no_other_file_names_what_is_private_in_torch() -> None:
-    # torch's lists of tensors, _foreach_..., are private by name only: torch documents them.
-    private = re.compile(
-        r"\btorch(\.\w+)*\._(?!foreach_|_version__)\w+|from torch[\w.]*\._\w+ import|from torch[\w.]* import .*\b_\w"
-    )
     root = Path(layca_fast.__file__).parent
     found = {
-        str(path.relative_to(root)): private.search(path.read_text(encoding="utf-8"))
+        str(path.relative_to(root)): PRIVATE.search(path.read_text(encoding="utf-8"))
         for path in root.rglob("*.py")
         if path.name != "compat.py"
     }
     assert {path: match[0] for path, match in found.items() if match} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch._C._get_dispatch_mode(key)",
+        "from torch._compile import _disable_dynamo",
+        "from torch.overrides import _get_current_function_mode_stack",
+        "from torch.overrides import (\n    a,\n    _b,\n)",
+        'getattr(param, "_fsdp_flattened", False)',
+        "local = tensor._local_tensor",
+        'attrgetter("_spec")',
+        "local._version",
+        'hasattr(Tensor, "grad_dtype")',
+    ],
+)
+def test_the_search_finds_such_names(line: str) -> None:
+    assert PRIVATE.search(line)

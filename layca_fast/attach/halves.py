@@ -19,9 +19,6 @@ from ..state.sharding import local_gradient, local_of, wrap
 from ..state.structure import mapped
 from .exchange import block_on, pieces
 
-#: Whether a gradient may be of another type than its tensor: the step is, which plays the gradient.
-ARE_SUPPORTED = hasattr(Tensor, "grad_dtype")
-
 
 def is_half(param: Tensor) -> bool:
     """Whether its optimizer is to step a float32 weight in its place, if it turns."""

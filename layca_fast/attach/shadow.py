@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..backends import choose
-from ..compat import is_fake
+from ..compat import GRADIENTS_HAVE_TYPES, is_fake, is_fsdp1
 from ..formulas.bases import BASES
 from ..formulas.options import check_groups
 from ..messages import describe, labelled
@@ -31,7 +31,7 @@ from ..step.interrupts import uninterrupted
 from ..step.plan import Plan
 from ..step.watch import Layouts
 from .exchange import Exchange
-from .halves import ARE_SUPPORTED, Master, is_half, narrowed, widened
+from .halves import Master, is_half, narrowed, widened
 from .stand_in import without_ours
 
 #: What a param group may say for itself; where it does not, the arguments of ``attach`` hold.
@@ -96,13 +96,14 @@ def turning(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any]
 def check_turning(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise TypeError or ValueError, naming it, for a parameter that is to rotate and cannot."""
     for group, label, param in labelled(groups):
-        if getattr(param, "_fsdp_flattened", False) and group["rotate"] is not False:
+        if is_fsdp1(param) and group["rotate"] is not False:
             # Vectors, of which nothing would turn.
             check_parameter(param, label)
     for group, label, param in turning(groups):
         check_parameter(param, label)
         check_writable(param, label)
-        if is_half(param) and not ARE_SUPPORTED:
+        if is_half(param) and not GRADIENTS_HAVE_TYPES:
+            # The step, in float32, plays the gradient.
             raise TypeError(
                 f"{describe(label, param)}: attach() turns 16-bit parameters by float32 steps, which tensors of torch "
                 f"{torch.__version__} cannot have as their gradients: use torch 2.10 or newer, or FusedLayca, or keep "

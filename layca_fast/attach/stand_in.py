@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..compat import version_of
 from ..messages import describe, labelled
 from ..state.attached import ATTACHED
 from ..state.sharding import local_of
@@ -29,11 +30,6 @@ Filling = Callable[[], tuple[Mapping[Tensor, Tensor], set[Tensor]]]
 def without_ours(entry: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a state as the other optimizer made it."""
     return {name: value for name, value in entry.items() if name not in ATTACHED}
-
-
-def _version(param: Tensor) -> int:
-    local = local_of(param)
-    return 0 if local.is_inference() else local._version
 
 
 class StandIn:
@@ -97,7 +93,7 @@ class StandIn:
         self._known = list(real.state)
         for key, entry in real.state.items():
             copy.state[self._weight_of(key)] = without_ours(entry) if self._turns(key) else entry
-        self._versions = {param: _version(param) for param in self.weights}
+        self._versions = {param: version_of(local_of(param)) for param in self.weights}
 
     def _turns(self, key: Any) -> bool:
         return isinstance(key, Tensor) and key in self._turning
@@ -148,7 +144,7 @@ class StandIn:
 
     def _check_parameters(self) -> None:
         for _, label, param in labelled(self._real.param_groups):
-            if param in self._versions and self._versions[param] != _version(param):
+            if param in self._versions and self._versions[param] != version_of(local_of(param)):
                 name = type(self._real).__name__
                 raise RuntimeError(
                     f"{name} has stepped {describe(label, param)} itself, of which it was given a float32 weight in "

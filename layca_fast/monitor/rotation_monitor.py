@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from ..compat import not_compiled
 from ..formulas.options import BACKENDS, check_choice
-from ..formulas.rotation import orthogonal_square
 from ..messages import warn_caller
 from ..state.reduction import Reduction
 from ..step.capture import is_capturing
 from .after_steps import AfterSteps
+from .angles import angle_between
 from .curves import QUANTITIES, Curves
 from .guard import guard_of
 from .keeping import KEEPS, Reference, Sketched, View, Whole
@@ -38,17 +38,6 @@ def _count(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}={value!r}: must be a whole number >= {least}")
     return int(value)
-
-
-def angle_between(dots: Tensor, squares: Tensor) -> Tensor:
-    """Radians between weights and copies of each layer: (layers,) float64, NaN where either is zero or not finite.
-
-    ``dots``: <w,w>, <w,v>, <v,v>, (layers, 3). ``squares``: <v,v> when v was copied, in which what is not finite shows.
-    """
-    n2, d, q = dots.unbind(1)
-    angle = torch.atan2(orthogonal_square(n2, d, q).clamp(min=0.0).sqrt(), d / n2.sqrt())
-    sound = (n2 > 0) & (n2 < math.inf) & (q > 0) & (q < math.inf) & (squares > 0) & (squares < math.inf)
-    return torch.where(sound, angle, math.nan)
 
 
 class RotationMonitor(AfterSteps):
@@ -321,20 +310,12 @@ class RotationMonitor(AfterSteps):
         """
         if state_dict.get("version") != VERSION:
             raise ValueError(f"state_dict: has version {state_dict.get('version')!r}, and only {VERSION} can be read")
-        check_saved(state_dict, SETTINGS, self._before is not None and bool(state_dict.get("per_step")))
-        for name in SETTINGS:
-            if state_dict[name] != getattr(self, name):
-                raise ValueError(
-                    f"state_dict: was saved with {name}={state_dict[name]!r}, but this monitor has "
-                    f"{name}={getattr(self, name)!r}: make it as the other was made"
-                )
-        for reference, saved in ((self._start, state_dict["start"]), (self._before, state_dict["before"])):
-            shapes = [] if reference is None else [tuple(tensor.shape) for tensor in reference.kept]
-            if [tuple(tensor.shape) for tensor in saved] != shapes:
-                raise ValueError(
-                    f"state_dict: was saved from weights of shapes {[tuple(tensor.shape) for tensor in saved]}, but "
-                    f"those watched here have {shapes}"
-                )
+        kept = {"start": self._start.kept, "before": [] if self._before is None else self._before.kept}
+        check_saved(
+            state_dict,
+            {name: getattr(self, name) for name in SETTINGS},
+            {name: [tuple(tensor.shape) for tensor in tensors] for name, tensors in kept.items()},
+        )
         self._start.restore(state_dict["start"], state_dict["start_squares"])
         if self._before is not None:
             self._before.restore(state_dict["before"], state_dict["before_squares"])

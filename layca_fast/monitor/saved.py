@@ -1,6 +1,6 @@
 """What a saved RotationMonitor must hold to be gone on from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -8,12 +8,30 @@ from torch import Tensor
 from .curves import QUANTITIES
 
 
-def check_saved(saved: Mapping[str, Any], settings: Sequence[str], keeps_before: bool) -> None:
-    """Raise ValueError for a ``state_dict`` whose parts are missing or do not fit each other. Modifies nothing.
+def check_saved(
+    saved: Mapping[str, Any], settings: Mapping[str, Any], shapes: Mapping[str, Sequence[tuple[int, ...]]]
+) -> None:
+    """Raise ValueError for a ``state_dict`` whose parts are missing, or fit neither each other nor the loading monitor.
 
-    ``settings``: the names of what it must say of its monitor; ``keeps_before``: whether there are copies from each
-    record.
+    ``settings``: what it must say of its monitor; ``shapes``: those of the tensors that this monitor keeps of the start
+    and of the record before. Modifies nothing.
     """
+    _check_parts(saved, settings)
+    for name, here in settings.items():
+        if saved[name] != here:
+            raise ValueError(
+                f"state_dict: was saved with {name}={saved[name]!r}, but this monitor has {name}={here!r}: make it as "
+                "the other was made"
+            )
+    for name, known in shapes.items():
+        found = [tuple(tensor.shape) for tensor in saved[name]]
+        if found != list(known):
+            raise ValueError(
+                f"state_dict: was saved from weights of shapes {found}, but those watched here have {list(known)}"
+            )
+
+
+def _check_parts(saved: Mapping[str, Any], settings: Iterable[str]) -> None:
     lacking = [
         name for name in (*settings, "step", "steps", *QUANTITIES, "start", "start_squares") if name not in saved
     ]
@@ -27,7 +45,7 @@ def check_saved(saved: Mapping[str, Any], settings: Sequence[str], keeps_before:
     records, layers = len(saved["steps"]), len(saved["names"])
     for name in QUANTITIES:
         _check_shape(name, saved[name], (records, layers), f"{records} steps of {layers} layers")
-    for name in ("start_squares", *(("before_squares",) if keeps_before else ())):
+    for name in ("start_squares", *(("before_squares",) if saved.get("per_step") else ())):
         _check_shape(name, saved[name], (layers,), f"{layers} layers")
     for name in ("start", "before"):
         for index, kept in enumerate(saved[name]):

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ def import_native(backend: str) -> tuple[ModuleType | None, str | None]:
     try:
         return import_module(f"layca_fast._{backend}"), None
     except ImportError as error:
-        if "GOMP_" in str(error) and _make_openmp_global():
+        if re.search(r"undefined symbol: (omp|GOMP)_", str(error)) and _make_openmp_global():
             return import_native(backend)
         missing = error
     if backend == "cuda":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ..compat import shard_offsets
+from ..compat import local_tensor, shard_offsets
 from .cut import Cut
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def local_of(tensor: Tensor) -> Tensor:
     """The plain tensor of this process inside a DTensor, always the same object; any other tensor itself."""
     if not is_sharded(tensor):
         return tensor
-    local: Any = tensor._local_tensor
+    local: Any = local_tensor(tensor)
     # A gradient may still be on its way.
     return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
 

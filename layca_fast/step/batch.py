@@ -6,13 +6,13 @@ A backend walks these tables (``tables.py``) with a fixed number of launches how
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ..compat import local_tensor, spec_of
 from ..formulas.bases import Formula
 from ..formulas.tables import Coefficient, Column, Count
 from ..state.compensation import compute_dtype
@@ -30,11 +30,14 @@ if TYPE_CHECKING:
     from .backend import Backend
     from .learned_radius import LearnedRadii
 
+<<<<<<< HEAD
 #: Tensors whose descriptions are asked of memory together, and then fit into a core's cache.
 FETCHED = 1000
 
 _SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
 
+=======
+>>>>>>> main
 
 class Batch(Structure):
     """The tables for ``slots``: tensors of one device, dtype and formula, cut into tiles of ``tile`` elements.
@@ -143,7 +146,8 @@ class Batch(Structure):
             return self._viewed(self.grads) if self._has_views else self.grads
         if self._specs is None or not all(map(is_sharded, self.grads)):
             return None
-        return list(map(_LOCAL, self.grads)) if same_objects(list(map(_SPEC, self.grads)), self._specs) else None
+        same = same_objects(list(map(spec_of, self.grads)), self._specs)
+        return list(map(local_tensor, self.grads)) if same else None
 
     def _viewed(self, grads: Sequence[Any]) -> list[Any] | None:
         """Of plain gradients what each slot is a view of; None where one is no such tensor, or has another shape."""
@@ -164,7 +168,7 @@ class Batch(Structure):
             return None
         owners: Sequence[Any] = self.owners
         alike = all(grad.placements == owner.placements for grad, owner in zip(grads, owners, strict=True))
-        return list(map(_SPEC, grads)) if alike else None
+        return list(map(spec_of, grads)) if alike else None
 
     def check_capture(self) -> None:
         """Raise RuntimeError if the host would have to do something for the step that is being captured."""

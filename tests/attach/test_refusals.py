@@ -167,7 +167,7 @@ def test_lbfgs_is_refused_with_a_scheduler_on_it(seed: int) -> None:
 
 def test_16_bits_need_gradients_of_another_type(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """As torch has them since 2.10."""
-    monkeypatch.setattr(shadow, "ARE_SUPPORTED", False)
+    monkeypatch.setattr(shadow, "GRADIENTS_HAVE_TYPES", False)
     half = Parameter(torch.randn(3, 4).bfloat16())
     with pytest.raises(TypeError, match=r"'half' .*torch 2\.10 or newer, or FusedLayca.*autocast"):
         attach(SGD([("half", half)], 0.1))

@@ -11,7 +11,7 @@ from layca_fast.commands.verify import compare
 from layca_fast.formulas.options import RULES
 
 from ..pairs import ChosenCase
-from ..support import BACKENDS
+from ..support import BACKENDS, on_every_backend
 
 DTYPES = (torch.float32, torch.float64)
 RADII = ("initial", "current")
@@ -71,8 +71,7 @@ def test_follows_the_reference(case: ChosenCase, seed: int) -> None:
     assert errors.passed, errors
 
 
-@pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_backend("options", BASE_OPTIONS, every=3)
 def test_follows_the_reference_for_many_steps(backend: str, options: dict[str, object], seed: int) -> None:
     """Errors must not add up."""
     steps = 15 if backend == "triton" else 50
@@ -104,9 +103,11 @@ LARGE = (
 @pytest.mark.parametrize(
     ("backend", "case"),
     [
-        # The torch backend takes many times as long, and knows no tiles: every second case here, the others in the
+        # The torch backend takes many times as long, and knows no tiles: every fourth case here, the others in the
         # exhaustive tests.
-        pytest.param(name, case, id=f"{name}-{case.name}", marks=[pytest.mark.exhaustive] * (name == "torch" and i % 2))
+        pytest.param(
+            name, case, id=f"{name}-{case.name}", marks=[pytest.mark.exhaustive] * (name == "torch" and i % 4 > 0)
+        )
         for name in BACKENDS
         if name != "triton"
         for i, case in enumerate(LARGE)

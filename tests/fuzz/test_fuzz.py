@@ -99,7 +99,7 @@ def directions_of_short_states(patch: pytest.MonkeyPatch) -> None:
         (states_forgotten, FORMULAS),
         (gradients_spoiled, FORMULAS),
         (short_states_turned_too_far, FORMULAS),
-        (short_weights_turned_too_far, FORMULAS),
+        pytest.param(short_weights_turned_too_far, FORMULAS, marks=pytest.mark.exhaustive),
         (directions_of_short_states, ["muon"]),
     ],
 )

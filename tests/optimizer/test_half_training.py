@@ -15,12 +15,12 @@ from layca_fast.commands.cases import BASE_OPTIONS
 from layca_fast.formulas.bases import BASES
 
 from ..support import (
-    BACKENDS,
     copy_of,
     device_of,
     every_backend,
     native_backends,
     norm_of,
+    on_every_backend,
     parameter,
     params_of,
     random_gradients,
@@ -75,15 +75,7 @@ def twins(dtype: torch.dtype, backend: str, base: Mapping[str, Any], **more: Any
     return both[0], both[1]
 
 
-@pytest.mark.parametrize(
-    ("backend", "base"),
-    [
-        pytest.param(backend, base, marks=[pytest.mark.exhaustive] * (backend == "triton" and number % 2))
-        for backend in BACKENDS
-        for number, base in enumerate(BASE_OPTIONS)
-    ],
-    ids=str,
-)
+@on_every_backend("base", BASE_OPTIONS, every=2)
 def test_bfloat16_follows_float32_bit_for_bit(backend: str, base: Mapping[str, Any], seed: int) -> None:
     """Weights, moments, counts of steps and radii; and what is seen of the weight is it, rounded."""
     ours, theirs = twins(BF16, backend, base)

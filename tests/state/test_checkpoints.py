@@ -24,6 +24,7 @@ from ..support import (
     mixed_optimizer,
     mixed_params,
     native_backends,
+    on_every_backend,
     parameter,
     params_of,
     random_gradients,
@@ -132,8 +133,7 @@ def test_state_has_torchs_names_and_keeps_its_types(backend: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
-@every_backend
+@on_every_backend("options", BASE_OPTIONS, every=4)
 def test_a_run_resumes_bit_for_bit_after_any_step(
     backend: str, options: dict[str, Any], dtype: torch.dtype, seed: int
 ) -> None:

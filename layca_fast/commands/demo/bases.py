@@ -1,7 +1,8 @@
 """What the demo compares: each of the paper's five base optimizers as torch has it, and FusedLayca on the same base.
 
 Each lr is the best of a grid in powers of 3, extended until its best is not at an end. In brackets the best; test
-accuracy after 40 epochs, seed 0, as ``demo --base NAME --plain-lr LR --layca-lr LR`` repeats it.
+accuracy after 40 epochs, seed 0, as ``demo --base NAME --plain-lr LR --layca-lr LR`` repeats it. So they were chosen on
+the digits that the demo tests on; ``examples/papers/same_budget.py`` chooses on others.
 
 Plain::
 

@@ -9,35 +9,40 @@ import pytest
 from ...support import HANGS
 
 PROGRAM = """
-import os
+import os, sys
 import torch
-from layca_fast import FusedLayca, _cpu
+from layca_fast import FusedLayca
 
 def threads():
     return len(os.listdir("/proc/self/task"))
 
-def teams():
+def runtimes():
     names = ("libgomp", "libiomp", "libomp")
     paths = {line.split()[-1] for line in open("/proc/self/maps") if any(name in line for name in names)}
     return len(paths)
 
-torch.set_num_threads(3)
+torch.set_num_threads(1)
 param = torch.nn.Parameter(torch.randn(3000, 3000))
 param.grad = torch.randn(3000, 3000)
-param.grad.mul_(2)
-by_torch = threads()
 optimizer = FusedLayca([param], 0.03, momentum=0.9, backend="cpu")
 optimizer.step()
-optimizer.step()
-print(by_torch, threads(), teams())
+alone = threads()
+torch.set_num_threads(3)
+work = {"torch": lambda: param.grad.mul_(2), "kernels": optimizer.step}
+counts = []
+for name in sys.argv[1:]:
+    work[name]()
+    counts.append(threads() - alone)
+print(*counts, runtimes())
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list a process's threads")
-def test_a_step_starts_no_threads_beside_torchs() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=HANGS)
-    by_torch, after_steps, teams = map(int, done.stdout.split())
-    # torch's team of three is there before the step, and the kernels' would add two.
-    assert by_torch >= 3
-    assert after_steps == by_torch
-    assert teams == 1
+@pytest.mark.parametrize(
+    "order", [("kernels", "torch"), pytest.param(("torch", "kernels"), marks=pytest.mark.exhaustive)], ids="-".join
+)
+def test_who_comes_first_starts_the_team_and_the_other_joins_it(order: tuple[str, str]) -> None:
+    command = [sys.executable, "-c", PROGRAM, *order]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANGS)
+    first, both, runtimes = map(int, done.stdout.split())
+    assert (first, both, runtimes) == (2, 2, 1)

@@ -85,6 +85,7 @@ def test_rates_print_as_what_they_are(rate: float, text: str) -> None:
     assert Contestant("any", "sgd", rate, "-", torch.optim.SGD).rate == text
 
 
+@pytest.mark.exhaustive
 def test_main_compares_all_bases(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
