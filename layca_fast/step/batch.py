@@ -30,14 +30,9 @@ if TYPE_CHECKING:
     from .backend import Backend
     from .learned_radius import LearnedRadii
 
-<<<<<<< HEAD
 #: Tensors whose descriptions are asked of memory together, and then fit into a core's cache.
 FETCHED = 1000
 
-_SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
-
-=======
->>>>>>> main
 
 class Batch(Structure):
     """The tables for ``slots``: tensors of one device, dtype and formula, cut into tiles of ``tile`` elements.
