@@ -151,17 +151,6 @@ bool values_are(PyObject* dict, PyObject* values) {
   return true;
 }
 
-void forget(PyObject* list) {
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
-    prefetch_item(list, i + tensors_ahead);
-    PyObject* const item = PyList_GET_ITEM(list, i);
-    Py_INCREF(Py_None);
-    PyList_SET_ITEM(list, i, Py_None);
-    // The last: it may run Python code, which may do anything to the list.
-    Py_DECREF(item);
-  }
-}
-
 PyObject* attributes(PyObject* objects, PyObject* name) {
   const Py_ssize_t size = PyList_GET_SIZE(objects);
   PyObject* const found = PyList_New(size);

@@ -69,9 +69,6 @@ bool same_objects(PyObject* left, PyObject* right);
 // Whether a dict has the very objects of a list as its values, in the same order. None of them is touched.
 bool values_are(PyObject* dict, PyObject* values);
 
-// Puts None in the place of every item of a list.
-void forget(PyObject* list);
-
 // A new list of the attribute `name` of every object of a list; null with a Python exception set if one lacks it.
 PyObject* attributes(PyObject* objects, PyObject* name);
 

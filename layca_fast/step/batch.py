@@ -24,7 +24,7 @@ from .hypers import Hyperparameters
 from .structure import Structure
 from .unscaling import LossScale, ScaledTables
 from .upload import SPARES, Mirror
-from .watch import Entries, Layouts, addresses, all_there, column, forget, gradients, same_objects
+from .watch import Entries, Layouts, addresses, all_there, column, gradients, same_objects
 
 if TYPE_CHECKING:
     from .backend import Backend
@@ -282,8 +282,7 @@ class Batch(Structure):
                 slot.fresh &= grad is None
             self._settled = not any(slot.fresh for slot in self.slots)
             self._set_hyper_rows()
-        forget(self.grads)
-        self._grad_addresses = None
+        self.grads, self._grad_addresses = [None] * len(self.slots), None
 
     @property
     def is_one_call(self) -> bool:

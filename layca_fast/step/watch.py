@@ -35,14 +35,6 @@ def values_are(entries: Mapping[Any, Any], values: list[Any]) -> bool:
     return same_objects(list(entries.values()), values)
 
 
-def forget(objects: list[Any]) -> None:
-    """Put None in the place of every object, in place."""
-    if _native is None:
-        objects[:] = [None] * len(objects)
-    else:
-        _native.forget(objects)
-
-
 def gradients(params: list[Tensor]) -> list[Tensor | None]:
     """The gradient of each parameter."""
     found: list[Tensor | None] = list(map(_GRAD, params)) if _native is None else _native.attributes(params, "grad")
