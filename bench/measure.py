@@ -77,6 +77,8 @@ def measure(
     candidates = list(only or providers(base, device))
     parameters = sum(map(math.prod, shapes))
     skipped = sift(candidates, len(shapes), quick)
+    if dtype != torch.float32:
+        skipped.update({each.name: "it is written for float32" for each in candidates if each.only_float32})
     running = [each for each in candidates if each.name not in skipped]
     batches, too_large = in_batches(running, base, parameters, dtype.itemsize, free_memory(device))
     skipped.update(too_large)

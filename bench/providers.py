@@ -24,7 +24,7 @@ from torch import Tensor
 from layca_fast import FusedLayca, __version__, attach, backends
 from layca_fast.backends import load
 
-from . import by_hand
+from . import bare, by_hand
 from .by_hand import BETAS, BUFFERS, EPS, MOMENTUM, RATE, Step
 
 BASES = tuple(BUFFERS)
@@ -32,8 +32,12 @@ BASES = tuple(BUFFERS)
 #: The optimizer that the base is an option of, in torch.
 FAMILIES = {"sgd": "SGD", "momentum": "SGD", "adam": "Adam"}
 
-#: The CPU backend, and what its loops take where nothing rotates: the same tensors and states in one pass.
-OURS, FLOOR, LEARNED = "FusedLayca cpu", "FusedLayca cpu, rotate=False", "FusedLayca cpu, radius=learned"
+#: The CPU backend, and what it takes where nothing rotates: the same tensors and states in one pass.
+OURS, PLAIN, LEARNED = "FusedLayca cpu", "FusedLayca cpu, rotate=False", "FusedLayca cpu, radius=learned"
+
+#: Of both, the kernels without the host's part of a step; and what a loop takes that does nothing else.
+KERNELS, PLAIN_KERNELS = "FusedLayca cpu, kernels alone", "FusedLayca cpu, rotate=False, kernels alone"
+BARE, BARE_PLAIN = "bare C++ loop", "bare C++ loop, rotate=False"
 
 #: Relative error allowed to FusedLayca's rotations by atan(RATE), beside random rounding of the stored weights. Adam's
 #: step on these gradients is a sign, so all weights of one binade are rounded alike: up to 2^-24 of w, at a step of
@@ -70,6 +74,7 @@ class Provider:
     alters_grad: bool = False
     package: str = "torch"
     slow_to_compile: bool = False
+    only_float32: bool = False
     skipped: str = ""
 
     @property
@@ -136,6 +141,30 @@ def _layca_step(base: str, backend: str, **more: Any) -> Callable[[Sequence[Tens
     return lambda params: turning_all(params, **options).step
 
 
+def _kernels_step(base: str, **more: Any) -> Callable[[Sequence[Tensor]], Step]:
+    def make(params: Sequence[Tensor]) -> Step:
+        step = _layca_step(base, "cpu", **more)(params)
+        # The second finds what it did not have to make.
+        step(), step()
+        optimizer: Any = step.__self__
+        # From the start, as the others: momentum that others have not would some time just outweigh the gradient.
+        states = optimizer.state.values()
+        torch._foreach_zero_(
+            [entry[name] for entry in states for name in entry if name != "radius"] or [torch.zeros(1)]
+        )
+        calls = [batch.call(backend) for backend, batch in optimizer._plan.batches]
+
+        def call_all() -> None:
+            # It owns the tables, and has to live as long as this.
+            assert optimizer
+            for call in calls:
+                call()
+
+        return call_all
+
+    return make
+
+
 def _imported_step(module: str, name: str, **options: Any) -> Callable[[Sequence[Tensor]], Step]:
     """A step of an optimizer that is imported only when it is made."""
     return lambda params: getattr(import_module(module), name)(params, lr=RATE, **options).step
@@ -179,23 +208,16 @@ def _layca_providers(base: str, device: torch.device) -> Iterator[Provider]:
             skipped=layca_skipped(name, device),
         )
     floor = {"sgd": 12, "momentum": 20, "adam": 28}[base]
-    yield Provider(
-        FLOOR,
-        floor,
-        _layca_step(base, "cpu", rotate=False),
-        state,
-        package="layca_fast",
-        skipped=layca_skipped("cpu", device),
-    )
-    yield Provider(
-        LEARNED,
-        moved + 8,  # w and g once more
-        _layca_step(base, "cpu", radius="learned"),
-        state,
-        accuracy=LAYCA_ACCURACY[base],
-        package="layca_fast",
-        skipped=layca_skipped("cpu", device),
-    )
+    on_cpu = partial(Provider, state=state, package="layca_fast", skipped=layca_skipped("cpu", device))
+    yield on_cpu(PLAIN, floor, _layca_step(base, "cpu", rotate=False))
+    yield on_cpu(KERNELS, moved, _kernels_step(base), accuracy=LAYCA_ACCURACY[base])
+    yield on_cpu(PLAIN_KERNELS, floor, _kernels_step(base, rotate=False))
+    no_bare = bare.missing() if device.type == "cpu" else "it is for CPUs"
+    limit = partial(Provider, state=state, only_float32=True, package="layca_fast", skipped=no_bare)
+    yield limit(BARE, moved, bare.bare_step(base, rotate=True), accuracy=LAYCA_ACCURACY[base])
+    yield limit(BARE_PLAIN, floor, bare.bare_step(base, rotate=False))
+    # w and g once more.
+    yield on_cpu(LEARNED, moved + 8, _layca_step(base, "cpu", radius="learned"), accuracy=LAYCA_ACCURACY[base])
     # The optimizer's own; 8 to keep w; 16 to exchange it for u, through a scratch that stays in cache; 20 to turn w.
     attached = floor + 44
     yield Provider(

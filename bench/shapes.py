@@ -63,6 +63,11 @@ def square_1b() -> list[Shape]:
     return [(4096, 4096)] * 60
 
 
+def four_large() -> list[Shape]:
+    """4 square matrices of 31 million weights: nothing of a layer is left in a cache for its second pass."""
+    return [(5568, 5568)] * 4
+
+
 def many_small() -> list[Shape]:
     """2,000 square matrices of 10,000 weights."""
     return [(100, 100)] * 2000
@@ -79,6 +84,7 @@ MODELS = {
     "GPT-2 small": gpt2_small,
     "Llama 1B": llama_1b,
     "1B in 4096 x 4096": square_1b,
+    "4 x 31M": four_large,
     "2000 x 10k": many_small,
     "10000 x 100": many_tiny,
 }

@@ -27,13 +27,25 @@ struct Tensor {
   std::uint64_t byte_offset;
 };
 
+// A description that holds a reference to its tensor until its deleter is called.
+struct ManagedTensor {
+  struct {
+    std::uint32_t major, minor;
+  } version;
+  void* context;
+  void (*deleter)(ManagedTensor* self);
+  std::uint64_t flags;
+  Tensor tensor;
+};
+
 struct ExchangeApi {
   struct {
     std::uint32_t major, minor;
   } version;
   void* previous;
   void (*managed_tensor_allocator)();
-  void (*managed_tensor_from_py_object)();
+  // 0, or -1 with a Python exception set.
+  int (*managed_tensor_from_py_object)(void* object, ManagedTensor** out);
   void (*managed_tensor_to_py_object)();
   // 0, or -1 with a Python exception set. May be null.
   int (*tensor_from_py_object)(void* object, Tensor* out);

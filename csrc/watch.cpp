@@ -40,7 +40,11 @@ bool Layouts::describe(PyObject* tensor, dlpack::Tensor& out) const {
   return api_->tensor_from_py_object(tensor, &out) == 0;
 }
 
-bool Layouts::read(const dlpack::ExchangeApi* api, PyObject* tensors) {
+Layouts::~Layouts() {
+  for (dlpack::ManagedTensor* const owned : owned_) owned->deleter(owned);
+}
+
+bool Layouts::read(const dlpack::ExchangeApi* api, PyObject* tensors, bool owns) {
   api_ = api;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
     dlpack::Tensor tensor;
@@ -48,6 +52,14 @@ bool Layouts::read(const dlpack::ExchangeApi* api, PyObject* tensors) {
     layouts_.push_back({tensor.data, tensor.device, tensor.dtype, tensor.ndim, extents_.size(), tensor.shape});
     extents_.insert(extents_.end(), tensor.shape, tensor.shape + tensor.ndim);
     extents_.insert(extents_.end(), tensor.strides, tensor.strides + tensor.ndim);
+    if (!owns || api->managed_tensor_from_py_object == nullptr) continue;
+    dlpack::ManagedTensor* owned = nullptr;
+    if (api->managed_tensor_from_py_object(PyList_GET_ITEM(tensors, i), &owned) == 0) {
+      owned_.push_back(owned);
+    } else {
+      // It is only slower without.
+      PyErr_Clear();
+    }
   }
   return true;
 }
@@ -76,6 +88,14 @@ bool Layouts::hold(PyObject* tensors) const {
   return true;
 }
 
+void Layouts::fetch(PyObject* tensors, Py_ssize_t first, Py_ssize_t last) const {
+  last = std::min({last, PyList_GET_SIZE(tensors), static_cast<Py_ssize_t>(layouts_.size())});
+  for (Py_ssize_t i = std::max<Py_ssize_t>(first, 0); i < last; ++i) {
+    prefetch_item(tensors, i);
+    prefetch_around(layouts_[i].inside);
+  }
+}
+
 int Layouts::fit(PyObject* grads, PyObject* type, PyObject* is_neg, std::int64_t* addresses) const {
   if (PyList_GET_SIZE(grads) != static_cast<Py_ssize_t>(layouts_.size())) return 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(grads); ++i) {
@@ -100,15 +120,35 @@ int Layouts::fit(PyObject* grads, PyObject* type, PyObject* is_neg, std::int64_t
   return 1;
 }
 
-int entries_hold(PyObject* entries, PyObject* name, PyObject* values) {
+int entries_hold(PyObject* entries, PyObject* names, PyObject* values) {
   if (PyList_GET_SIZE(entries) != PyList_GET_SIZE(values)) return 0;
+  if (PyList_GET_SIZE(entries) != PyList_GET_SIZE(names)) return 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(entries); ++i) {
     prefetch_item(entries, i + tensors_ahead);
-    PyObject* const found = PyDict_GetItemWithError(PyList_GET_ITEM(entries, i), name);
+    PyObject* const found = PyDict_GetItemWithError(PyList_GET_ITEM(entries, i), PyList_GET_ITEM(names, i));
     if (found == nullptr && PyErr_Occurred() != nullptr) return -1;
     if (found != PyList_GET_ITEM(values, i)) return 0;
   }
   return 1;
+}
+
+bool same_objects(PyObject* left, PyObject* right) {
+  const Py_ssize_t size = PyList_GET_SIZE(left);
+  if (PyList_GET_SIZE(right) != size) return false;
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    if (PyList_GET_ITEM(left, i) != PyList_GET_ITEM(right, i)) return false;
+  }
+  return true;
+}
+
+bool values_are(PyObject* dict, PyObject* values) {
+  if (PyDict_Size(dict) != PyList_GET_SIZE(values)) return false;
+  PyObject *key = nullptr, *value = nullptr;
+  Py_ssize_t position = 0;
+  for (Py_ssize_t i = 0; PyDict_Next(dict, &position, &key, &value); ++i) {
+    if (value != PyList_GET_ITEM(values, i)) return false;
+  }
+  return true;
 }
 
 PyObject* attributes(PyObject* objects, PyObject* name) {

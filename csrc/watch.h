@@ -18,11 +18,22 @@ const dlpack::ExchangeApi* find_exchange_api(PyObject* capsule);
 // caller keeps the list, and hands it in again.
 class Layouts {
  public:
-  // False, with a Python exception set, if one of `tensors` cannot be described.
-  bool read(const dlpack::ExchangeApi* api, PyObject* tensors);
+  Layouts() = default;
+  Layouts(const Layouts&) = delete;
+  Layouts& operator=(const Layouts&) = delete;
+  ~Layouts();
+
+  // False, with a Python exception set, if one of `tensors` cannot be described. `owns`: keep a reference to each, of
+  // torch's own kind. While there is one, torch describes a tensor in less than half the time; with none it counts its
+  // Python object up and down, too. Such a tensor cannot be exchanged by torch.utils.swap_tensors, as parameters may
+  // be.
+  bool read(const dlpack::ExchangeApi* api, PyObject* tensors, bool owns);
 
   // Whether all still lie as they did.
   bool hold(PyObject* tensors) const;
+
+  // Has what torch keeps of tensors [first, last) fetched into the caches.
+  void fetch(PyObject* tensors, Py_ssize_t first, Py_ssize_t last) const;
 
   // Whether these gradients, a list with one for each tensor, are of `type` itself, not lazily negated, and lie in
   // memory of their own as the tensors do in theirs; their addresses are written to `addresses`. 1, 0, or -1 with a
@@ -45,11 +56,18 @@ class Layouts {
   const dlpack::ExchangeApi* api_ = nullptr;
   std::vector<Layout> layouts_;
   std::vector<std::int64_t> extents_;
+  std::vector<dlpack::ManagedTensor*> owned_;
 };
 
-// Whether each dict of the list `entries` still holds, under `name`, the very object at the same place of `values`. 1,
-// 0, or -1 with a Python exception set.
-int entries_hold(PyObject* entries, PyObject* name, PyObject* values);
+// Whether each dict of the list `entries` still holds, under the name at the same place of the list `names`, the very
+// object at the same place of `values`. 1, 0, or -1 with a Python exception set.
+int entries_hold(PyObject* entries, PyObject* names, PyObject* values);
+
+// Whether two lists hold the very same objects in the same order.
+bool same_objects(PyObject* left, PyObject* right);
+
+// Whether a dict has the very objects of a list as its values, in the same order. None of them is touched.
+bool values_are(PyObject* dict, PyObject* values);
 
 // A new list of the attribute `name` of every object of a list; null with a Python exception set if one lacks it.
 PyObject* attributes(PyObject* objects, PyObject* name);

@@ -74,9 +74,9 @@ const dlpack::ExchangeApi& exchange_api(const py::capsule& capsule) {
   return *api;
 }
 
-std::unique_ptr<Layouts> make_layouts(const py::capsule& api, const py::list& tensors) {
+std::unique_ptr<Layouts> make_layouts(const py::capsule& api, const py::list& tensors, bool owns) {
   auto layouts = std::make_unique<Layouts>();
-  if (!layouts->read(&exchange_api(api), tensors.ptr())) throw py::error_already_set();
+  if (!layouts->read(&exchange_api(api), tensors.ptr(), owns)) throw py::error_already_set();
   return layouts;
 }
 
@@ -120,18 +120,33 @@ PYBIND11_MODULE(_cpu, module) {
 
   using layca::Layouts;
   py::class_<Layouts>(module, "Layouts", py::module_local())
-      .def(py::init(&layca::make_layouts), py::arg("api"), py::arg("tensors"))
+      .def(py::init(&layca::make_layouts), py::arg("api"), py::arg("tensors"), py::arg("owns") = false)
       .def(
           "hold", [](const Layouts& layouts, const py::list& tensors) { return layouts.hold(tensors.ptr()); },
           py::arg("tensors"))
+      .def(
+          "fetch",
+          [](const Layouts& layouts, const py::list& tensors, Py_ssize_t first, Py_ssize_t last) {
+            layouts.fetch(tensors.ptr(), first, last);
+          },
+          py::arg("tensors"), py::arg("first"), py::arg("last"))
       .def("fit", &layca::fit, py::arg("grads"), py::arg("type"), py::arg("is_neg"));
   module.def(
       "entries_hold",
-      [](const py::list& entries, const py::str& name, const py::list& values) {
-        const int holds = layca::entries_hold(entries.ptr(), name.ptr(), values.ptr());
+      [](const py::list& entries, const py::list& names, const py::list& values) {
+        const int holds = layca::entries_hold(entries.ptr(), names.ptr(), values.ptr());
         if (holds < 0) throw py::error_already_set();
         return holds == 1;
       },
-      py::arg("entries"), py::arg("name"), py::arg("values"));
+      py::arg("entries"), py::arg("names"), py::arg("values"));
+  module.def(
+      "same_objects",
+      [](const py::list& left, const py::list& right) { return layca::same_objects(left.ptr(), right.ptr()); },
+      py::arg("left"), py::arg("right"));
+  module.def(
+      "values_are",
+      [](const py::dict& entries, const py::list& values) { return layca::values_are(entries.ptr(), values.ptr()); },
+      py::arg("entries"), py::arg("values"));
+  module.def("forget", [](const py::list& objects) { layca::forget(objects.ptr()); }, py::arg("objects"));
   module.def("attributes", &layca::attributes_of, py::arg("objects"), py::arg("name"));
 }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..compat import local_tensor, spec_of
 from ..formulas.bases import Formula
@@ -28,6 +29,9 @@ from .watch import Entries, Layouts, addresses, all_there, column, gradients, sa
 if TYPE_CHECKING:
     from .backend import Backend
     from .learned_radius import LearnedRadii
+
+#: Tensors whose descriptions are asked of memory together, and then fit into a core's cache.
+FETCHED = 1000
 
 
 class Batch(Structure):
@@ -100,14 +104,15 @@ class Batch(Structure):
         kept += [slot.radius for slot in self.slots if slot.radius is not None]
         entries = [slot.entry for slot in self.slots]
         names = (*formula.states, "step", "remainder", "radius")
-        self._entries = Entries({name: [(each, each[name]) for each in entries if name in each] for name in names})
+        self._entries = Entries([(each, name, each[name]) for each in entries for name in names if name in each])
         self._layouts = Layouts(self.params)
+        self._kept = Layouts(kept, owned=True)
         # A view still knows the memory that its tensor has left.
         cut = [slot for slot in self.slots if slot.piece.is_view]
         self._has_views = bool(cut)
-        kept += [local_of(slot.owner) for slot in cut]
-        kept += [local_of(slot.entry[name]) for slot in cut for name in names if name in slot.entry]
-        self._kept = Layouts(kept)
+        wholes = [local_of(slot.owner) for slot in cut]
+        wholes += [local_of(slot.entry[name]) for slot in cut for name in names if name in slot.entry]
+        self._wholes = Layouts(wholes)
         # Kernels know a gradient by its address, which that of an empty tensor lacks: its steps are counted here.
         self._empty = [(i, slot.step) for i, slot in enumerate(self.slots) if slot.param.numel() == 0]
 
@@ -115,7 +120,7 @@ class Batch(Structure):
         """Whether parameters, states and radii lie in memory as they did when the batch was made for them."""
         if self._local_owners is not None and not same_objects(list(map(local_of, self.owners)), self._local_owners):
             return False
-        return self._entries.hold() and self._layouts.hold() and self._kept.hold()
+        return self._entries.hold() and self._layouts.hold() and self._kept.hold() and self._wholes.hold()
 
     def take_gradients(self) -> None:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
@@ -256,6 +261,17 @@ class Batch(Structure):
         if self._scaled is None:
             rows = [row + slot.fresh for row, slot in zip(rows, self.slots, strict=True)]
         self._tensor_mirror.set_column(Column.HYPER, column(rows))
+
+    def count_writes(self) -> None:
+        """Tell autograd that the parameters were written to: graphs which saved these weights are out of date."""
+        stepped = self.stepped
+        if stepped is not self.params:
+            increment_version(stepped)
+            return
+        # The kernels have driven what torch keeps of each out of the caches.
+        for first in range(0, len(stepped), FETCHED):
+            self._layouts.fetch(first, first + FETCHED)
+            increment_version(stepped[first : first + FETCHED])
 
     def release(self) -> None:
         """After a step: drop the gradients, so that zero_grad frees them, and settle the slots that had one."""

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..compat import is_fake
@@ -34,7 +33,7 @@ from .scratch import Scratch
 from .taking import Pair, reserve, take
 from .together import Together
 from .unscaling import LossScale
-from .watch import gradients, same_objects
+from .watch import gradients, same_objects, values_are
 
 
 def _signature(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
@@ -244,8 +243,7 @@ class Plan:
         if self._together is not None and not self._together.holds():
             return False
         # Whose state has been taken away or replaced as a whole, the batches cannot see.
-        entries = list(state.values())
-        return same_objects(entries, self._entries) and all(batch.holds() for _, batch in self.batches)
+        return values_are(state, self._entries) and all(batch.holds() for _, batch in self.batches)
 
     def step(self, loss_scale: LossScale | None = None) -> None:
         """Check the gradients of this step, then run every batch."""
@@ -297,8 +295,7 @@ class Plan:
 
     def _finish(self, backend: Backend, batch: Batch) -> None:
         if backend.writes_unseen:
-            # Autograd then knows that graphs which saved these weights are out of date.
-            increment_version(batch.stepped)
+            batch.count_writes()
         batch.release()
         if batch.learned is not None:
             batch.learned.batch.release()

@@ -8,7 +8,7 @@ loop would take longer than the kernels do on small tensors.
 from array import array
 from collections.abc import Mapping, Sequence
 from itertools import repeat
-from operator import attrgetter, is_, is_not, itemgetter
+from operator import attrgetter, getitem, is_, is_not
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +23,16 @@ _DTYPE, _GRAD, _IS_META = attrgetter("dtype"), attrgetter("grad"), attrgetter("i
 
 def same_objects(left: Sequence[Any], right: Sequence[Any]) -> bool:
     """Whether both hold the very same objects in the same order."""
+    if _native is not None and isinstance(left, list) and isinstance(right, list):
+        return bool(_native.same_objects(left, right))
     return len(left) == len(right) and all(map(is_, left, right))
+
+
+def values_are(entries: Mapping[Any, Any], values: list[Any]) -> bool:
+    """Whether the very objects of ``values`` are those of ``entries``, in the same order."""
+    if _native is not None and isinstance(entries, dict):
+        return bool(_native.values_are(entries, values))
+    return same_objects(list(entries.values()), values)
 
 
 def gradients(params: list[Tensor]) -> list[Tensor | None]:
@@ -49,11 +58,11 @@ def addresses(tensors: Sequence[Any]) -> bytes:
     return column([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
-def _native_layouts(tensors: list[Tensor]) -> Any:
+def _native_layouts(tensors: list[Tensor], owned: bool) -> Any:
     if _native is None or EXCHANGE_API is None:
         return None
     try:
-        return _native.Layouts(EXCHANGE_API, tensors)
+        return _native.Layouts(EXCHANGE_API, tensors, owned)
     except (TypeError, ValueError, BufferError, RuntimeError):
         # An exchange API of another version, or tensors that it does not describe.
         return None
@@ -65,9 +74,10 @@ class Layouts:
     An address alone says little: memory that was freed is soon given again, to tensors of any kind.
     """
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor], owned: bool = False) -> None:
+        """``owned``: they are the optimizer's own, and nobody exchanges them by torch.utils.swap_tensors."""
         self._tensors = tensors
-        self._native = _native_layouts(tensors)
+        self._native = _native_layouts(tensors, owned)
         if self._native is None:
             # Shapes take longest to ask for, and of plain tensors the others decide which addresses a kernel may
             # touch, in which order.
@@ -88,6 +98,11 @@ class Layouts:
             and list(map(Tensor.numel, tensors)) == self._sizes
             and list(map(_DTYPE, tensors)) == self._dtypes
         )
+
+    def fetch(self, first: int, last: int) -> None:
+        """Where that can be done: have what torch keeps of tensors [first, last) fetched from memory."""
+        if self._native is not None:
+            self._native.fetch(self._tensors, first, last)
 
     def fit(self, grads: list[Any]) -> bytes | None:
         """The addresses of these gradients if each is a plain tensor that lies as its tensor does; otherwise None.
@@ -121,20 +136,19 @@ class Layouts:
 class Entries:
     """Which tensors stand under which names in the state of an optimizer."""
 
-    def __init__(self, columns: Mapping[str, Sequence[tuple[Mapping[str, Any], Tensor]]]) -> None:
-        """``columns``: for each name, the state of some parameters with the tensor that it holds under the name."""
-        self._columns = [
-            (name, [state for state, _ in pairs], [tensor for _, tensor in pairs]) for name, pairs in columns.items()
-        ]
-
+    def __init__(self, rows: Sequence[tuple[Mapping[str, Any], str, Tensor]]) -> None:
+        """``rows``: the state of a parameter with the tensor that it holds under a name, those of one in a row."""
+        self._states = [state for state, _, _ in rows]
+        self._names = [name for _, name, _ in rows]
+        self._tensors = [tensor for _, _, tensor in rows]
         # C++ knows dicts only.
-        self._are_dicts = all(isinstance(state, dict) for _, states, _ in self._columns for state in states)
+        self._are_dicts = all(isinstance(state, dict) for state in self._states)
 
     def hold(self) -> bool:
         """Whether they are all still there."""
         if _native is not None and self._are_dicts:
-            return all(_native.entries_hold(states, name, tensors) for name, states, tensors in self._columns)
+            return bool(_native.entries_hold(self._states, self._names, self._tensors))
         try:
-            return all(all(map(is_, map(itemgetter(name), states), tensors)) for name, states, tensors in self._columns)
+            return all(map(is_, map(getitem, self._states, self._names), self._tensors))
         except KeyError:
             return False

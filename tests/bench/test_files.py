@@ -106,7 +106,7 @@ def test_a_ratio_is_the_median_of_the_rounds_own(seed: int, monkeypatch: pytest.
     assert row.median_ms == 2000
     assert (row.ratio_q1, row.ratio_median, row.ratio_q3) == (1.5, 2.0, 2.0)
     entries = {name: Contestant(named("sgd", unit), Model(TINY, CPU)) for name in seconds}
-    found = goals.result("ours", "sgd", "tiny", "", entries, seconds, ours, unit)
+    found = goals.Run("sgd", "tiny", entries, seconds).ratio("ours", "", ours, unit)
     assert (found.q1, found.value, found.q3, found.rounds) == (1.5, 2.0, 2.0, 5)
 
 

@@ -1,5 +1,7 @@
 """Whatever changes between steps is noticed, by both ways to watch tensors: C++'s and Python's."""
 
+import gc
+import weakref
 from collections import UserDict
 from importlib import import_module
 from typing import Any
@@ -11,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from layca_fast import FusedLayca
 from layca_fast.step import watch
-from layca_fast.step.watch import Layouts, addresses
+from layca_fast.step.watch import Layouts, addresses, forget, same_objects, values_are
 
-from ..support import clones, copy_of, parameter, params_of, random_gradients, same_bits
+from ..support import clones, copy_of, parameter, params_of, random_gradients, same_bits, train
 from .host_support import every_base, many
 
 
@@ -205,3 +207,42 @@ def test_attributes_are_those_of_a_list_that_stays() -> None:
     objects[:] = [Shrinking(), Shrinking()]
     with pytest.raises(RuntimeError, match="shorter"):
         import_module("layca_fast._cpu").attributes(objects, "grad")
+
+
+def test_parameters_that_are_exchanged_are_noticed(seed: int, watching: None) -> None:
+    """As ``module.to`` does it under set_swap_module_params_on_conversion; it wants no other references to them."""
+    params = [parameter(4, 4), parameter(5)]
+    grads = random_gradients(params, 2)
+    optimizer = FusedLayca(params, 0.01, momentum=0.9, backend="cpu")
+    train(optimizer, grads[:1])
+    optimizer.zero_grad()
+    other = torch.nn.Parameter(params[0].detach().clone())
+    torch.utils.swap_tensors(params[0], other)
+    before = params[0].detach().clone()
+    train(optimizer, grads[1:])
+    assert not same_bits(params[0].detach(), before)
+    assert same_bits(other.detach(), before)
+
+
+def test_states_are_freed_with_their_optimizer(seed: int, watching: None) -> None:
+    """Also those that C++ holds a reference to, which no garbage collector sees."""
+    optimizer = many({"momentum": 0.9})
+    states = [weakref.ref(value) for entry in optimizer.state.values() for value in entry.values()]
+    assert len(states) > 60
+    del optimizer
+    gc.collect()
+    assert not any(state() is not None for state in states)
+
+
+def test_lists_and_dicts_are_compared_by_identity(watching: None) -> None:
+    one, other = [1], [1]
+    assert same_objects([one, other], [one, other])
+    assert not same_objects([one, other], [one, one])
+    assert not same_objects([one], [one, other])
+    assert values_are({"a": one, "b": other}, [one, other])
+    assert not values_are({"a": one, "b": other}, [other, one])
+    assert not values_are({"a": one}, [one, other])
+    assert values_are(UserDict({"a": one}), [one])
+    objects: list[Any] = [one, other]
+    forget(objects)
+    assert objects == [None, None]
