@@ -13,23 +13,40 @@ if(NOT LAYCA_BASE_STEPS MATCHES "using Formulas = FormulaList<([^;]*)>;")
 endif()
 string(REGEX MATCHALL "[A-Za-z0-9_]+(<[^>]*>)?" LAYCA_FORMULAS "${CMAKE_MATCH_1}")
 
-# The sources of a module whose kernels come from LAYCA_KERNELS, in files that end in `suffix`.
-function(layca_formula_sources LAYCA_KERNELS suffix result)
+# The sources of a module whose kernels are instantiated by `template`, in files that end in `suffix`.
+function(layca_formula_sources template suffix result)
   foreach(LAYCA_FORMULA IN LISTS LAYCA_FORMULAS)
     string(MAKE_C_IDENTIFIER "${LAYCA_FORMULA}" name)
     set(file "${CMAKE_CURRENT_BINARY_DIR}/formulas/${name}${suffix}")
-    configure_file(cuda/formula.in "${file}" @ONLY)
+    configure_file("${template}" "${file}" @ONLY)
     list(APPEND sources "${file}")
   endforeach()
-  set(${result} cuda/bindings.cpp cuda/registry.cpp cuda/runner.cpp ${sources} PARENT_SCOPE)
+  set(${result} cuda/bindings.cpp cuda/registry.cpp cuda/runner.cpp cuda/launch.cpp ${sources} PARENT_SCOPE)
 endfunction()
 
-layca_formula_sources(emulator.h .cpp LAYCA_EMULATOR_SOURCES)
-pybind11_add_module(_cuda_emulator MODULE NO_EXTRAS EXCLUDE_FROM_ALL cuda/emulator.cpp ${LAYCA_EMULATOR_SOURCES})
+# All of the module, kernels and launches included, compiled by the host's compiler with what CUDA would bring.
+layca_formula_sources(cuda/emulator/kernels.in .cpp LAYCA_EMULATOR_SOURCES)
+set(LAYCA_EMULATOR_GPU cuda/emulator/blocks.cpp cuda/emulator/driver.cpp cuda/emulator/fibers.cpp)
+pybind11_add_module(_cuda_emulator MODULE NO_EXTRAS EXCLUDE_FROM_ALL ${LAYCA_EMULATOR_GPU} ${LAYCA_EMULATOR_SOURCES})
 target_compile_definitions(_cuda_emulator PRIVATE LAYCA_MODULE=_cuda_emulator)
-target_include_directories(_cuda_emulator PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
+target_include_directories(_cuda_emulator BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}"
+                                                         "${CMAKE_CURRENT_SOURCE_DIR}/cuda/emulator")
 if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
-  target_compile_options(_cuda_emulator PRIVATE -O1 -fno-math-errno -ffp-contract=off -Wall -Wextra)
+  # Jumps between stacks are what glibc's checks of longjmp look for.
+  set(LAYCA_EMULATOR_OPTIONS -O1 -U_FORTIFY_SOURCE -fno-math-errno -ffp-contract=off -Wall -Wextra)
+  target_compile_options(_cuda_emulator PRIVATE ${LAYCA_EMULATOR_OPTIONS})
+endif()
+
+# Steps of the emulated GPU without Python, for a sanitizer that looks for races: not installed, built by tests/sanitize.
+list(REMOVE_ITEM LAYCA_EMULATOR_SOURCES cuda/bindings.cpp)
+add_executable(race_driver EXCLUDE_FROM_ALL cuda/emulator/race_driver.cpp ${LAYCA_EMULATOR_GPU} ${LAYCA_EMULATOR_SOURCES})
+target_include_directories(race_driver BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}"
+                                                      "${CMAKE_CURRENT_SOURCE_DIR}/cuda/emulator")
+target_compile_options(race_driver PRIVATE ${LAYCA_EMULATOR_OPTIONS})
+if(LAYCA_SANITIZE STREQUAL "thread")
+  # To the sanitizer the threads of the emulated GPU are the only ones: what makes them take turns is not looked at.
+  set_source_files_properties(${LAYCA_EMULATOR_GPU} PROPERTIES COMPILE_OPTIONS -fno-sanitize=thread)
+  target_compile_definitions(race_driver PRIVATE LAYCA_WATCH_THREADS)
 endif()
 
 if(LAYCA_CUDA STREQUAL "AUTO")
@@ -59,8 +76,8 @@ foreach(wanted LAYCA_CUDA_ARCHITECTURES LAYCA_ALL_ARCHITECTURES)
   endif()
 endforeach()
 
-layca_formula_sources(kernels.cuh .cu LAYCA_CUDA_SOURCES)
-pybind11_add_module(_cuda MODULE NO_EXTRAS cuda/launch.cpp ${LAYCA_CUDA_SOURCES})
+layca_formula_sources(cuda/formula.in .cu LAYCA_CUDA_SOURCES)
+pybind11_add_module(_cuda MODULE NO_EXTRAS ${LAYCA_CUDA_SOURCES})
 set_target_properties(_cuda PROPERTIES CUDA_ARCHITECTURES "${architectures};${newest}-virtual" CUDA_RUNTIME_LIBRARY Static)
 target_compile_definitions(_cuda PRIVATE LAYCA_MODULE=_cuda)
 target_include_directories(_cuda PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})

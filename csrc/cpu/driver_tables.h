@@ -30,7 +30,7 @@ inline std::int64_t address(const void* pointer) {
   return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(pointer));
 }
 
-inline Tables make_tables() {
+inline Tables make_tables(const std::vector<std::int64_t>& lengths) {
   Tables tables;
   const std::size_t n = lengths.size();
   tables.steps.assign(n, 0);
@@ -66,16 +66,18 @@ inline Tables make_tables() {
 
 // The tables with the batch that they make.
 struct Setup {
-  Tables tables = make_tables();
-  std::int64_t n = static_cast<std::int64_t>(lengths.size());
+  Tables tables;
+  std::int64_t n;
   // Options that are in range under every formula, whatever it calls them; the last two are logarithms under Adam.
   std::vector<double> hypers = {0.01, 0, 1, 0, 0.1, 0.9, 0.1, 1e-8, -0.1, -0.01};
   std::vector<double> step_options, dots, coefficients, partials;
   std::vector<std::int64_t> counts, partial_counts;
   Batch batch{};
 
-  Setup()
-      : step_options(n * max_options),
+  explicit Setup(const std::vector<std::int64_t>& of = lengths)
+      : tables(make_tables(of)),
+        n(static_cast<std::int64_t>(of.size())),
+        step_options(n * max_options),
         dots(3 * n),
         coefficients(n * Coefficient::WIDTH),
         partials(3 * tables.n_tiles),

@@ -5,7 +5,15 @@
 #include "registry.h"
 #include "tile.h"
 
+// Memory of a block. The host's compiler, for the emulator, is told otherwise where it is.
+#ifndef LAYCA_SHARED
+#define LAYCA_SHARED(Type, name) __shared__ Shared<Type> name
+#endif
+
 namespace layca::cuda {
+
+template <class T>
+using Shared = T;
 
 constexpr int warp_threads = 32, warps = block_threads / warp_threads;
 
@@ -36,7 +44,7 @@ __device__ inline void sum_warp(Sums& sums, int lanes) {
 
 // Add up a block, in an order that never changes; the result is the first thread's.
 __device__ inline void sum_block(Sums& sums) {
-  __shared__ Sums of_warp[warps];
+  LAYCA_SHARED(Sums[warps], of_warp);
   const int warp = threadIdx.x / warp_threads, lane = threadIdx.x % warp_threads;
   sum_warp(sums, warp_threads);
   if (lane == 0) of_warp[warp] = sums;
@@ -66,7 +74,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once<Formula, T>)
 template <class Formula, class T>
 __global__ void __launch_bounds__(block_threads, finish_blocks_at_once<T>)
     finish(const __grid_constant__ Batch batch, bool adds_up, bool turns_dots) {
-  __shared__ Dots dots;
+  LAYCA_SHARED(Dots, dots);
   const LayerSpan layer = layer_span(batch, blockIdx.x);
   if (adds_up) {
     Sums sums = sum_tiles_on_thread(batch, layer, threadIdx.x);

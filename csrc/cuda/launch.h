@@ -1,4 +1,4 @@
-// How kernels reach the device: launch.cpp has CUDA do it, emulator.cpp does it on the host.
+// How kernels reach the device.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,8 @@
 // Packs of elements, how they come from memory and go back: as one vector, or element by element. Host and device.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
 
 #include "../portable.h"
 
@@ -35,7 +33,7 @@ struct alignas(pack_bytes / 2) HalfPack {
 enum class Reuse { AGAIN, NEVER };
 
 // Loads and stores by intrinsics: addresses come out of a table, and the compiler would have to test at run time
-// whether they are global memory.
+// whether they are global memory. The emulator has the intrinsics, too.
 #ifdef __CUDA_ARCH__
 
 template <int bytes>
@@ -80,31 +78,15 @@ __device__ inline void store_element(T* to, T value) {
 
 #else
 
-inline void expect_aligned(const void* address, std::size_t bytes) {
-  if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) throw std::logic_error("a misaligned pack");
-}
-
+// For compilers' passes over host code, in which no kernel is compiled.
 template <class AnyPack, Reuse reuse>
-inline AnyPack load_pack(const void* from) {
-  expect_aligned(from, sizeof(AnyPack));
-  return *static_cast<const AnyPack*>(from);
-}
-
+AnyPack load_pack(const void* from);
 template <Reuse reuse, class AnyPack>
-inline void store_pack(void* to, const AnyPack& pack) {
-  expect_aligned(to, sizeof(AnyPack));
-  *static_cast<AnyPack*>(to) = pack;
-}
-
+void store_pack(void* to, const AnyPack& pack);
 template <Reuse reuse, class T>
-inline T load_element(const T* from) {
-  return *from;
-}
-
+T load_element(const T* from);
 template <Reuse reuse, class T>
-inline void store_element(T* to, T value) {
-  *to = value;
-}
+void store_element(T* to, T value);
 
 #endif
 

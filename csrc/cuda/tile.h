@@ -1,8 +1,8 @@
 // What one thread of a block does: its elements of a tile measured or rotated, its part of a layer's sums.
 //
-// Functions of a thread's number, host and device, so that emulator.cpp can run them where there is no GPU. Every
-// thread takes packs of elements. Where an array does not begin at a multiple of a pack, or a run ends within one,
-// packs are read and written element by element; who takes which elements, and in which order, stays the same.
+// Functions of a thread's number. Every thread takes packs of elements. Where an array does not begin at a multiple of
+// a pack, or a run ends within one, packs are read and written element by element; who takes which elements, and in
+// which order, stays the same.
 #pragma once
 
 #include <cmath>

@@ -182,7 +182,8 @@ def layer_groups(
 
     Args:
         model: any module, wrapped (DDP, torch.compile) or not. Names are those of ``model.named_parameters()``.
-        lr: the rotation rate. None leaves it to the optimizer: its own lr, or the paper's recommendation.
+        lr: the rotation rate. None leaves it to the optimizer: its own lr, or the paper's recommendation. What moves
+            the best one, and what does not: docs/learning_rate.md.
         alpha: layer-wise rates, -1 < alpha < 1: see :func:`lr_factors`. Positions count rotating tensors in the order
             in which the modules are defined, a packed tensor as one. Each rotating group holds its ``lr_factor``; with
             ``lr=None``, FusedLayca multiplies its lr by it, and any other optimizer ignores it: give those an lr.

@@ -2,7 +2,8 @@
 
 address: AddressSanitizer and UndefinedBehaviorSanitizer on the step driver, on a stress of threads, and, preloaded into
 Python, on the CPU module and the emulator of the CUDA kernels while tests/fuzz runs on them. thread: ThreadSanitizer on
-the stress of threads, in a build whose teams are the standard library's, as it does not understand OpenMP's.
+the stress of threads, in a build whose teams are the standard library's, as it does not understand OpenMP's, and on the
+emulator, each of whose GPU's threads it takes for one of the host's.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from ..backends.cpu.support import ROOT, keep_formulas, tool
 
 KINDS = {
     "address": ("step_driver", "stress_driver", "_cpu", "_cuda_emulator"),
-    "thread": ("stress_driver",),
+    "thread": ("stress_driver", "race_driver"),
 }
 
 #: What --short builds: formulas of no states and of three, with steps that are made again and steps that are kept.
@@ -69,6 +70,8 @@ def check(kind: str, folder: Path, short: bool) -> None:
         if kind == "address":
             run([folder / "step_driver", formula])
         run([folder / "stress_driver", formula, "6" if short else "60"])
+        if kind == "thread":
+            run([folder / "race_driver", formula])
     if kind != "address":
         return
     # C++'s own library must be there when the sanitizer looks for what throws.

@@ -36,6 +36,9 @@ def main() -> int:
     split = sys.argv.index("--")
     files, options = sys.argv[1:split], sys.argv[split + 1 :]
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # The module takes OpenMP from where torch has its own.
+    import torch  # noqa: F401
+
     loaded("layca_fast._cpu", files[0])
     if files[1:]:
         emulate(loaded("_cuda_emulator", files[1]))

@@ -36,11 +36,11 @@ def keep_formulas(source: Path, *types: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def build(folder: Path, target: str, source: Path = ROOT / "csrc") -> None:
+def build(folder: Path, target: str, source: Path = ROOT / "csrc", **more: str) -> None:
     """Build a target of csrc/CMakeLists.txt that needs no CUDA, with the options of the modules, in ``folder``."""
     options = ["-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DLAYCA_CUDA=OFF"]
     options += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
-    options += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    options += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", *(f"-D{name}={value}" for name, value in more.items())]
     configure = ["-S", str(source), "-B", str(folder), *options]
     for command in (configure, ["--build", str(folder), "--target", target]):
         done = subprocess.run([tool("cmake"), *command], capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """backend="cuda" on CPU tensors, as if they were a GPU's: import both fixtures into the file that needs them."""
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.util import module_from_spec, spec_from_file_location
@@ -25,9 +26,15 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return module
 
 
+def driver_of(emulator: ModuleType) -> ctypes.CDLL:
+    """The functions of csrc/cuda/emulator/driver.cpp that are no Python."""
+    return ctypes.CDLL(str(emulator.__file__))
+
+
 @pytest.fixture(autouse=True)
-def emulated(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """backend="cuda" on CPU tensors, as if they were a GPU's."""
+def emulated(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[None]:
+    """backend="cuda" on CPU tensors, as if they were a GPU's; blocks, warps and threads run in an order of ``seed``."""
+    driver_of(emulator).layca_emulator_seed(ctypes.c_uint64(seed))
     monkeypatch.setattr(BACKEND._views, "native", emulator)
     monkeypatch.setattr(CudaBackend, "missing", lambda self: None)
     monkeypatch.setattr(CudaBackend, "refuses", lambda self, device: None)

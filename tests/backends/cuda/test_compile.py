@@ -143,6 +143,27 @@ def test_aligned_packs_move_in_vectors(architecture: str, moves: dict[str, dict[
             assert counts == expected, kernel
 
 
+def is_vector(kernel: Kernel, kind: str, name: str) -> bool:
+    """Of a pack. Where there are no 16-bit numbers, 8 bytes are one of float64."""
+    return any(re.match(VECTORS[size].format(kind), name) for size in expected_vectors(kernel))
+
+
+@reads_code
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_packs_are_under_way_before_one_is_used(
+    architecture: str, moves: dict[str, dict[Kernel, list[str]]]
+) -> None:
+    """The loads of both packs of every array come before the first store: occupancy.py counts on that."""
+    late = {
+        kernel: names
+        for kernel, names in moves[architecture].items()
+        if kernel.verb in ("measure", "rotate")
+        and (stores := [place for place, name in enumerate(names) if is_vector(kernel, "STG", name)])
+        and any(is_vector(kernel, "LDG", name) for name in names[stores[0] :])
+    }
+    assert late == {}
+
+
 @reads_code
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_elements_are_known_to_be_in_global_memory(

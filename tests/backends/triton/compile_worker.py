@@ -83,8 +83,8 @@ def types_of(formula: str, target: str) -> tuple[Types, ...]:
     return TYPES if target == WITH_ALL_FORMULAS else COMMON_TYPES
 
 
-def batch_of(name: str, types: Types) -> Batch:
-    """A batch that the formula called ``name`` runs on."""
+def batch_of(name: str, types: Types, tile: int = TILE) -> Batch:
+    """A batch that the formula called ``name`` runs on, in tiles of so many elements."""
     for options in BASE_OPTIONS:
         base = BASES[options["base"]]
         neutral = {"lr": 0.1, "weight_decay": 0.0, "maximize": False, "radius": "initial", "rule": "layca"}
@@ -98,7 +98,7 @@ def batch_of(name: str, types: Types) -> Batch:
             slot = Slot(
                 param, group, base, "weight", states, step, radius, 1, dense=True, fresh=False, remainder=remainder
             )
-            batch = Batch(FORMULAS[name], [slot], TILE)
+            batch = Batch(FORMULAS[name], [slot], tile)
             batch.grad_dtype = types.grad
             return batch
     raise LookupError(f"none of verify.BASE_OPTIONS makes a base run the formula {name!r}: add the options that do")
