@@ -147,6 +147,5 @@ PYBIND11_MODULE(_cpu, module) {
       "values_are",
       [](const py::dict& entries, const py::list& values) { return layca::values_are(entries.ptr(), values.ptr()); },
       py::arg("entries"), py::arg("values"));
-  module.def("forget", [](const py::list& objects) { layca::forget(objects.ptr()); }, py::arg("objects"));
   module.def("attributes", &layca::attributes_of, py::arg("objects"), py::arg("name"));
 }

@@ -113,4 +113,4 @@ def test_every_loop_over_tensors_is_made_a_fixed_number_of_times(seed: int, monk
     monkeypatch.setattr(watch, "_native", Counting())
     optimizer.step()
     # The parameters of the one group; the states; the entries in them; gradients, of those without one before, too.
-    assert calls == {"same_objects": 1, "values_are": 1, "entries_hold": 1, "attributes": 2, "forget": 1}
+    assert calls == {"same_objects": 1, "values_are": 1, "entries_hold": 1, "attributes": 2}
