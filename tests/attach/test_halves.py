@@ -294,8 +294,10 @@ def test_a_layer_that_waits_takes_the_optimizers_own_steps_in_float32(dtype: tor
     ours, theirs, plain = (AdamW(each, 0.02) for each in (params, float32_of(params), float32_of(params)))
     handle = attach(ours, joins_at=0.3)
     attach(theirs, joins_at=0.3)
+    # Steps that point one way more than not, so that the norm is sure to grow.
+    drift = 2 * torch.randn(6, 5).sign()
     for step in range(8):
-        grad = torch.randn(6, 5).to(dtype)
+        grad = (drift + torch.randn(6, 5)).to(dtype)
         train(ours, [[grad]])
         train(theirs, [[grad.float()]])
         train(plain, [[grad.float()]])

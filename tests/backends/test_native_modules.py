@@ -116,6 +116,7 @@ def test_without_a_compiler_the_rest_is_installed_and_says_why(source: Path) -> 
     assert found["torch"] == ""
 
 
+@pytest.mark.exhaustive
 def test_the_reason_is_the_first_error_of_the_compiler(source: Path) -> None:
     for file in (source / "csrc").rglob("*.cpp"):
         file.write_text('#include "broken_on_purpose.h"\n')

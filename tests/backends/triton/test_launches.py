@@ -222,8 +222,10 @@ def test_other_devices_are_refused_with_the_reason() -> None:
     ("setup", "reason"),
     [
         ("import sys; sys.modules['triton'] = None", 'pip install "layca_fast[triton]"'),
-        ("import triton; triton.__version__ = '3.2.0'", "too old"),
-        ("import torch; torch.cuda.is_available = lambda: False", "TRITON_INTERPRET=1"),
+        pytest.param("import triton; triton.__version__ = '3.2.0'", "too old", marks=pytest.mark.exhaustive),
+        pytest.param(
+            "import torch; torch.cuda.is_available = lambda: False", "TRITON_INTERPRET=1", marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_a_missing_requirement_is_named(setup: str, reason: str) -> None:

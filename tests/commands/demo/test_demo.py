@@ -67,6 +67,7 @@ def test_main_trains_prints_and_draws(
     check_png(figure)
 
 
+@pytest.mark.exhaustive
 def test_seeds_are_trained_and_summarized(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
