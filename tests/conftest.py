@@ -61,7 +61,8 @@ NOT_INSTALLED = ("bench", "examples")
 FIRST = (
     *("backends/triton/test_compile", "backends/cpu/test_instructions", "backends/test_equivalence"),
     *("backends/test_native_modules", "killed/test_killed_runs", "backends/cuda/test_compile"),
-    "optimizer/test_half_training",
+    *("optimizer/test_half_training", "sanitize/test_sanitize", "backends/cuda/test_emulator"),
+    *("backends/cuda/test_emulated_gpu", "sharded/test_sharded", "bench/test_goals", "examples/test_papers"),
 )
 
 
