@@ -151,6 +151,16 @@ bool values_are(PyObject* dict, PyObject* values) {
   return true;
 }
 
+bool same_items(PyObject* dict, PyObject* keys, PyObject* values) {
+  if (PyDict_Size(dict) != PyList_GET_SIZE(keys)) return false;
+  PyObject *key = nullptr, *value = nullptr;
+  Py_ssize_t position = 0;
+  for (Py_ssize_t i = 0; PyDict_Next(dict, &position, &key, &value); ++i) {
+    if (key != PyList_GET_ITEM(keys, i)) return false;
+  }
+  return values_are(dict, values);
+}
+
 PyObject* attributes(PyObject* objects, PyObject* name) {
   const Py_ssize_t size = PyList_GET_SIZE(objects);
   PyObject* const found = PyList_New(size);

@@ -69,6 +69,9 @@ bool same_objects(PyObject* left, PyObject* right);
 // Whether a dict has the very objects of a list as its values, in the same order. None of them is touched.
 bool values_are(PyObject* dict, PyObject* values);
 
+// Whether a dict has the very objects of two lists as its keys and values, in the same order.
+bool same_items(PyObject* dict, PyObject* keys, PyObject* values);
+
 // A new list of the attribute `name` of every object of a list; null with a Python exception set if one lacks it.
 PyObject* attributes(PyObject* objects, PyObject* name);
 

@@ -147,5 +147,11 @@ PYBIND11_MODULE(_cpu, module) {
       "values_are",
       [](const py::dict& entries, const py::list& values) { return layca::values_are(entries.ptr(), values.ptr()); },
       py::arg("entries"), py::arg("values"));
+  module.def(
+      "same_items",
+      [](const py::dict& entries, const py::list& keys, const py::list& values) {
+        return layca::same_items(entries.ptr(), keys.ptr(), values.ptr());
+      },
+      py::arg("entries"), py::arg("keys"), py::arg("values"));
   module.def("attributes", &layca::attributes_of, py::arg("objects"), py::arg("name"));
 }

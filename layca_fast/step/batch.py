@@ -117,7 +117,12 @@ class Batch(Structure):
         """Whether parameters, states and radii lie in memory as they did when the batch was made for them."""
         if self._local_owners is not None and not same_objects(list(map(local_of, self.owners)), self._local_owners):
             return False
-        return self._entries.hold() and self._layouts.hold() and self._kept.hold() and self._wholes.hold()
+        return (
+            self._entries.hold()
+            and self._layouts.hold()
+            and self._kept.hold()
+            and (not self._has_views or self._wholes.hold())
+        )
 
     def take_gradients(self) -> None:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
@@ -182,8 +187,9 @@ class Batch(Structure):
 
     def sync_hyperparameters(self) -> None:
         """Outside of captures: what the next captures and replays need of the host."""
-        self._keep_spares()
         self.hyperparameters.push_ahead()
+        if self.hyperparameters.capturable:
+            self._tensor_mirror.keep_spares()
 
     def are_recorded(self) -> bool:
         """Whether a CUDA graph that recorded the last step follows the hyperparameters as they are now."""
@@ -202,15 +208,15 @@ class Batch(Structure):
         """What takes the step when it is called, after :meth:`refresh`."""
         return backend.call(self) if self.learned is None else partial(self.learned.step, backend)
 
-    def _keep_spares(self) -> None:
-        if self.hyperparameters.capturable:
-            self._tensor_mirror.keep_spares()
-
-    def refresh(self, loss_scale: LossScale | None = None, capturing: bool = False) -> None:
+    def refresh(
+        self, loss_scale: LossScale | None = None, capturing: bool = False, edition: object | None = None
+    ) -> None:
         """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone).
 
-        With ``capturing`` a CUDA graph is being recorded, to which the table of addresses then belongs.
+        With ``capturing`` a CUDA graph is being recorded, to which the table of addresses then belongs. ``edition``: of
+        the groups, as :class:`KnownGroups` has it.
         """
+        self.hyperparameters.see(edition)
         table = self._tensor_mirror
         if self._scaled is None and loss_scale is not None:
             with out_of_inference():
@@ -225,7 +231,8 @@ class Batch(Structure):
             table.record()
             self.hyperparameters.record()
         else:
-            self._keep_spares()
+            if self.hyperparameters.capturable:
+                table.keep_spares()
             table.push()
             self.hyperparameters.push()
         self.fetch(loss_scale)
@@ -313,7 +320,7 @@ class Batch(Structure):
     def stepped(self) -> list[Tensor]:
         """The parameters that have a gradient in this step; of a DTensor both it and the tensor inside."""
         stepped = self.params
-        if not all_there(self.grads):
+        if self._grad_addresses is None and not all_there(self.grads):
             stepped = [param for param, grad in zip(self.params, self.grads, strict=True) if grad is not None]
         return stepped if self._local_owners is None else [*stepped, *self.owners]
 

@@ -1,10 +1,15 @@
 """Tables that are written on the host, cell by cell, and read on a device."""
 
+import ctypes
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+#: Types of tables, by the names of the struct module.
+_FORMATS = {torch.int64: "q", torch.float64: "d"}
 
 #: Graphs that may be captured in a row, without a step between them, for which buffers are kept ready.
 SPARES = 4
@@ -60,6 +65,10 @@ class Mirror:
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         # Named, because the user may have set another default device.
         self._host = torch.zeros(rows, columns, dtype=dtype, device="cpu")
+        # To torch a write of a few numbers is several operations.
+        memory = (ctypes.c_char * self._host.nbytes).from_address(self._host.data_ptr())
+        self._cells = memoryview(memory).cast("B").cast(_FORMATS[dtype])
+        self._columns = columns
         self._cached: dict[int, Any] = {}
         self._changed = True
         self._on_host = device.type == "cpu"
@@ -86,14 +95,14 @@ class Mirror:
     def set_column(self, column: int, values: bytes) -> None:
         """Write one column, int64 numbers, if they differ from what was written there last."""
         if self._cached.get(column) != values:
-            self._host[:, column] = torch.frombuffer(bytearray(values), dtype=torch.int64).to(self._host.dtype)
+            self._cells[column :: self._columns] = memoryview(values).cast("q")
             self._cached[column] = values
             self._changed = True
 
     def set_all(self, values: Sequence[float]) -> None:
         """Write the whole table, given row by row, if it differs from what was written last."""
         if self._cached.get(-1) != values:
-            self._host.copy_(torch.tensor(values, dtype=self._host.dtype, device="cpu").view_as(self._host))
+            self._cells[:] = memoryview(array("d", values))
             self._cached[-1] = list(values)
             self._changed = True
 
