@@ -283,7 +283,7 @@ class FusedLayca(Grouped):
             self._warned = True
             warn_caller(message)
 
-    def _warn_of_lost_rotations(self, edition: object | None) -> None:
+    def _warn_of_lost_rotations(self, edition: object | None = None) -> None:
         # Schedulers change the rates: asked at every step, but only of groups that asked for it.
         if self._warned_of_types or all(group["compensate"] is not False for group in self.param_groups):
             self._compensated = edition

@@ -189,6 +189,9 @@ class Directed(Batch):
     def holds(self) -> bool:
         return super().holds() and self.advancing.holds()
 
+    def look(self) -> bool:
+        return self.holds()
+
     def take_gradients(self) -> None:
         self.advancing.take_gradients()
         self.grad_dtype = self.compute_dtype

@@ -229,7 +229,8 @@ class Plan:
     def holds(self, groups: Sequence[Mapping[str, Any]], state: State, edition: object | None = None) -> bool:
         """Whether the batches still describe the groups, the state and the memory of the parameters.
 
-        ``edition``: of the groups, as :class:`KnownGroups` has it; None where all of their options are to be compared.
+        ``edition``: of the groups, as :class:`KnownGroups` has it, where :meth:`step` follows at once, on the gradients
+        that are there now; None where it may not, and all options are to be compared.
         """
         if groups is not self._groups or state is not self._state:
             return False
@@ -253,8 +254,8 @@ class Plan:
         # Whose state has been taken away or replaced as a whole, the batches cannot see.
         if not values_are(state, self._entries):
             return False
-        for _, batch in self.batches:  # noqa: SIM110 a generator is a call for every batch
-            if not batch.holds():
+        for _, batch in self.batches:
+            if not (batch.holds() if edition is None else batch.look()):
                 return False
         return True
 

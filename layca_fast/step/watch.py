@@ -110,6 +110,22 @@ class Layouts:
             and list(map(_DTYPE, tensors)) == self._dtypes
         )
 
+    def look(self) -> tuple[list[Any], bytes | None] | None:
+        """The gradients of the tensors, with what :meth:`fit` says of them, if :meth:`hold`; otherwise None."""
+        if self._native is not None:
+            try:
+                found: tuple[list[Any], bytes | None] | None
+                found = self._native.look(self._tensors, "grad", Tensor, Tensor.is_neg)
+            except RuntimeError:
+                # Of which of the two, is told by asking one after the other.
+                pass
+            else:
+                return found
+        if not self.hold():
+            return None
+        grads = gradients(self._tensors)
+        return grads, self.fit(grads)
+
     def fetch(self, first: int, last: int) -> None:
         """Where that can be done: have what torch keeps of tensors [first, last) fetched from memory."""
         if self._native is not None:
