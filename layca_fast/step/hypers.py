@@ -117,8 +117,9 @@ class Hyperparameters:
                 if type(lr) is not float:
                     return False
                 self._floats[i], changed = lr, True
+                rate = not_negative(lr)
                 for row in (2 * i, 2 * i + 1):
-                    self._rows[row * Hyper.WIDTH + Hyper.LR] = not_negative(lr)
+                    self._rows[row * Hyper.WIDTH + Hyper.LR] = rate
         if changed:
             self._mirror.set_all(self._rows)
         return True

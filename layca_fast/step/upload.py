@@ -41,11 +41,13 @@ class Buffers:
 
     def take(self) -> tuple[Tensor, Event]:
         """A buffer that no copy is reading any more. Waits, for the oldest, only where :data:`MOST` are being read."""
-        index = next((i for i, (_, copied) in enumerate(self._all) if copied.query()), None)
-        if index is None and len(self._all) < MOST:
-            self._all.append(self._make())
-            return self._all[-1]
-        if index is None:
+        for index, (_, copied) in enumerate(self._all):
+            if copied.query():
+                break
+        else:
+            if len(self._all) < MOST:
+                self._all.append(self._make())
+                return self._all[-1]
             index = 0
             self._all[index][1].synchronize()
         self._all.append(self._all.pop(index))
