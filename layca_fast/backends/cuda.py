@@ -58,7 +58,9 @@ class CudaBackend(Backend):
 
     def _view(self, batch: Batch) -> "BatchView":
         view = self._views.known(batch)
-        return view or self._views.of(batch, tiles=batch.tiles.data_ptr(), n_tiles=batch.n_tiles)
+        if view is None:
+            view = self._views.of(batch, tiles=batch.tiles.data_ptr(), n_tiles=batch.n_tiles)
+        return view
 
     def measure(self, batch: Batch) -> None:
         with torch.cuda.device(batch.device):
@@ -76,9 +78,8 @@ class CudaBackend(Backend):
         self._view(batch)
 
     def is_uninterrupted(self, batch: Batch) -> bool:
-        # Launches go to the current device: to make another the current one takes Python code.
-        index = batch.device.index
-        return index is None or index == torch.cuda.current_device()
+        # Launches go to the current device: to make another the current one takes Python code. Stand-ins have no index.
+        return batch.device.type != "cuda" or batch.device.index == torch.cuda.current_device()
 
     def call(self, batch: Batch) -> Callable[[], object]:
         if not self.is_uninterrupted(batch):

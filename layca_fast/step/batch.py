@@ -133,11 +133,7 @@ class Batch(Structure):
         self._seen = None
         if self._local_owners is not None and not same_objects(list(map(local_of, self.owners)), self._local_owners):
             return False
-        return (
-            self._entries.hold()
-            and self._kept.hold()
-            and (not self._has_views or self._wholes.hold())
-        )
+        return self._entries.hold() and self._kept.hold() and (not self._has_views or self._wholes.hold())
 
     def take_gradients(self) -> None:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""

@@ -8,9 +8,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-#: Types of tables, by the names of the struct module.
-_FORMATS = {torch.int64: "q", torch.float64: "d"}
-
 #: Graphs that may be captured in a row, without a step between them, for which buffers are kept ready.
 SPARES = 4
 
@@ -41,8 +38,8 @@ class Buffers:
 
     def take(self) -> tuple[Tensor, Event]:
         """A buffer that no copy is reading any more. Waits, for the oldest, only where :data:`MOST` are being read."""
-        for index, (_, copied) in enumerate(self._all):
-            if copied.query():
+        for index in range(len(self._all)):
+            if self._all[index][1].query():
                 break
         else:
             if len(self._all) < MOST:
@@ -57,6 +54,8 @@ class Buffers:
 class Mirror:
     """A (rows, columns) table on the host and its copy on ``device``, refreshed only where something changed.
 
+    ``dtype``: int64, written by columns, or float64, written as a whole.
+
     On the CPU both are one tensor. On CUDA the host side is a few pinned buffers (:class:`Buffers`): a copy that is
     still in flight is never overwritten, and the host waits only where it is :data:`MOST` changed steps ahead.
 
@@ -68,8 +67,8 @@ class Mirror:
         # Named, because the user may have set another default device.
         self._host = torch.zeros(rows, columns, dtype=dtype, device="cpu")
         # To torch a write of a few numbers is several operations.
-        memory = (ctypes.c_char * self._host.nbytes).from_address(self._host.data_ptr())
-        self._cells = memoryview(memory).cast("B").cast(_FORMATS[dtype])
+        memory = memoryview((ctypes.c_char * self._host.nbytes).from_address(self._host.data_ptr())).cast("B")
+        self._cells: Any = memory.cast("q") if dtype == torch.int64 else memory.cast("d")
         self._columns = columns
         self._cached: dict[int, Any] = {}
         self._changed = True
