@@ -32,7 +32,7 @@ class _Known:
         self._keys, self._values = list(group), list(group.values())
         self._lr = self._keys.index("lr")
         #: Whether nothing can change but by another object in the place of one.
-        self.is_fixed = isinstance(group, dict) and all(
+        self.is_fixed = type(group) is dict and all(
             name in _OTHERS or _is_fixed(value) or (name in _FUNCTIONS and callable(value))
             for name, value in group.items()
         )

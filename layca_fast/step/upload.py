@@ -96,16 +96,17 @@ class Mirror:
     def set_column(self, column: int, values: bytes) -> None:
         """Write one column, int64 numbers, if they differ from what was written there last."""
         if self._cached.get(column) != values:
+            # First, as a signal may interrupt what follows.
+            self._changed = True
             self._cells[column :: self._columns] = memoryview(values).cast("q")
             self._cached[column] = values
-            self._changed = True
 
     def set_all(self, values: Sequence[float]) -> None:
         """Write the whole table, given row by row, if it differs from what was written last."""
         if self._cached.get(-1) != values:
+            self._changed = True
             self._cells[:] = memoryview(array("d", values))
             self._cached[-1] = list(values)
-            self._changed = True
 
     def forget(self, column: int) -> None:
         """Write the column at the next :meth:`set_column`, whatever is there: a device has modified its copy."""
@@ -120,9 +121,12 @@ class Mirror:
         # A replay may have come between, and put there what its graph recorded.
         if not (self._changed or self._graphs):
             return
+        if not self._on_host:
+            self._upload()
+        # Last, as Ctrl-C may end the wait for a buffer.
         self._changed = False
-        if self._on_host:
-            return
+
+    def _upload(self) -> None:
         if self._buffers is None:
             self.device_tensor.copy_(self._host)
             return

@@ -12,7 +12,9 @@ from bench.host import CASES, OPTIONS, Host, calls_of, stand_in
 MOST_CALLS = 110
 
 
-@pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer calls functions of its own")
+pytestmark = pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer calls functions of its own")
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_step_calls_no_more_functions_for_more_tensors(options: dict[str, object], case: str) -> None:
