@@ -110,18 +110,22 @@ class Hyperparameters:
 
     def _follow_rates(self) -> bool:
         """Bring the table up to date where nothing but rates may have changed; whether all of these are numbers."""
-        changed = False
+        changed = []
         for i, (group, _) in enumerate(self._groups):
             lr = group["lr"]
             if lr is not self._floats[i]:
                 if type(lr) is not float:
                     return False
-                self._floats[i], changed = lr, True
+                changed.append((i, lr))
+        if changed:
+            for i, lr in changed:
                 rate = not_negative(lr)
                 for row in (2 * i, 2 * i + 1):
                     self._rows[row * Hyper.WIDTH + Hyper.LR] = rate
-        if changed:
             self._mirror.set_all(self._rows)
+            # Last, as a signal may interrupt this.
+            for i, lr in changed:
+                self._floats[i] = lr
         return True
 
     def fetch(self) -> None:

@@ -121,6 +121,10 @@ def test_groups_that_are_no_dicts_are_checked_at_every_step(watching: None) -> N
     assert KnownGroups().check(groups, 1) is None
 
 
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def random_options(optimizer: FusedLayca) -> None:
     """As a schedule, and now and then somebody else, might set them."""
     for group in optimizer.param_groups:
@@ -146,6 +150,21 @@ def test_the_table_follows_whatever_changes(seed: int, watching: None) -> None:
             new.push()
             assert torch.equal(batch.hypers, new.table)
             assert torch.equal(batch.hyperparameters.last_rates, new.table[:, Hyper.LR])
+
+
+def test_a_rate_that_was_not_written_is_written_at_the_next_step(seed: int) -> None:
+    """A signal may end a step before its tables are whole."""
+    optimizer = many({"momentum": 0.9})
+    (batch,) = [batch for _, batch in optimizer._plan.batches]
+    train(optimizer, random_gradients(params_of(optimizer), 2))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.123
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(batch.hyperparameters._mirror), "set_all", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    train(optimizer, random_gradients(params_of(optimizer), 1))
+    assert torch.equal(batch.hypers[:, Hyper.LR], torch.full((4,), 0.123, dtype=torch.float64))
 
 
 def test_steps_are_those_of_an_optimizer_that_checks_all_again(seed: int, watching: None) -> None:
@@ -174,9 +193,6 @@ def test_gradients_that_a_step_did_not_take_are_not_those_of_the_next(seed: int)
     twin.load_state_dict(optimizer.state_dict())
     first, second = random_gradients(params_of(optimizer), 2)
     plan = optimizer._plan
-
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
 
     for param, grad in zip(params_of(optimizer), first, strict=True):
         param.grad = grad
