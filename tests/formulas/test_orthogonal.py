@@ -93,14 +93,15 @@ def test_zeros_stay_zeros_beside_others(eps: float, seed: int) -> None:
 @native_backends
 def test_plain_steps_are_those_of_torch(backend: str, options: Mapping[str, Any], seed: int) -> None:
     """In its type, bfloat16: as close to the exact steps as torch's own are. The momentum is float32 in both."""
-    ours = [parameter(*shape, backend=backend) for shape in ((20, 30), (30, 20), (16, 16), (1, 5), (40, 3))]
+    shapes = ((20, 30), (30, 20), (16, 16), (1, 5), (40, 3))
+    ours = [parameter(*shape, backend=backend) for shape in shapes for _ in range(10)]
     theirs = clones(ours)
     starts = clones(ours)
     plain = {"weight_decay": 0.1, **options}
     optimizer = FusedLayca(ours, 0.02, base="muon", rotate=False, ns_dtype=torch.bfloat16, backend=backend, **plain)
     plain["adjust_lr_fn"] = plain.pop("adjust_lr", None)
     other = torch.optim.Muon(theirs, lr=0.02, **plain)
-    gradients = random_gradients(ours, 5)
+    gradients = random_gradients(ours, 3)
     train(optimizer, gradients)
     train(other, gradients)
     errors: list[tuple[float, float]] = []
@@ -115,8 +116,9 @@ def test_plain_steps_are_those_of_torch(backend: str, options: Mapping[str, Any]
         buffers = optimizer.state[mine]["momentum_buffer"], other.state[their]["momentum_buffer"]
         assert relative_distance(*buffers) <= 1e-6
     # Of a single matrix either may be the lucky one: what a small one loses hangs on the rounding of its norm.
-    own, torchs = zip(*errors, strict=True)
-    assert max(own) <= 2 * max(torchs)
+    for first in range(0, len(errors), 10):
+        own, torchs = zip(*errors[first : first + 10], strict=True)
+        assert sum(own) <= 1.5 * sum(torchs)
 
 
 @beside_torchs_muon
