@@ -90,6 +90,7 @@ class Study:
     draw: Callable[[Path, Numbers], None]
     check: Callable[[Numbers], None]
     results: Path = field(default=HERE / "results")
+    figures: Path = field(default=FIGURES)
 
     @property
     def path(self) -> Path:
@@ -106,8 +107,8 @@ class Study:
         parser = argparse.ArgumentParser(description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
         parser.add_argument("--quick", action="store_true", help="seconds, smaller, with a check; writes nothing")
-        parser.add_argument("--out", type=Path, default=self.path, help="the CSV (default: that in examples/papers)")
-        parser.add_argument("--figure", type=Path, default=FIGURES / f"{self.name}.png", help="default: in docs/papers")
+        parser.add_argument("--out", type=Path, default=self.path, help="the CSV (default: that of its name)")
+        parser.add_argument("--figure", type=Path, default=self.figures / f"{self.name}.png", help="default: in docs")
         options = parser.parse_args(arguments)
         if options.seeds < 1:
             parser.error(f"--seeds {options.seeds}: it takes one at least")

@@ -23,6 +23,7 @@ from layca_fast.commands.demo.training import (
     Network,
     Run,
     accuracy,
+    load_digits,
     rotation_from,
     train,
 )
@@ -142,13 +143,17 @@ def test_layca_runs_at_its_default_rate() -> None:
 
 
 def test_digits_are_split_without_overlap(digits: Digits) -> None:
-    assert digits.train_images.shape == (1000, 1, 14, 14)
-    assert digits.test_images.shape == (4000, 1, 14, 14)
-    images = torch.cat([digits.train_images, digits.test_images])
+    """What rates are chosen on is neither trained on nor part of the test."""
+    validation = load_digits(validation=True)
+    assert torch.equal(validation.train_images, digits.train_images)
+    assert torch.equal(validation.train_labels, digits.train_labels)
+    assert digits.train_images.shape == validation.test_images.shape == (1000, 1, 14, 14)
+    assert digits.test_images.shape == (3000, 1, 14, 14)
+    images = torch.cat([digits.train_images, validation.test_images, digits.test_images])
     assert images.min() == 0
     assert 0.9 < images.max() <= 1
     assert len(images.flatten(1).unique(dim=0)) == 5000
-    labels = torch.cat([digits.train_labels, digits.test_labels])
+    labels = torch.cat([digits.train_labels, validation.test_labels, digits.test_labels])
     assert labels.bincount().tolist() == [500] * 10
     assert digits.train_labels.bincount().min() > 50
 
