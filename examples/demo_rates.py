@@ -80,7 +80,7 @@ def table(numbers: Numbers) -> Table:
     for base in PAPER_BASES:
         if len(numbers.of(base=base).frame):
             found = [chosen(numbers, base, side) for side in SIDES]
-            rows.append([base, *(cell for lr, best in found for cell in (f"3^{lr}", best.span()))])
+            rows.append([base, *(cell for lr, best in found for cell in (f"3^{lr}", f"{best.mean():.3f}"))])
     return ["base", *(column for side in SIDES for column in ("lr", f"{side}, {QUANTITY}"))], rows
 
 
@@ -94,7 +94,7 @@ def draw(path: Path, numbers: Numbers) -> None:
                 axes.plot([3.0**power for power in means.index], means, ".-", color=colour, label=base)
                 lr, best = chosen(numbers, base, side)
                 axes.plot(3.0**lr, best.mean(), "o", color=colour, markersize=6)
-            axes.set_xscale("log")
+            axes.set_xscale("log", base=3)
             axes.set_xlabel("lr")
             axes.set_title(side)
         panels[0].set_ylabel(QUANTITY)

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from layca_fast import FusedLayca
 from layca_fast.backends import choose, load
 from layca_fast.commands.demo import figure as demo_figure
 from layca_fast.commands.demo import main as demo
@@ -61,8 +60,8 @@ def test_main_trains_prints_and_draws(
         assert rows[name][4] == f"{sum(run.rotation[-1]) / LAYERS:.3f}"
         check_rotation(run, epochs)
     assert rows["torch.optim.SGD"][1:3] == ["1", "-"]
-    assert rows["FusedLayca"][1:3] == ["1/27", choose("auto", demo.pick_device("auto")).name]
-    furthest = 1 - math.cos(STEPS_PER_EPOCH * math.atan(3**-3))
+    assert rows["FusedLayca"][1:3] == ["1/9", choose("auto", demo.pick_device("auto")).name]
+    furthest = 1 - math.cos(STEPS_PER_EPOCH * math.atan(3**-2))
     assert max(layca.rotation[1]) <= furthest, "a layer cannot have turned by more than all of its steps"
     assert str(figure) in printed
     check_png(figure)
@@ -134,12 +133,6 @@ def test_a_backend_that_cannot_run_is_refused_with_its_reason(
 def test_quick_is_shorter() -> None:
     full, quick = (demo.parse(argv)[0].epochs for argv in ([], ["--quick"]))
     assert quick < full
-
-
-def test_layca_runs_at_its_default_rate() -> None:
-    params = [nn.Parameter(torch.ones(2, 2))]
-    _, layca = contestants("sgd", "torch", torch.device("cpu"))
-    assert layca.optimizer(params).param_groups[0]["lr"] == FusedLayca(params).param_groups[0]["lr"]
 
 
 def test_digits_are_split_without_overlap(digits: Digits) -> None:
