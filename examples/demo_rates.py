@@ -122,6 +122,7 @@ STUDY = Study(
     check=check,
     results=FOLDER / "results",
     figures=FOLDER.parent / "docs",
+    seeds=1,
 )
 
 if __name__ == "__main__":
