@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from train_lm import schedule
 
 from layca_fast import FusedLayca
+from layca_fast.commands.demo.training import one_cpu_thread
 from layca_fast.figures.console import print_table
 from layca_fast.state.layout import is_vector
 
@@ -241,9 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(
             f"--only {','.join(unknown)}: choose from {', '.join(ready)}" + "".join(f"; {each}" for each in lacks)
         )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_cpu_thread():
         if options.quick:
             quick()
             return
@@ -252,8 +251,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with Progress() as progress:
                 rates = Contest(table, seeds, progress).run(TASKS[name])
             report(table, TASKS[name], rates, seeds)
-    finally:
-        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

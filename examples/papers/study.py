@@ -79,6 +79,7 @@ class Study:
     ``measure``: trains a case under a seed and notes numbers; in the scale of ``--quick`` where the last is true.
     ``quick``: the cases of ``--quick``. ``table``: what the page shows. ``draw``: the figure, to a path.
     ``check``: raises AssertionError where the direction is not what the page tells. It holds for ``--quick``, too.
+    ``results`` and ``figures``: folders. ``seeds``: how many unless the command line says otherwise.
     """
 
     name: str
@@ -90,6 +91,8 @@ class Study:
     draw: Callable[[Path, Numbers], None]
     check: Callable[[Numbers], None]
     results: Path = field(default=HERE / "results")
+    figures: Path = field(default=FIGURES)
+    seeds: int = 3
 
     @property
     def path(self) -> Path:
@@ -104,10 +107,10 @@ class Study:
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Train what is missing, print the table and draw the figure."""
         parser = argparse.ArgumentParser(description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
+        parser.add_argument("--seeds", type=int, default=self.seeds, help="how many (default: %(default)s)")
         parser.add_argument("--quick", action="store_true", help="seconds, smaller, with a check; writes nothing")
-        parser.add_argument("--out", type=Path, default=self.path, help="the CSV (default: that in examples/papers)")
-        parser.add_argument("--figure", type=Path, default=FIGURES / f"{self.name}.png", help="default: in docs/papers")
+        parser.add_argument("--out", type=Path, default=self.path, help="the CSV (default: that of its name)")
+        parser.add_argument("--figure", type=Path, default=self.figures / f"{self.name}.png", help="default: in docs")
         options = parser.parse_args(arguments)
         if options.seeds < 1:
             parser.error(f"--seeds {options.seeds}: it takes one at least")

@@ -19,11 +19,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transfer_report import STUDIES, report
 from transfer_table import Table
 from transfer_training import OPTIMIZERS, Setting, train
+
+from layca_fast.commands.demo.training import one_cpu_thread
 
 RESULTS = Path(__file__).parent / "results" / "transfer.csv"
 
@@ -130,9 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--{option} {','.join(unknown)}: choose from {', '.join(known)}")
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds}: give 1 or more")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_cpu_thread():
         if options.quick:
             quick()
             return
@@ -143,8 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for name in studies:
                     Studies(table, range(options.seeds), progress).run(name, optimizers)
         report(table, studies, options.figures, PAGES if options.figures == FIGURES else [])
-    finally:
-        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Write the tables of docs/papers.md from the CSVs of this folder, and leave its words as they are.
+"""Write the tables of docs/papers.md from the CSVs of the programs, and leave its words as they are.
 
 python examples/papers/write_page.py
+python examples/papers/write_page.py --page docs/demo.md   # that of examples/demo_rates.py
 """
 
 import argparse
@@ -38,7 +39,8 @@ def table_of(name: str) -> str:
     seeds = len(found.frame["seed"].unique())
     made = [f"{package} {', '.join(sorted(found.frame[package].unique()))}" for package in ("layca_fast", "torch")]
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    told = f"Mean (least to most) over {seeds} seed{'s' if seeds > 1 else ''}; {when}, {', '.join(made)}."
+    over = f"Mean (least to most) over {seeds} seeds" if seeds > 1 else "One seed"
+    told = f"{over}; {when}, {', '.join(made)}."
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join([told, "", *(f"| {' | '.join(line)} |" for line in cells)])
 

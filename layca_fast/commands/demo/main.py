@@ -77,10 +77,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]
         "--base", default="sgd", choices=[*PAPER_BASES, ALL], help="optimizer to compare with FusedLayca (default sgd)"
     )
     parser.add_argument("--rule", default="layca", choices=list(RULES), help="of FusedLayca (default layca)")
-    parser.add_argument(
-        "--plain-lr", type=rate, help="of the plain optimizer (default: the best of a grid on the test digits)"
-    )
-    parser.add_argument("--layca-lr", type=rate, help="of FusedLayca (default: the best of a grid on the test digits)")
+    chosen = "(default: the best of a grid on digits of a validation)"
+    parser.add_argument("--plain-lr", type=rate, help=f"of the plain optimizer {chosen}")
+    parser.add_argument("--layca-lr", type=rate, help=f"of FusedLayca {chosen}")
     parser.add_argument("--out", type=Path, default=Path("layca_demo.png"), help="the figure (default layca_demo.png)")
     parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS], help="of FusedLayca (default auto)")
     args = parser.parse_args(argv)

