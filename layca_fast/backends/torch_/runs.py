@@ -1,6 +1,6 @@
 """Which tensors of a batch are stepped by the same operations, and the numbers that these take."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,9 @@ from torch import Tensor
 from ...formulas.tables import Column, Hyper
 from ...state.layout import scalar_device
 from ...step.batch import Batch
-from .pieces import Run, are_views
+from .memory import shared_pool
+from .pieces import are_views
+from .run import Run
 
 #: Elements that are worked on at a time: few enough for a cache, and enough for several threads.
 TILE = 2**18
@@ -24,38 +26,57 @@ WINDOW = 2**20
 ABSENT = -1
 
 
-class Window:
-    """Runs that are stepped together, and their ``slots`` and layers, ``rows`` (layers,), in one order."""
+def can_look(batch: Batch) -> bool:
+    """Whether numbers of this batch can be read without waiting for a device."""
+    return batch.dots.device.type == "cpu"
 
-    def __init__(self, batch: Batch, runs: Sequence[Run], indices: Sequence[int]) -> None:
-        self.runs, self.slots = list(runs), [batch.slots[i] for i in indices]
-        spans = [range(batch.first_layers[i], batch.first_layers[i] + batch.slots[i].layers) for i in indices]
-        rows = [row for span in spans for row in span]
-        self.rows = torch.tensor(rows, dtype=torch.int64, device=batch.dots.device)
+
+class Window:
+    """Runs that are stepped together, and what is known of their tensors, layer by layer, in one order.
+
+    ``rows``: the layers among those of the batch. ``radii``: the radius of each tensor; zeros, which nobody reads, of
+    one that does not turn.
+    """
+
+    def __init__(self, batch: Batch, runs: Sequence[Run], indices: Sequence[int] | None = None) -> None:
+        self.runs = list(runs)
+        if indices is None:
+            # All of them: nothing has to be copied to a device to say so.
+            slots, self.rows = batch.slots, slice(None)
+        else:
+            slots = [batch.slots[i] for i in indices]
+            spans = [range(batch.first_layers[i], batch.first_layers[i] + batch.slots[i].layers) for i in indices]
+            rows = [row for span in spans for row in span]
+            self.rows: slice | Tensor = torch.tensor(rows, dtype=torch.int64, device=batch.dots.device)
+        self.layers = [slot.layers for slot in slots]
+        self.radii = [batch.dots.new_zeros(slot.layers) if slot.radius is None else slot.radius for slot in slots]
+        self.turning = [index for index, slot in enumerate(slots) if slot.radius is not None]
 
 
 class Runs:
-    """The runs of one batch, kept from step to step for as long as the same tensors are stepped alike."""
+    """The runs of one batch, kept from step to step for as long as the same tensors are stepped alike.
 
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-        self._width = len(batch.options(batch.slots[0]))
+    ``window``: what the verbs work on, where a step is taken in parts; None: all. It must not know the batch, which
+    knows it: what is in a circle waits for the garbage collector, and its memory with it.
+    """
+
+    def __init__(self) -> None:
+        self.pool = shared_pool()
+        self.window: Window | None = None
         self._tags: list[int] = []
         self._runs: list[Run] = []
         self._windows: list[Window] = []
         self._whole: Window | None = None
 
-    def __iter__(self) -> Iterator[Run]:
-        return iter(self._runs)
-
-    @property
-    def whole(self) -> Window:
-        """All of the batch as one, with what is not stepped."""
+    def current(self, batch: Batch) -> Window:
+        """What the verbs work on."""
+        if self.window is not None:
+            return self.window
         if self._whole is None:
-            self._whole = Window(self._batch, self._runs, range(len(self._batch.slots)))
+            self._whole = Window(batch, self._runs)
         return self._whole
 
-    def windows(self) -> list[Window]:
+    def windows(self, batch: Batch) -> list[Window]:
         """All that is stepped, in parts."""
         if not self._windows:
             parts: list[list[Run]] = []
@@ -65,17 +86,13 @@ class Runs:
                     parts.append([])
                     filled = 0
                 parts[-1].append(run)
-                filled += sum(slot.param.numel() for slot in run.slots)
-            self._windows = [Window(self._batch, part, [i for run in part for i in run.indices]) for part in parts]
+                filled += run.numel
+            self._windows = [Window(batch, part, [i for run in part for i in run.indices]) for part in parts]
         return self._windows
 
-    def _regroup(self, runs: list[Run], tags: list[int]) -> None:
-        self._runs, self._tags = runs, tags
-        self._windows, self._whole = [], None
-
-    def refresh(self) -> None:
+    def refresh(self, batch: Batch) -> None:
         """Count the step to come, and take over its gradients and numbers."""
-        batch = self._batch
+        self.window = None
         stepped = [grad is not None and grad.numel() > 0 for grad in batch.grads]
         counted = [slot.step for slot, here in zip(batch.slots, stepped, strict=True) if here and slot.step is not None]
         if batch.taken is not None:
@@ -83,16 +100,26 @@ class Runs:
                 step += batch.taken
         elif counted:
             torch._foreach_add_(counted, 1)
-        if batch.dots.device.type == "cpu":
-            self._refresh_from_tables(stepped, counted)
+        if can_look(batch):
+            self._refresh_from_tables(batch, stepped, counted)
         else:
-            self._refresh_on_device(stepped)
+            self._refresh_on_device(batch, stepped)
+        for run in self._runs:
+            run.begin()
 
-    def _refresh_from_tables(self, stepped: list[bool], counted: list[Tensor]) -> None:
-        """On the CPU all can be read: what has the same numbers is stepped by the same operations."""
-        batch = self._batch
+    def _regroup(self, batch: Batch, tags: list[int], groups: list[list[int]]) -> None:
+        """Make the runs anew, of these tensors."""
+        self._tags, self._windows, self._whole = tags, [], None
+        self._runs = [
+            Run([batch.slots[i] for i in group], group, [batch.first_layers[i] for i in group], TILE)
+            for group in groups
+        ]
+
+    def _refresh_from_tables(self, batch: Batch, stepped: list[bool], counted: list[Tensor]) -> None:
+        """Where all can be read: what has the same numbers is stepped by the same operations."""
         rows, places = batch.hypers.tolist(), batch.tensors[:, Column.HYPER].tolist()
-        numbers = [(row[Hyper.GRAD_SCALE], *row[Hyper.OPTION : Hyper.OPTION + self._width]) for row in rows]
+        width = len(batch.options(batch.slots[0]))
+        numbers = [(row[Hyper.GRAD_SCALE], *row[Hyper.OPTION : Hyper.OPTION + width]) for row in rows]
         counts = iter(torch.stack(counted).tolist() if counted else ())
         kinds: dict[tuple[float, ...], int] = {}
         tags = []
@@ -103,40 +130,19 @@ class Runs:
             count = 0.0 if slot.step is None else next(counts)
             tags.append(kinds.setdefault((count, *numbers[place]), len(kinds)))
         if tags != self._tags:
-            self._regroup(self._grouped(tags), tags)
+            self._regroup(batch, tags, _grouped(batch, tags))
         prepared = []
         for count, scale, *options in kinds:
-            made = batch.formula.prepare(torch.tensor(count, dtype=torch.float64), tuple(options))
-            prepared.append((scale, tuple(map(float, made))))
+            steps = torch.tensor(count, dtype=torch.float64, device="cpu")
+            prepared.append((scale, tuple(map(float, batch.formula.prepare(steps, tuple(options))))))
         for run in self._runs:
             run.scale, run.options = prepared[tags[run.indices[0]]]
 
-    def _grouped(self, tags: list[int]) -> list[Run]:
-        """Stacks of the small tensors of one tag whose layers are equally long, and the others one by one."""
-        batch, runs = self._batch, []
-        stacks: dict[tuple[object, ...], list[int]] = {}
-        filled: dict[tuple[object, ...], int] = {}
-        for index, (tag, slot) in enumerate(zip(tags, batch.slots, strict=True)):
-            numel = slot.param.numel()
-            if tag == ABSENT:
-                continue
-            if numel > SMALL or not are_views(slot):
-                runs.append([index])
-                continue
-            key = tag, numel // slot.layers, slot.param.shape[1:]
-            if key not in stacks or filled[key] + numel > TILE:
-                stacks[key], filled[key] = [], 0
-                runs.append(stacks[key])
-            stacks[key].append(index)
-            filled[key] += numel
-        return [Run(batch, run, TILE) for run in runs]
-
-    def _refresh_on_device(self, stepped: list[bool]) -> None:
+    def _refresh_on_device(self, batch: Batch, stepped: list[bool]) -> None:
         """Elsewhere the host would have to wait for numbers: each tensor by itself, with what it is known by."""
-        batch = self._batch
         tags = [0 if here else ABSENT for here in stepped]
         if tags != self._tags:
-            self._regroup([Run(batch, [index], TILE) for index, tag in enumerate(tags) if tag != ABSENT], tags)
+            self._regroup(batch, tags, [[index] for index, tag in enumerate(tags) if tag != ABSENT])
         for run in self._runs:
             (index,) = run.indices
             slot, row = batch.slots[index], batch.hyper_row(index)
@@ -148,8 +154,29 @@ class Runs:
             run.options = batch.formula.prepare(count, options)
 
 
+def _grouped(batch: Batch, tags: Sequence[int]) -> list[list[int]]:
+    """Stacks of the small tensors of one tag whose layers are equally long, and the others one by one."""
+    groups: list[list[int]] = []
+    stacks: dict[tuple[object, ...], list[int]] = {}
+    filled: dict[tuple[object, ...], int] = {}
+    for index, (tag, slot) in enumerate(zip(tags, batch.slots, strict=True)):
+        numel = slot.param.numel()
+        if tag == ABSENT:
+            continue
+        if numel > SMALL or not are_views(slot):
+            groups.append([index])
+            continue
+        key = tag, numel // slot.layers, slot.param.shape[1:]
+        if key not in stacks or filled[key] + numel > TILE:
+            stacks[key], filled[key] = [], 0
+            groups.append(stacks[key])
+        stacks[key].append(index)
+        filled[key] += numel
+    return groups
+
+
 def runs_of(batch: Batch) -> Runs:
     """Those that the batch keeps."""
     if not isinstance(batch.kept, Runs):
-        batch.kept = Runs(batch)
+        batch.kept = Runs()
     return batch.kept

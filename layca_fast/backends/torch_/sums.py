@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .arithmetic import Pool
+from .arithmetic import Value
 
 #: Sums run over rows of this length first: torch's own full reductions split by the number of threads, so their bits
 #: depend on it; sums along rows do not. Neither do products by BLAS keep their bits, of two vectors least of all.
@@ -35,11 +35,7 @@ def _square_sums(x: Tensor) -> Tensor:
     return row_sums(norms.square_())
 
 
-def dots(w: Tensor, u: Tensor, pool: Pool) -> Tensor:
+def dots(w: Value, u: Value) -> Tensor:
     """n2, d and q of each row of ``w`` and ``u`` (rows, n): (rows, 3) float64."""
-    w64, u64 = (pool.take(w.shape, torch.float64, w.device) for _ in range(2))
-    try:
-        n2, q = _square_sums(w64.copy_(w)), _square_sums(u64.copy_(u))
-        return torch.stack((n2, row_sums(w64.mul_(u64)), q), 1)
-    finally:
-        pool.give(w64, u64)
+    w, u = w.to(torch.float64), u.to(torch.float64)
+    return torch.stack((_square_sums(w.tensor), row_sums((w * u).tensor), _square_sums(u.tensor)), 1)
