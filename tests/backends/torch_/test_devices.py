@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layca_fast import FusedLayca
-from layca_fast.backends.torch_ import TorchBackend, backend, runs
+from layca_fast.backends.torch_ import TorchBackend, backend, base, cleaning, runs
 from layca_fast.commands.cases import BASE_OPTIONS
 
 from ...support import clones, contents, parameter, random_gradients, same_bits, shapes_for, train
@@ -34,6 +34,8 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are taken as where no number can be read."""
     for module in (backend, runs):
         monkeypatch.setattr(module, "can_look", lambda batch: False)
+    for module in (base, cleaning):
+        monkeypatch.setattr(module, "is_seen_finite", lambda x: False)
     step = TorchBackend.step
 
     def watched(self: TorchBackend, batch: Any) -> None:
