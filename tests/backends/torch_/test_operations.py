@@ -15,7 +15,7 @@ from layca_fast.backends.torch_.memory import Pool
 from layca_fast.commands.cases import BASE_OPTIONS
 from layca_fast.formulas.bases import FORMULAS
 
-from ...support import parameter, rows_by_formula, same_bits
+from ...support import directs, parameter, rows_by_formula, same_bits
 
 BASES = ({"base": "sgd"}, {"momentum": 0.9}, {"base": "adam"})
 
@@ -74,11 +74,9 @@ def test_a_large_layer_takes_few_operations_and_no_new_memory(options: dict[str,
     assert long.new_bytes - short.new_bytes < 2**18
 
 
-@pytest.mark.parametrize("options", BASE_OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [each for each in BASE_OPTIONS if not directs(each)], ids=str)
 def test_nothing_is_fused(options: dict[str, Any], seed: int) -> None:
     """Torch fuses in some builds only, and there not the last elements of a run."""
-    if options.get("base") == "muon":
-        pytest.skip("its directions are matrix products")
     assert not counted([(6, 5), (6, 5), (7,)], options).fused
 
 
