@@ -9,7 +9,8 @@ from ...step.backend import Backend
 from ...step.batch import Batch
 from .base import Base
 from .pieces import Piece
-from .runs import TILE, Run, Runs, Window, can_look, runs_of
+from .run import Run
+from .runs import TILE, Runs, Window, can_look, runs_of
 from .sums import row_sums
 
 

@@ -20,7 +20,7 @@ SMALL = TILE // 2
 
 #: Elements that are measured before they are rotated: few enough for the last cache, and enough for what is computed of
 #: each layer to count for little.
-WINDOW = 2**20
+WINDOW = 2**22
 
 #: Of a tensor without a gradient.
 ABSENT = -1
@@ -39,15 +39,14 @@ class Window:
     """
 
     def __init__(self, batch: Batch, runs: Sequence[Run], indices: Sequence[int] | None = None) -> None:
-        self.runs = list(runs)
-        if indices is None:
-            # All of them: nothing has to be copied to a device to say so.
-            slots, self.rows = batch.slots, slice(None)
-        else:
+        self.runs, slots = list(runs), batch.slots
+        # All of them: nothing has to be copied to a device to say so.
+        self.rows: slice | Tensor = slice(None)
+        if indices is not None:
             slots = [batch.slots[i] for i in indices]
             spans = [range(batch.first_layers[i], batch.first_layers[i] + batch.slots[i].layers) for i in indices]
             rows = [row for span in spans for row in span]
-            self.rows: slice | Tensor = torch.tensor(rows, dtype=torch.int64, device=batch.dots.device)
+            self.rows = torch.tensor(rows, dtype=torch.int64, device=batch.dots.device)
         self.layers = [slot.layers for slot in slots]
         self.radii = [batch.dots.new_zeros(slot.layers) if slot.radius is None else slot.radius for slot in slots]
         self.turning = [index for index, slot in enumerate(slots) if slot.radius is not None]

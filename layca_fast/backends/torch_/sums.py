@@ -37,5 +37,8 @@ def _square_sums(x: Tensor) -> Tensor:
 
 def dots(w: Value, u: Value) -> Tensor:
     """n2, d and q of each row of ``w`` and ``u`` (rows, n): (rows, 3) float64."""
-    w, u = w.to(torch.float64), u.to(torch.float64)
-    return torch.stack((_square_sums(w.tensor), row_sums((w * u).tensor), _square_sums(u.tensor)), 1)
+    w64, u64 = w.to(torch.float64), u.to(torch.float64)
+    n2, q = _square_sums(w64.tensor), _square_sums(u64.tensor)
+    # In place, where that is the place of a copy.
+    products = (w * u).tensor if w64 is w else w64.tensor.mul_(u64.tensor)
+    return torch.stack((n2, row_sums(products), q), 1)
