@@ -6,6 +6,7 @@ four launches, for a copy and an event for each table that changed, and for aski
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from layca_fast import FusedLayca
 from layca_fast.backends.cuda import BACKEND, CudaBackend
 from layca_fast.figures.console import print_table
+from layca_fast.step.interrupts import SIGNALS
 from layca_fast.step.upload import Buffers, Mirror
 
 from .ratios import positive
@@ -118,6 +120,19 @@ def timed(host: Host, rounds: int, clock: Callable[[], float]) -> list[float]:
     return taken
 
 
+@contextmanager
+def plain_signals() -> Iterator[None]:
+    """Python's own handlers alone: a step puts off every further one, of a job or a test's timeout, in more calls."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def calls_of(host: Host) -> int:
     """How many functions, Python's and C's, a step calls: the same number at every run."""
     host.prepare()
@@ -128,11 +143,12 @@ def calls_of(host: Host) -> int:
         count += event in ("call", "c_call")
 
     before = sys.getprofile()
-    sys.setprofile(called)
-    try:
-        host.step()
-    finally:
-        sys.setprofile(before)
+    with plain_signals():
+        sys.setprofile(called)
+        try:
+            host.step()
+        finally:
+            sys.setprofile(before)
     return count
 
 
