@@ -48,9 +48,8 @@ class Formula:
     ``counts_steps`` whether torch's optimizer keeps the number of steps in the state ``step``, so ours does;
     ``prepare`` makes this step's options from that number and the scalars of the group; ``admit`` puts 0 in the place
     of gradient elements that cannot be used; ``hides`` says whether states and step can be finite though one of these
-    went in. ``direct``, of a group, its parameters' type and their device, says what
-    makes directions of whole matrices, where the base steps are only what these are made of; None: the base step is the
-    direction.
+    went in. ``direct``, of a group, its parameters' type and their device, says what makes directions of whole
+    matrices, where the base steps are only what these are made of; None: the base step is the direction.
     """
 
     name: str

@@ -8,7 +8,7 @@ from ...formulas.tables import Coefficient, Column, Count, Flag, Hyper
 from ...step.backend import Backend
 from ...step.batch import Batch
 from .base import Base
-from .pieces import Piece
+from .pieces import Piece, copy_all
 from .run import Run
 from .runs import TILE, Runs, Window, can_look, runs_of
 from .sums import row_sums
@@ -87,9 +87,8 @@ class TorchBackend(Backend):
         *abc, mode, after = coefficients(n2, d, q, sigma2, lr, before, weight_decay, *flags, rule, noise)
         mode = torch.where(has_grad, mode, KEEP)
         batch.coefficients[rows] = torch.stack([*abc, mode], 1)
-        if window.turning:
-            parts = after.split(window.layers)
-            torch._foreach_copy_([window.radii[i] for i in window.turning], [parts[i] for i in window.turning])
+        parts = after.split(window.layers)
+        copy_all([window.radii[i] for i in window.turning], [parts[i] for i in window.turning])
         stuck = rotates & has_grad & (lr > 0) & (mode == KEEP)
         finite = n2 - n2 == 0
         batch.counts[rows, Count.NO_DIRECTION] += stuck & finite

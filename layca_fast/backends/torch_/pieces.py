@@ -18,8 +18,6 @@ Block = tuple[slice, slice]
 
 def layer_matrix(tensor: Tensor, slot: Slot) -> Tensor:
     """A tensor of ``slot`` as (layers, elements of one layer) where the dots live: a view if memory allows it."""
-    # A view of the tensor itself would hold a reference to it, which torch.utils.swap_tensors does not bear.
-    tensor = tensor.detach()
     matrix = memory_order(tensor).view(slot.layers, -1) if slot.dense else tensor.reshape(slot.layers, -1)
     return matrix.to(scalar_device(tensor.device))
 
@@ -28,6 +26,15 @@ def store(tensor: Tensor, matrix: Tensor) -> None:
     """Write a matrix of ``layer_matrix`` back to ``tensor``; nothing to do where it is a view of it."""
     if matrix.data_ptr() != tensor.data_ptr():
         tensor.copy_(matrix.view(tensor.shape))
+
+
+def copy_all(olds: list[Tensor], news: list[Tensor]) -> None:
+    """Write each of ``news`` to its old: those of a list together."""
+    if len(olds) > 1:
+        torch._foreach_copy_(olds, news)
+    elif olds:
+        # Older modes of torch that watch writes take no lists.
+        olds[0].copy_(news[0])
 
 
 def are_views(slot: Slot) -> bool:
@@ -71,7 +78,7 @@ class Parts:
     def write(self, matrix: Tensor) -> None:
         """Write what was :meth:`stacked` back to where it came from."""
         if len(self.tensors) > 1:
-            torch._foreach_copy_(self.tensors, self._laid(matrix).split(self.heights))
+            copy_all(self.tensors, list(self._laid(matrix).split(self.heights)))
         elif matrix.data_ptr() != self.tensors[0].data_ptr():
             self.tensors[0].copy_(matrix)
 

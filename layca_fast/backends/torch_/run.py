@@ -37,14 +37,18 @@ class Run:
     def begin(self) -> None:
         """Before a step: forget what the last one may have left."""
         self.unclean.clear()
-        self._forget_copies()
+        self._forget()
 
-    def _forget_copies(self) -> None:
-        if not self._has_views:
+    def _forget(self) -> None:
+        """Let go of copies, which may be out of date, and of views.
+
+        These hold memory that a parameter may leave, and a reference that torch.utils.swap_tensors does not bear.
+        """
+        if not self._are_alike:
             self._pieces, self._whole = [], None
 
     def pieces(self) -> list[Piece]:
-        """Its pieces. Where they are no views, :meth:`settle` writes back what is changed."""
+        """Its pieces, until the step is over. Where they are no views, :meth:`settle` writes back what is changed."""
         if not self._pieces:
             with out_of_inference():
                 self._pieces = list(self._make())
@@ -85,20 +89,20 @@ class Run:
             layers = [slot.layers for slot in self.slots]
             heights = [tensor.shape[0] for tensor in tensors]
             shape = sum(layers), tensors[0].numel() // layers[0]
-            return Parts([tensor.detach() for tensor in tensors], heights, shape)
+            return Parts(list(tensors), heights, shape)
         return parts_of([layer_matrix(each, slot) for each, slot in zip(tensors, self.slots, strict=True)])
 
     def settle(self, *, weights: bool) -> None:
-        """Write back weights, or else states, of tensors whose matrices are no views."""
-        if self._has_views or self._whole is None:
-            return
-        (slot,), whole = self.slots, self._whole
-        if weights:
-            olds = [slot.param, *([] if slot.remainder is None else [slot.remainder])]
-            news = [whole.params, *([] if whole.remainders is None else [whole.remainders])]
-        else:
-            olds, news = list(slot.states), whole.states
-        for old, new in zip(olds, news, strict=True):
-            store(old, new.tensors[0])
-        # Until the next verb all may change.
-        self._forget_copies()
+        """After a verb: write back weights, or else states, of tensors whose matrices are no views."""
+        if not self._has_views and self._whole is not None:
+            (slot,), whole = self.slots, self._whole
+            if weights:
+                olds = [slot.param, *([] if slot.remainder is None else [slot.remainder])]
+                news = [whole.params, *([] if whole.remainders is None else [whole.remainders])]
+            else:
+                olds, news = list(slot.states), whole.states
+            for old, new in zip(olds, news, strict=True):
+                store(old, new.tensors[0])
+        if weights or not self._has_views:
+            # Until the next verb all may change.
+            self._forget()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
@@ -106,6 +107,17 @@ def test_parameters_can_be_exchanged(seed: int) -> None:
     train(optimizer, grads[1:])
     assert same_bits([other.detach() for other in others], before)
     assert not any(same_bits(param.detach(), old) for param, old in zip(params, before, strict=True))
+
+
+def test_parameters_may_leave_their_memory(seed: int) -> None:
+    """Between steps, as where weights are moved away for a while: nothing that is kept holds it."""
+    params = [parameter(4, 4), parameter(5), parameter(700, 500), *(parameter(3, 2) for _ in range(3))]
+    optimizer = trained(params)
+    left = [StorageWeakRef(param.untyped_storage()) for param in params]
+    for param in params:
+        param.data = torch.zeros(0)
+    assert all(storage.expired() for storage in left)
+    del optimizer
 
 
 @pytest.mark.parametrize("verb", ["_rotate_piece", "coefficients", "_measured_again"])

@@ -37,11 +37,16 @@ def found(params: list[Parameter], grads: Any, options: dict[str, Any]) -> list[
 
 
 @pytest.mark.parametrize(
-    "options",
-    [*FEW, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in BASE_OPTIONS)],
+    ("options", "dtype"),
+    [
+        *zip(FEW, (torch.float32, torch.bfloat16), strict=True),
+        *(
+            pytest.param(*each, marks=pytest.mark.exhaustive)
+            for each in itertools.product(BASE_OPTIONS, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
+        ),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_tensor_in_a_stack_ends_as_it_does_alone(options: dict[str, Any], dtype: torch.dtype, seed: int) -> None:
     shapes = shapes_for(options, SHAPES)
     params = [parameter(*shape, dtype=dtype) for shape in shapes for _ in range(3)]
