@@ -6,22 +6,23 @@ four launches, for a copy and an event for each table that changed, and for aski
 """
 
 import argparse
-import signal
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from pathlib import Path
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+import layca_fast
 from layca_fast import FusedLayca
 from layca_fast.backends.cuda import BACKEND, CudaBackend
 from layca_fast.figures.console import print_table
-from layca_fast.step.interrupts import SIGNALS
 from layca_fast.step.upload import Buffers, Mirror
 
 from .ratios import positive
@@ -32,6 +33,9 @@ GOALS = {161: 60.0, 2000: 600.0}
 
 #: What is new in a step: nothing (gradients are filled in place), the gradients' addresses, and the rate, too.
 CASES = ("same gradients", "new gradients", "new gradients and lr")
+
+#: Where the package's own code lies.
+ROOT = str(Path(layca_fast.__file__).parent)
 
 OPTIONS: dict[str, dict[str, Any]] = {"momentum": {"momentum": 0.9}, "adam": {"base": "adam"}}
 
@@ -120,35 +124,32 @@ def timed(host: Host, rounds: int, clock: Callable[[], float]) -> list[float]:
     return taken
 
 
-@contextmanager
-def plain_signals() -> Iterator[None]:
-    """Python's own handlers alone: a step puts off every further one, of a job or a test's timeout, in more calls."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        for number in SIGNALS:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def calls_of(host: Host) -> int:
-    """How many functions, Python's and C's, a step calls: the same number at every run."""
+    """How many functions, Python's and C's, the package calls in a step: the same number at every run.
+
+    What torch does around a step is left out, and what its functions call inside: hooks, profilers and compilers add to
+    that, whoever in the process has used them.
+    """
     host.prepare()
     count = 0
 
-    def called(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
+    def is_ours(frame: FrameType | None) -> bool:
+        return frame is not None and frame.f_code.co_filename.startswith(ROOT)
 
-    before = sys.getprofile()
-    with plain_signals():
-        sys.setprofile(called)
-        try:
-            host.step()
-        finally:
-            sys.setprofile(before)
+    def called(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal count
+        # Of a function in C, the frame is that of who calls it.
+        count += is_ours(frame) if event == "c_call" else event == "call" and (is_ours(frame) or is_ours(frame.f_back))
+
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()
+    sys.setprofile(called)
+    try:
+        host.step()
+    finally:
+        sys.setprofile(before)
+        if collects:
+            gc.enable()
     return count
 
 

@@ -40,6 +40,12 @@ class Layouts {
   // Python exception set.
   int fit(PyObject* grads, PyObject* type, PyObject* is_neg, std::int64_t* addresses) const;
 
+  // hold() and fit() in one loop, which touches each tensor once. Fills `grads`, a new list of as many places, with the
+  // attribute `name` of every tensor; `fits` says whether they fit, and so have addresses. 1, 0 where the tensors do
+  // not hold, or -1 with a Python exception set.
+  int look(PyObject* tensors, PyObject* name, PyObject* type, PyObject* is_neg, PyObject* grads,
+           std::int64_t* addresses, bool& fits) const;
+
  private:
   struct Layout {
     void* data;
@@ -52,6 +58,8 @@ class Layouts {
 
   bool describe(PyObject* tensor, dlpack::Tensor& out) const;
   bool matches(const dlpack::Tensor& tensor, const Layout& layout) const;
+  bool holds(PyObject* tensor, const Layout& layout) const;
+  int fits(PyObject* grad, PyObject* type, PyObject* is_neg, const Layout& layout, std::int64_t& address) const;
 
   const dlpack::ExchangeApi* api_ = nullptr;
   std::vector<Layout> layouts_;
@@ -68,6 +76,9 @@ bool same_objects(PyObject* left, PyObject* right);
 
 // Whether a dict has the very objects of a list as its values, in the same order. None of them is touched.
 bool values_are(PyObject* dict, PyObject* values);
+
+// Whether a dict has the very objects of two lists as its keys and values, in the same order.
+bool same_items(PyObject* dict, PyObject* keys, PyObject* values);
 
 // A new list of the attribute `name` of every object of a list; null with a Python exception set if one lacks it.
 PyObject* attributes(PyObject* objects, PyObject* name);

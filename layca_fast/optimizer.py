@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose
-from .compat import not_compiled
+from .compat import not_compiled, without_gradients
 from .formulas.bases import recommended_rate
 from .formulas.chunks import as_tuples
 from .formulas.options import (
@@ -26,6 +26,7 @@ from .state.members import ignored_decay, rotates
 from .state.structure import check_entries
 from .step.capture import is_capturing
 from .step.interrupts import uninterrupted
+from .step.known import KnownGroups
 from .step.norms import NormDrifts, checked_plans, last_drifts, present_drifts
 from .step.plan import Plan
 from .step.stats import StepStats, rotation_stats
@@ -149,6 +150,9 @@ class FusedLayca(Grouped):
         self._unscales = bool(unscale_in_step)
         self._lr_is_recommended = lr is None
         self._plan: Plan | None = None
+        self._known = KnownGroups()
+        #: Groups of which there is nothing to warn of.
+        self._compensated: object | None = None
         self._in_backward: StepInBackward | None = None
         self._stale = True
         self._steps = 0
@@ -173,9 +177,11 @@ class FusedLayca(Grouped):
         super().__setstate__(state)
         told = ("_warned", "_warned_of_types", "_warned_of_keys")
         flags = dict.fromkeys(("_lr_is_recommended", "_unscales", *told), False)
-        for name, value in {"_plan": None, "_in_backward": None, "_steps": 0, **flags}.items():
+        objects = dict.fromkeys(("_plan", "_in_backward", "_compensated"))
+        for name, value in {**objects, "_steps": 0, **flags}.items():
             self.__dict__.setdefault(name, value)
         self._stale = True
+        self._known = KnownGroups()
         # A group from an older version may lack options; torch's own additions to the defaults are none of ours.
         for group in self.param_groups:
             for name, value in self._options_of(find_base(group.get("base", self.defaults["base"]))).items():
@@ -190,7 +196,7 @@ class FusedLayca(Grouped):
     # To compile what it does on the host would gain nothing, and be done again for every new lr. torch.compiler.disable
     # would import the compiler, which takes a second, together with this package.
     @not_compiled
-    @torch.no_grad()
+    @without_gradients
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Turn every rotating layer that has a gradient by atan(lr); take the base step on the other tensors.
 
@@ -201,17 +207,17 @@ class FusedLayca(Grouped):
         steps what backward has not, and closes the iteration.
         """
         loss = None
-        check_groups(self.param_groups, self._steps + 1)
+        edition = self._known.check(self.param_groups, self._steps + 1)
         loss_scale = LossScale.of(self) if self._unscales else None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            check_groups(self.param_groups, self._steps + 1)
+            edition = self._known.check(self.param_groups, self._steps + 1)
         if self._in_backward is not None and self._in_backward.is_on:
             self._in_backward.close()
             self._steps += 1
             return loss
-        if self._plan is None or self._stale or not self._plan.holds(self.param_groups, self.state):
+        if self._plan is None or self._stale or not self._plan.holds(self.param_groups, self.state, edition):
             with uninterrupted():
                 check_entries(self.param_groups, self.state)
                 self._plan = Plan(self.param_groups, self.state, choose, previous=self._plan)
@@ -220,7 +226,8 @@ class FusedLayca(Grouped):
                 self._plan.carry_counts(self._in_backward.counts())
                 self._in_backward = None
             self._warn_of_ignored_decay()
-        self._warn_of_lost_rotations()
+        if edition is None or edition is not self._compensated:
+            self._warn_of_lost_rotations(edition)
         self._plan.step(loss_scale)
         self._steps += 1
         return loss
@@ -276,9 +283,10 @@ class FusedLayca(Grouped):
             self._warned = True
             warn_caller(message)
 
-    def _warn_of_lost_rotations(self) -> None:
+    def _warn_of_lost_rotations(self, edition: object | None = None) -> None:
         # Schedulers change the rates: asked at every step, but only of groups that asked for it.
         if self._warned_of_types or all(group["compensate"] is not False for group in self.param_groups):
+            self._compensated = edition
             return
         members = [member for member in labelled(self.param_groups) if rotates(member[2], member[0])]
         message = lost_rotation(members)

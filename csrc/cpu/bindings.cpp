@@ -89,6 +89,20 @@ py::object fit(const Layouts& layouts, const py::list& grads, const py::type& ty
   return fits ? py::object(addresses) : py::none();
 }
 
+// The gradients with their addresses as bytes, or None for these if they do not fit; None if the tensors do not hold.
+py::object look(const Layouts& layouts, const py::list& tensors, const py::str& name, const py::type& type,
+                const py::object& is_neg) {
+  const std::size_t size = tensors.size();
+  py::bytes addresses(nullptr, size * sizeof(std::int64_t));
+  auto* const out = reinterpret_cast<std::int64_t*>(PyBytes_AS_STRING(addresses.ptr()));
+  const py::list grads(size);
+  bool fits = false;
+  const int holds = layouts.look(tensors.ptr(), name.ptr(), type.ptr(), is_neg.ptr(), grads.ptr(), out, fits);
+  if (holds < 0) throw py::error_already_set();
+  if (holds == 0) return py::none();
+  return py::make_tuple(grads, fits ? py::object(addresses) : py::none());
+}
+
 py::list attributes_of(const py::list& objects, const py::str& name) {
   PyObject* const found = attributes(objects.ptr(), name.ptr());
   if (found == nullptr) throw py::error_already_set();
@@ -130,7 +144,8 @@ PYBIND11_MODULE(_cpu, module) {
             layouts.fetch(tensors.ptr(), first, last);
           },
           py::arg("tensors"), py::arg("first"), py::arg("last"))
-      .def("fit", &layca::fit, py::arg("grads"), py::arg("type"), py::arg("is_neg"));
+      .def("fit", &layca::fit, py::arg("grads"), py::arg("type"), py::arg("is_neg"))
+      .def("look", &layca::look, py::arg("tensors"), py::arg("name"), py::arg("type"), py::arg("is_neg"));
   module.def(
       "entries_hold",
       [](const py::list& entries, const py::list& names, const py::list& values) {
@@ -147,5 +162,11 @@ PYBIND11_MODULE(_cpu, module) {
       "values_are",
       [](const py::dict& entries, const py::list& values) { return layca::values_are(entries.ptr(), values.ptr()); },
       py::arg("entries"), py::arg("values"));
+  module.def(
+      "same_items",
+      [](const py::dict& entries, const py::list& keys, const py::list& values) {
+        return layca::same_items(entries.ptr(), keys.ptr(), values.ptr());
+      },
+      py::arg("entries"), py::arg("keys"), py::arg("values"));
   module.def("attributes", &layca::attributes_of, py::arg("objects"), py::arg("name"));
 }

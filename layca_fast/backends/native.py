@@ -29,6 +29,11 @@ class Views(Generic[View]):
         # One for each type of gradients that a batch has had.
         self._views: WeakKeyDictionary[Batch, dict[torch.dtype, View]] = WeakKeyDictionary()
 
+    def known(self, batch: Batch) -> View | None:
+        """The view of ``batch`` for the gradients that it has now, if there is one."""
+        views = self._views.get(batch)
+        return None if views is None else views.get(batch.grad_dtype)
+
     def of(self, batch: Batch, **more: Any) -> View:
         """The view of ``batch``; ``more``: what the module wants to know beside the tables that all walk."""
         views = self._views.setdefault(batch, {})

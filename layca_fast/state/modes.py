@@ -1,17 +1,14 @@
 """Modes of torch that watch what is done to tensors, and what kernels that write by addresses must tell them."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from ..compat import dispatch_modes_are_on, function_modes, tracing_modes
+from ..compat import tracing_modes
 
-
-def are_watching() -> bool:
-    """Whether a dispatch or function mode is on that may have to know of writes; one C call each where none is."""
-    return dispatch_modes_are_on() or any(True for _ in function_modes())
+_AS_IT_IS = nullcontext()
 
 
 def check_modes() -> None:
@@ -33,12 +30,13 @@ def announce(tensors: Iterable[Tensor]) -> None:
         tensor.copy_(tensor)
 
 
-@contextmanager
-def out_of_inference() -> Iterator[None]:
+def out_of_inference() -> AbstractContextManager[None]:
     """For making what is kept from step to step: what inference mode makes, no step outside of it may write to."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
+    return _ordinary() if torch.is_inference_mode_enabled() else _AS_IT_IS
+
+
+@contextmanager
+def _ordinary() -> Iterator[None]:
     # To leave inference mode switches gradients on.
     with torch.inference_mode(False), torch.no_grad():
         yield

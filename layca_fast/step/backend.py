@@ -26,7 +26,7 @@ class Backend(ABC):
     needs_dense: bool = True
     #: Whether it writes to tensors by their addresses, which torch does not notice.
     writes_unseen: bool = True
-    #: Whether what :meth:`call` returns is compiled code from end to end, which no signal interrupts.
+    #: Whether what :meth:`call` returns is compiled code from end to end, which takes all of a step or none of it.
     is_native: bool = False
 
     @abstractmethod
@@ -56,6 +56,10 @@ class Backend(ABC):
     def call(self, batch: Batch) -> Callable[[], object]:
         """What takes the step of ``batch`` when it is called."""
         return partial(self.step, batch)
+
+    def is_uninterrupted(self, batch: Batch) -> bool:
+        """Whether what :meth:`call` returns is compiled code from end to end, which no signal interrupts."""
+        return self.is_native
 
     def step(self, batch: Batch) -> None:
         """All three. A backend may override it with a schedule that keeps layers in cache between the verbs."""

@@ -65,6 +65,8 @@ class Batch(Structure):
         self.grads: list[Tensor | None] = [None] * len(self.slots)
         self._grad_addresses: bytes | None = None
         self._specs: list[Any] | None = None
+        #: What :meth:`look` has found, for :meth:`take_gradients`.
+        self._seen: tuple[list[Any], bytes | None] | None = None
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
         self.compute_dtype = compute_dtype(self.dtype)
@@ -106,6 +108,7 @@ class Batch(Structure):
         names = (*formula.states, "step", "remainder", "radius")
         self._entries = Entries([(each, name, each[name]) for each in entries for name in names if name in each])
         self._layouts = Layouts(self.params)
+        self._are_owners = same_objects(self.params, self.owners)
         self._kept = Layouts(kept, owned=True)
         # A view still knows the memory that its tensor has left.
         cut = [slot for slot in self.slots if slot.piece.is_view]
@@ -118,16 +121,34 @@ class Batch(Structure):
 
     def holds(self) -> bool:
         """Whether parameters, states and radii lie in memory as they did when the batch was made for them."""
+        return self._others_hold() and self._layouts.hold()
+
+    def look(self) -> bool:
+        """:meth:`holds`, and :meth:`take_gradients` will take the gradients that are there now: it follows at once."""
+        if not self._are_owners:
+            return self.holds()
+        if not self._others_hold():
+            return False
+        self._seen = self._layouts.look()
+        return self._seen is not None
+
+    def _others_hold(self) -> bool:
+        self._seen = None
         if self._local_owners is not None and not same_objects(list(map(local_of, self.owners)), self._local_owners):
             return False
-        return self._entries.hold() and self._layouts.hold() and self._kept.hold() and self._wholes.hold()
+        return self._entries.hold() and self._kept.hold() and (not self._has_views or self._wholes.hold())
 
     def take_gradients(self) -> None:
         """Check this step's gradients and put them in ``grads``. Raises before anything is modified."""
-        self.grads = gradients(self.owners)
         self.grad_dtype = self.dtype
-        plain = self._plain_gradients()
-        self._grad_addresses = None if plain is None else self._layouts.fit(plain)
+        plain: list[Any] | None
+        if self._seen is not None:
+            (self.grads, self._grad_addresses), self._seen = self._seen, None
+            plain = self.grads
+        else:
+            self.grads = gradients(self.owners)
+            plain = self._plain_gradients()
+            self._grad_addresses = None if plain is None else self._layouts.fit(plain)
         if plain is not None and self._grad_addresses is not None:
             self.grads = plain
         else:
@@ -185,8 +206,9 @@ class Batch(Structure):
 
     def sync_hyperparameters(self) -> None:
         """Outside of captures: what the next captures and replays need of the host."""
-        self._keep_spares()
         self.hyperparameters.push_ahead()
+        if self.hyperparameters.capturable:
+            self._tensor_mirror.keep_spares()
 
     def are_recorded(self) -> bool:
         """Whether a CUDA graph that recorded the last step follows the hyperparameters as they are now."""
@@ -205,15 +227,15 @@ class Batch(Structure):
         """What takes the step when it is called, after :meth:`refresh`."""
         return backend.call(self) if self.learned is None else partial(self.learned.step, backend)
 
-    def _keep_spares(self) -> None:
-        if self.hyperparameters.capturable:
-            self._tensor_mirror.keep_spares()
-
-    def refresh(self, loss_scale: LossScale | None = None, capturing: bool = False) -> None:
+    def refresh(
+        self, loss_scale: LossScale | None = None, capturing: bool = False, edition: object | None = None
+    ) -> None:
         """Bring the tables up to date for the step to come on ``grads`` (None: leave that tensor alone).
 
-        With ``capturing`` a CUDA graph is being recorded, to which the table of addresses then belongs.
+        With ``capturing`` a CUDA graph is being recorded, to which the table of addresses then belongs. ``edition``: of
+        the groups, as :class:`KnownGroups` has it.
         """
+        self.hyperparameters.see(edition)
         table = self._tensor_mirror
         if self._scaled is None and loss_scale is not None:
             with out_of_inference():
@@ -228,7 +250,8 @@ class Batch(Structure):
             table.record()
             self.hyperparameters.record()
         else:
-            self._keep_spares()
+            if self.hyperparameters.capturable:
+                table.keep_spares()
             table.push()
             self.hyperparameters.push()
         self.fetch(loss_scale)
@@ -316,7 +339,7 @@ class Batch(Structure):
     def stepped(self) -> list[Tensor]:
         """The parameters that have a gradient in this step; of a DTensor both it and the tensor inside."""
         stepped = self.params
-        if not all_there(self.grads):
+        if self._grad_addresses is None and not all_there(self.grads):
             stepped = [param for param, grad in zip(self.params, self.grads, strict=True) if grad is not None]
         return stepped if self._local_owners is None else [*stepped, *self.owners]
 

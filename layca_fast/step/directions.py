@@ -189,6 +189,9 @@ class Directed(Batch):
     def holds(self) -> bool:
         return super().holds() and self.advancing.holds()
 
+    def look(self) -> bool:
+        return self.holds()
+
     def take_gradients(self) -> None:
         self.advancing.take_gradients()
         self.grad_dtype = self.compute_dtype
@@ -206,10 +209,12 @@ class Directed(Batch):
     def are_recorded(self) -> bool:
         return super().are_recorded() and self.advancing.are_recorded() and self._recorded in (None, self._settings())
 
-    def refresh(self, loss_scale: LossScale | None = None, capturing: bool = False) -> None:
-        self.advancing.refresh(loss_scale, capturing)
+    def refresh(
+        self, loss_scale: LossScale | None = None, capturing: bool = False, edition: object | None = None
+    ) -> None:
+        self.advancing.refresh(loss_scale, capturing, edition)
         # The steps know of no scale, but that there may be none.
-        super().refresh(None if loss_scale is None else LossScale(None, loss_scale.found_inf), capturing)
+        super().refresh(None if loss_scale is None else LossScale(None, loss_scale.found_inf), capturing, edition)
         if capturing:
             self._recorded = self._settings()
 

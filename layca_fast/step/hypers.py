@@ -40,6 +40,11 @@ class Hyperparameters:
         self._rates: list[tuple[int, Tensor]] = []
         self._recorded: dict[int, Tensor] = {}
         self._is_recorded = False
+        self._edition: object | None = None
+        self._rows: list[float] = []
+        #: Of each group, the rate in the table, where it is a float and the edition is known.
+        self._floats: list[Any] = []
+        self.see(None)
         #: The rates of the last step, where the table may have moved on since.
         self._last_rates = torch.zeros(2 * len(self._groups), dtype=torch.float64, device=device)
         self._has_last_rates = False
@@ -49,10 +54,12 @@ class Hyperparameters:
         """The copy on the device."""
         return self._mirror.device_tensor
 
-    @property
-    def capturable(self) -> bool:
-        """Whether a step of any of the groups may be captured."""
-        return any(group.get("capturable") for group, _ in self._groups)
+    def see(self, edition: object | None) -> None:
+        """Before a step: that the groups are of this ``edition``, as :class:`KnownGroups` has it."""
+        if edition is None or edition is not self._edition:
+            self._edition, self._rows = edition, []
+            #: Whether a step of any of the groups may be captured.
+            self.capturable = any(group.get("capturable") for group, _ in self._groups)
 
     def _is_for_the_device(self, lr: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether a rate is to be copied from device to device: reading it here could make the host wait."""
@@ -81,6 +88,7 @@ class Hyperparameters:
 
     def push_ahead(self) -> None:
         """:meth:`push` for the next step, of which the last one is not to be told."""
+        self.see(None)
         self._keep_rates()
         self.push()
 
@@ -91,9 +99,34 @@ class Hyperparameters:
 
     def push(self) -> None:
         """Bring the table up to date with what the host knows."""
-        rows, self._rates = self._values()
-        self._mirror.set_all(rows)
+        if not self._rows or not self._follow_rates():
+            rows, self._rates = self._values()
+            self._mirror.set_all(rows)
+            floats = [group["lr"] for group, _ in self._groups]
+            # What a tensor holds may change at any time.
+            is_known = self._edition is not None and all(type(lr) is float for lr in floats)
+            self._rows, self._floats = rows if is_known else [], floats
         self._mirror.push()
+
+    def _follow_rates(self) -> bool:
+        """Bring the table up to date where nothing but rates may have changed; whether all of these are numbers."""
+        changed = []
+        for i, (group, _) in enumerate(self._groups):
+            lr = group["lr"]
+            if lr is not self._floats[i]:
+                if type(lr) is not float:
+                    return False
+                changed.append((i, lr))
+        if changed:
+            for i, lr in changed:
+                rate = not_negative(lr)
+                for row in (2 * i, 2 * i + 1):
+                    self._rows[row * Hyper.WIDTH + Hyper.LR] = rate
+            self._mirror.set_all(self._rows)
+            # Last, as a signal may interrupt this.
+            for i, lr in changed:
+                self._floats[i] = lr
+        return True
 
     def fetch(self) -> None:
         """For the coming step: copy the rates that are tensors on the device into the table."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..compat import is_fake
+from ..compat import is_fake, modes_are_on
 from ..formulas.bases import Formula
 from ..formulas.chunks import as_tuples
 from ..formulas.options import decays, find_base, is_given, waits
@@ -17,7 +17,7 @@ from ..messages import labelled
 from ..state.compensation import state_dtype
 from ..state.members import Member, State, drop_remainders, members
 from ..state.memory import check_apart
-from ..state.modes import announce, are_watching, check_modes
+from ..state.modes import announce, check_modes
 from ..state.reduction import Groups
 from ..state.runner import Choose
 from ..state.sharding import is_elsewhere, is_sharded
@@ -139,6 +139,7 @@ class Plan:
         drop_remainders(groups, state)
         self._groups, self._state = groups, state
         self._signature = _signature(groups)
+        self._edition: object | None = None
         self._params = [list(group["params"]) for group in groups]
         member_ids = {id(member.param) for member in found}
         others = [param for _, _, param in labelled(groups) if id(param) not in member_ids]
@@ -225,32 +226,45 @@ class Plan:
             for slot, first in zip(batch.slots, batch.first_layers, strict=True):
                 yield batch, slot, slice(first, first + slot.layers)
 
-    def holds(self, groups: Sequence[Mapping[str, Any]], state: State) -> bool:
-        """Whether the batches still describe the groups, the state and the memory of the parameters."""
+    def holds(self, groups: Sequence[Mapping[str, Any]], state: State, edition: object | None = None) -> bool:
+        """Whether the batches still describe the groups, the state and the memory of the parameters.
+
+        ``edition``: of the groups, as :class:`KnownGroups` has it, where :meth:`step` follows at once, on the gradients
+        that are there now; None where it may not, and all options are to be compared.
+        """
         if groups is not self._groups or state is not self._state:
             return False
-        if _signature(groups) != self._signature:
-            return False
-        if not all(same_objects(group["params"], known) for group, known in zip(groups, self._params, strict=True)):
-            return False
-        if any(grad is not None for grad in gradients(self._waiting)):
+        if edition is None or edition is not self._edition:
+            self._edition = None
+            if _signature(groups) != self._signature:
+                return False
+            self._edition = edition
+        for group, known in zip(groups, self._params, strict=True):
+            if not same_objects(group["params"], known):
+                return False
+        if self._waiting and any(grad is not None for grad in gradients(self._waiting)):
             return False
         # As members() has it: a shard that is unfrozen takes part in the sums, with or without a gradient here.
-        if any(param.requires_grad for param in self._frozen):
+        if self._frozen and any(param.requires_grad for param in self._frozen):
             return False
-        if not all(each.is_at_rest for each in self._zero):
+        if self._zero and not all(each.is_at_rest for each in self._zero):
             return False
         if self._together is not None and not self._together.holds():
             return False
         # Whose state has been taken away or replaced as a whole, the batches cannot see.
-        return values_are(state, self._entries) and all(batch.holds() for _, batch in self.batches)
+        if not values_are(state, self._entries):
+            return False
+        for _, batch in self.batches:  # noqa: SIM110 a generator is one more call for every batch
+            if not (batch.holds() if edition is None else batch.look()):
+                return False
+        return True
 
     def step(self, loss_scale: LossScale | None = None) -> None:
         """Check the gradients of this step, then run every batch."""
         capturing = is_capturing()
         for _, batch in self.batches:
             batch.take_gradients()
-        if self._fake or are_watching():
+        if self._fake or modes_are_on():
             self._announce()
         if capturing:
             check_capture(self._groups)
@@ -259,18 +273,17 @@ class Plan:
             self.recorded = True
         reserve(self.batches, self._together)
         for _, batch in self.batches:
-            batch.refresh(loss_scale, capturing)
+            batch.refresh(loss_scale, capturing, self._edition)
         for learned in self._learned.values():
             learned.refresh(loss_scale, capturing)
-        self._keep_radii()
+        if self.radii_before:
+            self._keep_radii()
         take(self._whole, self._finish)
         if self._together is not None:
             self._together.take(loss_scale, capturing, self._finish)
 
     def _keep_radii(self) -> None:
         """For check_norms: a layer that reaches its sphere in this step was on none before it."""
-        if not self.radii_before:
-            return
         now = [
             slot.radius
             for _, slot, _ in self.rows()

@@ -1,7 +1,6 @@
 """The part of a step that modifies: all of it, or none, or it says what it has left."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from operator import methodcaller
 from typing import TYPE_CHECKING
 
@@ -38,20 +37,32 @@ def take(pairs: Sequence[Pair], settle: Callable[[Backend, Batch], None]) -> Non
 
     Raises RuntimeError, which says so, where some of them have moved and others could not.
     """
-    calls = [batch.call(backend) for backend, batch in pairs]
+    calls = []
+    is_short = True
+    for backend, batch in pairs:
+        calls.append(batch.call(backend))
+        is_short = is_short and not batch.is_delicate and backend.is_uninterrupted(batch)
+    if is_short:
+        _take_and_settle(pairs, calls, settle)
+    else:
+        with uninterrupted():
+            _take_and_settle(pairs, calls, settle)
+
+
+def _take_and_settle(
+    pairs: Sequence[Pair], calls: Sequence[Callable[[], object]], settle: Callable[[Backend, Batch], None]
+) -> None:
     taken: list[object] = []
-    is_short = all(backend.is_native and not batch.is_delicate for backend, batch in pairs)
-    with nullcontext() if is_short else uninterrupted():
+    try:
+        _take(pairs, calls, taken)
+    finally:
+        done = pairs[: len(taken)]
         try:
-            _take(pairs, calls, taken)
-        finally:
-            done = pairs[: len(taken)]
-            try:
-                _settle(done, settle)
-            except BaseException:
-                # Of what a signal may have interrupted, all may be done twice.
-                _settle(done, settle)
-                raise
+            _settle(done, settle)
+        except BaseException:
+            # Of what a signal may have interrupted, all may be done twice.
+            _settle(done, settle)
+            raise
 
 
 def _settle(pairs: Sequence[Pair], settle: Callable[[Backend, Batch], None]) -> None:

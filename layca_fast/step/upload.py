@@ -1,5 +1,7 @@
 """Tables that are written on the host, cell by cell, and read on a device."""
 
+import ctypes
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -36,11 +38,13 @@ class Buffers:
 
     def take(self) -> tuple[Tensor, Event]:
         """A buffer that no copy is reading any more. Waits, for the oldest, only where :data:`MOST` are being read."""
-        index = next((i for i, (_, copied) in enumerate(self._all) if copied.query()), None)
-        if index is None and len(self._all) < MOST:
-            self._all.append(self._make())
-            return self._all[-1]
-        if index is None:
+        for index in range(len(self._all)):
+            if self._all[index][1].query():
+                break
+        else:
+            if len(self._all) < MOST:
+                self._all.append(self._make())
+                return self._all[-1]
             index = 0
             self._all[index][1].synchronize()
         self._all.append(self._all.pop(index))
@@ -49,6 +53,8 @@ class Buffers:
 
 class Mirror:
     """A (rows, columns) table on the host and its copy on ``device``, refreshed only where something changed.
+
+    ``dtype``: int64, written by columns, or float64, written as a whole.
 
     On the CPU both are one tensor. On CUDA the host side is a few pinned buffers (:class:`Buffers`): a copy that is
     still in flight is never overwritten, and the host waits only where it is :data:`MOST` changed steps ahead.
@@ -60,6 +66,10 @@ class Mirror:
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         # Named, because the user may have set another default device.
         self._host = torch.zeros(rows, columns, dtype=dtype, device="cpu")
+        # To torch a write of a few numbers is several operations.
+        memory = memoryview((ctypes.c_char * self._host.nbytes).from_address(self._host.data_ptr())).cast("B")
+        self._cells: Any = memory.cast("q") if dtype == torch.int64 else memory.cast("d")
+        self._columns = columns
         self._cached: dict[int, Any] = {}
         self._changed = True
         self._on_host = device.type == "cpu"
@@ -86,16 +96,17 @@ class Mirror:
     def set_column(self, column: int, values: bytes) -> None:
         """Write one column, int64 numbers, if they differ from what was written there last."""
         if self._cached.get(column) != values:
-            self._host[:, column] = torch.frombuffer(bytearray(values), dtype=torch.int64).to(self._host.dtype)
-            self._cached[column] = values
+            # First, as a signal may interrupt what follows.
             self._changed = True
+            self._cells[column :: self._columns] = memoryview(values).cast("q")
+            self._cached[column] = values
 
     def set_all(self, values: Sequence[float]) -> None:
         """Write the whole table, given row by row, if it differs from what was written last."""
         if self._cached.get(-1) != values:
-            self._host.copy_(torch.tensor(values, dtype=self._host.dtype, device="cpu").view_as(self._host))
-            self._cached[-1] = list(values)
             self._changed = True
+            self._cells[:] = memoryview(array("d", values))
+            self._cached[-1] = list(values)
 
     def forget(self, column: int) -> None:
         """Write the column at the next :meth:`set_column`, whatever is there: a device has modified its copy."""
@@ -110,9 +121,12 @@ class Mirror:
         # A replay may have come between, and put there what its graph recorded.
         if not (self._changed or self._graphs):
             return
+        if not self._on_host:
+            self._upload()
+        # Last, as Ctrl-C may end the wait for a buffer.
         self._changed = False
-        if self._on_host:
-            return
+
+    def _upload(self) -> None:
         if self._buffers is None:
             self.device_tensor.copy_(self._host)
             return

@@ -23,16 +23,26 @@ _DTYPE, _GRAD, _IS_META = attrgetter("dtype"), attrgetter("grad"), attrgetter("i
 
 def same_objects(left: Sequence[Any], right: Sequence[Any]) -> bool:
     """Whether both hold the very same objects in the same order."""
-    if _native is not None and isinstance(left, list) and isinstance(right, list):
-        return bool(_native.same_objects(left, right))
+    if _native is not None and type(left) is list and type(right) is list:
+        same: bool = _native.same_objects(left, right)
+        return same
     return len(left) == len(right) and all(map(is_, left, right))
 
 
 def values_are(entries: Mapping[Any, Any], values: list[Any]) -> bool:
     """Whether the very objects of ``values`` are those of ``entries``, in the same order."""
     if _native is not None and isinstance(entries, dict):
-        return bool(_native.values_are(entries, values))
+        same: bool = _native.values_are(entries, values)
+        return same
     return same_objects(list(entries.values()), values)
+
+
+def same_items(entries: Mapping[Any, Any], keys: list[Any], values: list[Any]) -> bool:
+    """Whether the very objects of ``keys`` and ``values`` are those of ``entries``, in the same order."""
+    if _native is not None and isinstance(entries, dict):
+        same: bool = _native.same_items(entries, keys, values)
+        return same
+    return same_objects(list(entries), keys) and same_objects(list(entries.values()), values)
 
 
 def gradients(params: list[Tensor]) -> list[Tensor | None]:
@@ -91,13 +101,30 @@ class Layouts:
         """Whether all still lie as they did."""
         tensors = self._tensors
         if self._native is not None:
-            return bool(self._native.hold(tensors))
+            holds: bool = self._native.hold(tensors)
+            return holds
         return (
             addresses(tensors) == self._addresses
             and list(map(Tensor.stride, tensors)) == self._strides
             and list(map(Tensor.numel, tensors)) == self._sizes
             and list(map(_DTYPE, tensors)) == self._dtypes
         )
+
+    def look(self) -> tuple[list[Any], bytes | None] | None:
+        """The gradients of the tensors, with what :meth:`fit` says of them, if :meth:`hold`; otherwise None."""
+        if self._native is not None:
+            try:
+                found: tuple[list[Any], bytes | None] | None
+                found = self._native.look(self._tensors, "grad", Tensor, Tensor.is_neg)
+            except RuntimeError:
+                # Of which of the two, is told by asking one after the other.
+                pass
+            else:
+                return found
+        if not self.hold():
+            return None
+        grads = gradients(self._tensors)
+        return grads, self.fit(grads)
 
     def fetch(self, first: int, last: int) -> None:
         """Where that can be done: have what torch keeps of tensors [first, last) fetched from memory."""
@@ -147,7 +174,8 @@ class Entries:
     def hold(self) -> bool:
         """Whether they are all still there."""
         if _native is not None and self._are_dicts:
-            return bool(_native.entries_hold(self._states, self._names, self._tensors))
+            holds: bool = _native.entries_hold(self._states, self._names, self._tensors)
+            return holds
         try:
             return all(map(is_, map(getitem, self._states, self._names), self._tensors))
         except KeyError:

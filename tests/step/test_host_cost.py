@@ -112,5 +112,5 @@ def test_every_loop_over_tensors_is_made_a_fixed_number_of_times(seed: int, monk
     optimizer = optimizer_of(30, {"momentum": 0.9})
     monkeypatch.setattr(watch, "_native", Counting())
     optimizer.step()
-    # The parameters of the one group; the states; the entries in them; gradients, of those without one before, too.
-    assert calls == {"same_objects": 1, "values_are": 1, "entries_hold": 1, "attributes": 2}
+    # The options of the one group, and its parameters; the states; the entries in them.
+    assert calls == {"same_items": 1, "same_objects": 1, "values_are": 1, "entries_hold": 1}

@@ -10,6 +10,7 @@ from torch.autograd import DeviceType
 
 from layca_fast import FusedLayca
 from layca_fast.step.upload import MOST, READY, SPARES, Buffers, Mirror
+from layca_fast.step.watch import column
 
 from ..gpu.support import kernels_and_others, waiting_is_an_error
 from ..support import contents, params_of, random_gradients, running, same_bits, train
@@ -182,3 +183,24 @@ def test_kernels_are_told_from_what_else_is_on_a_gpu() -> None:
     kernels, others = kernels_and_others([*ignored, *map(event, ours), *map(event, foreign)])
     assert kernels == ["finish", "measure", "measure", "prepare", "rotate"]
     assert others == foreign
+
+
+def test_an_upload_that_was_interrupted_is_made_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-C while the host waits for a buffer: the device must not keep the addresses of earlier gradients."""
+    mirror = Mirror(3, 2, torch.int64, torch.device("cpu"))
+    mirror._on_host, mirror.device_tensor = False, torch.zeros(3, 2, dtype=torch.int64)
+    mirror._buffers = Buffers(lambda: (torch.zeros(3, 2, dtype=torch.int64), FakeEvent()))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    numbers = torch.randint(1, 2**40, (3,)).tolist()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    mirror.set_column(1, column(numbers))
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror._buffers, "take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mirror.push()
+    mirror.set_column(1, column(numbers))
+    mirror.push()
+    assert mirror.device_tensor[:, 1].tolist() == numbers

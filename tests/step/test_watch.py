@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from layca_fast import FusedLayca
 from layca_fast.step import watch
-from layca_fast.step.watch import Layouts, addresses, same_objects, values_are
+from layca_fast.step.watch import Layouts, addresses, same_items, same_objects, values_are
 
 from ..support import clones, copy_of, parameter, params_of, random_gradients, same_bits, train
 from .host_support import every_base, many
@@ -163,6 +163,51 @@ def test_gradients_fit_only_if_they_lie_as_their_tensors(kind: int, seed: int, w
     assert found is None
 
 
+#: Gradients that torch lets a tensor have.
+ASSIGNABLE = (
+    lambda grad: None,
+    lambda grad: grad.t(),
+    lambda grad: grad.to_sparse(),
+    torch._neg_view,
+    torch.nn.Parameter,
+    freed,
+)
+
+
+@pytest.mark.parametrize("change", ASSIGNABLE)
+def test_one_look_finds_what_hold_and_fit_find(change: Any, seed: int, watching: None) -> None:
+    params = [parameter(6), parameter(4, 4), parameter(3)]
+    layouts = Layouts(params)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    grads = [param.grad for param in params]
+    found = layouts.look()
+    assert found is not None
+    assert same_objects(found[0], grads)
+    assert found[1] == layouts.fit(grads) == addresses(grads)
+    params[1].grad = change(grads[1])
+    found = layouts.look()
+    assert found is not None
+    assert found[1] is None
+    assert same_objects(found[0], [param.grad for param in params])
+    params[2].data = params[2].data.clone()
+    assert layouts.look() is None
+
+
+def test_a_look_survives_python_code_that_takes_the_tensors_away(seed: int) -> None:
+    params = [parameter(6), parameter(4, 4), parameter(3)]
+    layouts = Layouts(params)
+
+    class Clearing(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            params.clear()
+            return func(*args, **(kwargs or {}))
+
+    with Clearing():
+        assert layouts.look() is None
+    assert params == []
+
+
 def test_what_python_code_raises_in_between_is_raised(seed: int, watching: None) -> None:
     class Interrupting(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -243,3 +288,9 @@ def test_lists_and_dicts_are_compared_by_identity(watching: None) -> None:
     assert not values_are({"a": one, "b": other}, [other, one])
     assert not values_are({"a": one}, [one, other])
     assert values_are(UserDict({"a": one}), [one])
+    assert same_items({"a": one, "b": other}, ["a", "b"], [one, other])
+    assert not same_items({"a": one, "b": other}, ["a", "c"], [one, other])
+    assert not same_items({"a": one, "b": other}, ["a", "b"], [one, one])
+    assert not same_items({"a": one}, ["a", "b"], [one, other])
+    assert not same_items({"b": other, "a": one}, ["a", "b"], [one, other])
+    assert same_items(UserDict({"a": one}), ["a"], [one])
