@@ -1,8 +1,9 @@
 """The base steps, once, for every backend that is written in Python. The rotation's formulas: ``rotation.py``.
 
-The torch backend calls these functions as they stand, on tensors. The Triton backend compiles the very same
-functions, with ``where``, ``sqrt`` and ``exp`` bound to Triton's (see ``backends/triton``). So they use
-nothing but operators, these three and each other: no branches, no keyword arguments, no other names.
+The torch backend runs these functions as they stand, with ``where`` and ``sqrt`` bound to its own, on tensors whose
+memory it keeps (see ``backends/torch_``). The Triton backend compiles the very same functions, with ``where``, ``sqrt``
+and ``exp`` bound to Triton's (see ``backends/triton``). So they use nothing but operators, these three and each other:
+no branches, no keyword arguments, no other names.
 
 ``csrc/base_steps.h`` holds the same formulas for C++ and CUDA; ``reference.py`` states the algorithm in another way on
 purpose and is what all of these are tested against.

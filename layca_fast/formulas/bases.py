@@ -47,9 +47,9 @@ class Formula:
     says whether the base step needs the gradient beside the advanced state, so whether rotate must load it again;
     ``counts_steps`` whether torch's optimizer keeps the number of steps in the state ``step``, so ours does;
     ``prepare`` makes this step's options from that number and the scalars of the group; ``admit`` puts 0 in the place
-    of gradient elements that cannot be used. ``direct``, of a group, its parameters' type and their device, says what
-    makes directions of whole matrices, where the base steps are only what these are made of; None: the base step is the
-    direction.
+    of gradient elements that cannot be used; ``hides`` says whether states and step can be finite though one of these
+    went in. ``direct``, of a group, its parameters' type and their device, says what makes directions of whole
+    matrices, where the base steps are only what these are made of; None: the base step is the direction.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Formula:
     counts_steps: bool = False
     prepare: Callable[..., Any] = base_steps.same_options
     admit: Callable[..., Any] = base_steps.finite_or_zero
+    hides: bool = False
     direct: Callable[[Options, torch.dtype, torch.device], Direction] | None = None
 
     @property
@@ -131,7 +132,7 @@ _RMSPROP = {
         "rmsprop_centered_momentum", "square_avg", "grad_avg", "momentum_buffer", reads_grad=False, **_SQUARES
     ),
 }
-_ADAGRAD = _formula("adagrad", "sum", reads_grad=True, **_SQUARES)
+_ADAGRAD = _formula("adagrad", "sum", reads_grad=True, hides=True, **_SQUARES)
 _OF_ADAM: Mapping[str, Any] = {"reads_grad": False, "prepare": base_steps.adam_prepare, **_SQUARES}
 _ADAM = _formula("adam", "exp_avg", "exp_avg_sq", **_OF_ADAM)
 _AMSGRAD = _formula("adam_amsgrad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", **_OF_ADAM)

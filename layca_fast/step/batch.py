@@ -51,6 +51,9 @@ class Batch(Structure):
     #: What of its radii is learned, which ``learned_radius.py`` sets; None where nothing is.
     learned: "LearnedRadii | None" = None
 
+    #: What its backend keeps for it from step to step.
+    kept: Any = None
+
     def __init__(self, formula: Formula, slots: Sequence[Slot], tile: int) -> None:
         self.formula = formula
         self.slots = list(slots)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from layca_fast.backends import torch_
 from layca_fast.backends.torch_ import TorchBackend
+from layca_fast.backends.torch_ import backend as torch_
 from layca_fast.formulas.bases import FORMULAS
 from layca_fast.step.directions import Directed
 
