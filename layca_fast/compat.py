@@ -70,8 +70,8 @@ def without_gradients(function: Function) -> Function:
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
         try:
+            torch._C._set_grad_enabled(False)
             return function(*args, **kwargs)
         finally:
             torch._C._set_grad_enabled(before)

@@ -132,6 +132,10 @@ class Batch(Structure):
         self._seen = self._layouts.look()
         return self._seen is not None
 
+    def forget_look(self) -> None:
+        """After :meth:`look`, where the step is not taken: let go of the gradients."""
+        self._seen = None
+
     def _others_hold(self) -> bool:
         self._seen = None
         if self._local_owners is not None and not same_objects(list(map(local_of, self.owners)), self._local_owners):

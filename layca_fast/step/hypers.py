@@ -57,9 +57,11 @@ class Hyperparameters:
     def see(self, edition: object | None) -> None:
         """Before a step: that the groups are of this ``edition``, as :class:`KnownGroups` has it."""
         if edition is None or edition is not self._edition:
-            self._edition, self._rows = edition, []
+            # It is known once all is done: a signal may interrupt this.
+            self._edition, self._rows = None, []
             #: Whether a step of any of the groups may be captured.
             self.capturable = any(group.get("capturable") for group, _ in self._groups)
+            self._edition = edition
 
     def _is_for_the_device(self, lr: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether a rate is to be copied from device to device: reading it here could make the host wait."""
@@ -100,7 +102,11 @@ class Hyperparameters:
     def push(self) -> None:
         """Bring the table up to date with what the host knows."""
         if not self._rows or not self._follow_rates():
-            rows, self._rates = self._values()
+            rows, rates = self._values()
+            if self._were_tensors(rates):
+                # The device has written there what the host knows nothing of.
+                self._mirror.forget(-1)
+            self._rates = rates
             self._mirror.set_all(rows)
             floats = [group["lr"] for group, _ in self._groups]
             # What a tensor holds may change at any time.
@@ -118,15 +124,19 @@ class Hyperparameters:
                     return False
                 changed.append((i, lr))
         if changed:
-            for i, lr in changed:
-                rate = not_negative(lr)
-                for row in (2 * i, 2 * i + 1):
-                    self._rows[row * Hyper.WIDTH + Hyper.LR] = rate
-            self._mirror.set_all(self._rows)
-            # Last, as a signal may interrupt this.
+            # They are known again once all is written: a signal may interrupt this.
+            rows, self._rows = self._rows, []
             for i, lr in changed:
                 self._floats[i] = lr
+                for row in (2 * i, 2 * i + 1):
+                    rows[row * Hyper.WIDTH + Hyper.LR] = lr
+            self._mirror.set_all(rows)
+            self._rows = rows
         return True
+
+    def _were_tensors(self, rates: Sequence[tuple[int, Tensor]]) -> bool:
+        """Whether a rate was a tensor at the last push that is none in ``rates``, those of the next."""
+        return not {row for row, _ in self._rates} <= {row for row, _ in rates}
 
     def fetch(self) -> None:
         """For the coming step: copy the rates that are tensors on the device into the table."""
@@ -139,7 +149,8 @@ class Hyperparameters:
 
     def are_pushed(self) -> bool:
         """Whether there would be nothing to push."""
-        return self._mirror.holds(self._values()[0])
+        rows, rates = self._values()
+        return self._mirror.holds(rows) and not self._were_tensors(rates)
 
     def record(self) -> None:
         """While a CUDA graph is captured: take the rates from the tensors that hold them now, and remember these."""

@@ -254,16 +254,25 @@ class Plan:
         # Whose state has been taken away or replaced as a whole, the batches cannot see.
         if not values_are(state, self._entries):
             return False
-        for _, batch in self.batches:  # noqa: SIM110 a generator is one more call for every batch
+        for _, batch in self.batches:
             if not (batch.holds() if edition is None else batch.look()):
+                self._forget_looks()
                 return False
         return True
+
+    def _forget_looks(self) -> None:
+        for _, batch in self.batches:
+            batch.forget_look()
 
     def step(self, loss_scale: LossScale | None = None) -> None:
         """Check the gradients of this step, then run every batch."""
         capturing = is_capturing()
-        for _, batch in self.batches:
-            batch.take_gradients()
+        try:
+            for _, batch in self.batches:
+                batch.take_gradients()
+        except BaseException:
+            self._forget_looks()
+            raise
         if self._fake or modes_are_on():
             self._announce()
         if capturing:

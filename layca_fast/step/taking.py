@@ -56,12 +56,11 @@ def _take_and_settle(
     try:
         _take(pairs, calls, taken)
     finally:
-        done = pairs[: len(taken)]
         try:
-            _settle(done, settle)
+            _settle(pairs[: len(taken)], settle)
         except BaseException:
             # Of what a signal may have interrupted, all may be done twice.
-            _settle(done, settle)
+            _settle(pairs[: len(taken)], settle)
             raise
 
 

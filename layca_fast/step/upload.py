@@ -97,6 +97,7 @@ class Mirror:
         """Write one column, int64 numbers, if they differ from what was written there last."""
         if self._cached.get(column) != values:
             # First, as a signal may interrupt what follows.
+            self.forget(column)
             self._changed = True
             self._cells[column :: self._columns] = memoryview(values).cast("q")
             self._cached[column] = values
@@ -104,12 +105,13 @@ class Mirror:
     def set_all(self, values: Sequence[float]) -> None:
         """Write the whole table, given row by row, if it differs from what was written last."""
         if self._cached.get(-1) != values:
+            self.forget(-1)
             self._changed = True
             self._cells[:] = memoryview(array("d", values))
             self._cached[-1] = list(values)
 
     def forget(self, column: int) -> None:
-        """Write the column at the next :meth:`set_column`, whatever is there: a device has modified its copy."""
+        """Write the column (-1: all of them) when it is set next, whatever is there: a device may have modified it."""
         self._cached.pop(column, None)
 
     def holds(self, values: Sequence[float]) -> bool:

@@ -4,6 +4,7 @@ import math
 import signal
 from collections import UserDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from bench.host import OPTIONS, Host, stand_in
 from layca_fast import FusedLayca
+from layca_fast.backends.cuda import BACKEND
 from layca_fast.formulas.tables import Hyper
 from layca_fast.step import watch
 from layca_fast.step.hypers import Hyperparameters
@@ -103,17 +105,29 @@ def test_what_changes_in_place_is_noticed(watching: None) -> None:
     """A tensor that holds the rate, a list of betas: the group holds the same objects as before."""
     rate, betas = torch.tensor(0.1), [0.9, 0.99]
     groups = made(base="adam").param_groups
-    groups[0].update(lr=rate, betas=betas)
+    groups[0]["lr"] = rate
     known = KnownGroups()
-    known.check(groups, 1)
-    rate.fill_(-1.0)
-    with pytest.raises(ValueError, match=r"lr=.*step 2"):
-        known.check(groups, 2)
+    assert known.check(groups, 1) is not None
+    for wrong in (-1.0, math.nan, math.inf):
+        rate.fill_(wrong)
+        with pytest.raises(ValueError, match=r"lr=.*step 2"):
+            known.check(groups, 2)
     rate.fill_(0.2)
-    known.check(groups, 3)
-    groups[0]["betas"][1] = 2.0
+    assert known.check(groups, 3) is not None
+    groups[0]["betas"] = betas
+    assert known.check(groups, 3) is None
+    betas[1] = 2.0
     with pytest.raises(ValueError, match=r"betas=.*step 4"):
         known.check(groups, 4)
+
+
+def test_what_a_plan_refuses_it_refuses_again(seed: int, watching: None) -> None:
+    """The groups are known by then."""
+    optimizer = many({"momentum": 0.9})
+    optimizer.param_groups[0]["chunks"] = 3
+    for _ in range(3):
+        with pytest.raises(ValueError, match="chunks"):
+            optimizer.step()
 
 
 def test_groups_that_are_no_dicts_are_checked_at_every_step(watching: None) -> None:
@@ -248,3 +262,27 @@ def test_handlers_are_set_around_what_python_does_between_launches(
         assert signal.SIGINT in handlers
     finally:
         signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.parametrize(("index", "current"), [(0, 0), (1, 0), (0, 1)])
+def test_only_launches_on_the_current_device_are_one_call(
+    index: int, current: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    batch: Any = SimpleNamespace(device=torch.device("cuda", index))
+    assert BACKEND.is_uninterrupted(batch) == (index == current)
+
+
+def test_a_momentum_that_has_left_its_memory_is_noticed(seed: int, watching: None) -> None:
+    """Also where a batch turns along directions that another has made."""
+    params = [parameter(6, 5, backend="cpu") for _ in range(2)]
+    optimizer = FusedLayca(params, 0.1, base="muon", backend="cpu")
+    rows = random_gradients(params, 3)
+    train(optimizer, rows[:2])
+    twin = FusedLayca(clones(params), 0.1, base="muon", backend="cpu")
+    twin.load_state_dict(optimizer.state_dict())
+    momentum = optimizer.state[params[0]]["momentum_buffer"]
+    momentum.data = momentum.data.clone()
+    train(optimizer, rows[2:])
+    train(twin, rows[2:])
+    assert same_bits(contents(optimizer), contents(twin))

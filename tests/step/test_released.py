@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca, attach
+from layca_fast.state.checks import SparseGradientError
 
 from ..support import every_backend, native_backends, parameter, params_of, random_gradients, train
 
@@ -128,3 +129,34 @@ def test_counts_go_on_for_a_parameter_that_comes_back(seed: int) -> None:
     params[0] = first
     train(optimizer, random_gradients(params_of(optimizer), 1))
     assert optimizer.rotation_stats()[first].non_finite.tolist() == [12]
+
+
+def swap_memory(optimizer: FusedLayca) -> None:
+    """Of the second parameter, which makes the plan anew."""
+    optimizer._plan.recorded = True
+    second = params_of(optimizer)[1]
+    second.data = second.data.clone()
+    optimizer.step()
+
+
+def refuse(optimizer: FusedLayca) -> None:
+    """The first batch's gradient, after both were looked at."""
+    first = params_of(optimizer)[0]
+    first.grad = first.grad.to_sparse()
+    with pytest.raises(SparseGradientError):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("leave", [swap_memory, refuse])
+def test_gradients_that_were_looked_at_are_not_kept(leave: Callable[[FusedLayca], None], seed: int) -> None:
+    """Nor those of a batch that takes no step: the plan may be kept for a CUDA graph, or the step raise."""
+    params = [parameter(4, 3, backend="cpu"), parameter(4, 3, backend="cpu", dtype=torch.float64)]
+    optimizer = FusedLayca(params, 0.1, backend="cpu")
+    train(optimizer, random_gradients(params, 2))
+    for param in params:
+        param.grad = torch.randn_like(param)
+    alive = Alive()
+    alive.watch(*[param.grad for param in params])
+    leave(optimizer)
+    optimizer.zero_grad()
+    assert alive.count == 0

@@ -3,6 +3,7 @@
 import copy
 import gc
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from layca_fast import FusedLayca
 from layca_fast.step.interrupts import uninterrupted
 
-from ..support import contents, native_backends, params_of, random_gradients, same_bits, train
+from ..support import contents, native_backends, parameter, params_of, random_gradients, same_bits, train
 from .interrupted_support import many_batches, twin
 
 
@@ -147,3 +148,29 @@ def test_every_signal_that_has_waited_is_delivered() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_signal_right_after_the_kernels_leaves_nothing_unsettled(seed: int) -> None:
+    """Before Python has asked how many batches have moved, as the kernels return."""
+    params = [parameter(6, 5, backend="cpu"), parameter(6, 5, backend="cpu", dtype=torch.float64)]
+    optimizer = FusedLayca(params, 0.1, backend="cpu")
+    train(optimizer, random_gradients(params, 2))
+    before = [param._version for param in params]
+    raised = False
+
+    def interrupt(frame: Any, event: str, called: Any) -> None:
+        nonlocal raised
+        if event == "c_call" and called is len and frame.f_code.co_name == "_take_and_settle" and not raised:
+            raised = True
+            raise KeyboardInterrupt
+
+    for param in params:
+        param.grad = torch.randn_like(param)
+    sys.setprofile(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    finally:
+        sys.setprofile(None)
+    assert raised
+    assert all(param._version > old for param, old in zip(params, before, strict=True))
