@@ -85,6 +85,8 @@ class LearnedRadii:
         # Of a tensor without a gradient, kernels leave what was there.
         self.batch.dots.zero_()
         backend.measure(self.batch)
+        # Nothing rotates this batch: views of the parameters would last until the next step.
+        self.batch.kept = None
 
     def factors(self, rates: Tensor | None = None) -> Tensor:
         """What each radius is to be multiplied by, (layers,) float64, once the dots of both batches are complete.

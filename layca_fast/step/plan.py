@@ -308,9 +308,9 @@ class Plan:
         """Before anything is written: tell torch's modes what will be."""
         if self.batches:
             check_modes()
-        for backend, batch in self.batches:
-            if backend.writes_unseen:
-                announce(_written(batch))
+        for _, batch in self.batches:
+            # Whole tensors, where torch's own operations would show a mode one block after the other.
+            announce(_written(batch))
         for param, states in self._fake:
             if param.grad is not None:
                 announce([param, *states])

@@ -76,6 +76,24 @@ def test_gradients_of_weights_that_were_saved_before_the_step(
     torch.testing.assert_close(weight.grad, expected)
 
 
+@pytest.mark.parametrize("still", [None, 0, 3])
+def test_gradients_of_large_weights_that_were_saved_before_the_step(still: int | None, seed: int) -> None:
+    """The torch backend writes them block by block, and not at all where a layer stays."""
+    weight = parameter(4, 300, 500)
+    optimizer = FusedLayca([weight], 0.1, chunks=4, backend="torch")
+    train(optimizer, random_gradients([weight], 1))
+    (grads,) = random_gradients([weight], 1)
+    if still is not None:
+        grads[0][still] = 0
+    before, factor = weight.detach().clone(), torch.ones_like(weight, requires_grad=True)
+    with allow_mutation_on_saved_tensors():
+        loss = (weight * factor).sum()
+        train(optimizer, [grads])
+        loss.backward()
+    assert same_bits(factor.grad, before)
+    assert not same_bits(weight.detach(), before)
+
+
 class Watching(TorchDispatchMode):
     """Notes the memory that operations write to."""
 

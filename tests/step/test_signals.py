@@ -93,7 +93,10 @@ def test_signals_at_random_times_leave_no_half_of_a_step(backend: str, seed: int
         for each in (optimizer, other):
             for param, grad in zip(params_of(each), rows[before], strict=True):
                 param.grad = grad.clone()
-        interrupted += interrupted_step(optimizer, max(part * length, 1e-6))
+        hit = interrupted_step(optimizer, max(part * length, 1e-6))
+        # However fast the machine is, and whatever else it does: about every second signal finds a step.
+        length *= 1.2 if hit else 0.8
+        interrupted += hit
         other.step()
         moved = [not same_bits(param.detach(), was) for param, was in zip(params_of(optimizer), old, strict=True)][:3]
         assert len(set(moved)) == 1, f"moved: {moved}"

@@ -43,6 +43,9 @@ class TorchBackend(Backend):
                 self.measure(batch)
                 self.coefficients(batch)
                 self.rotate(batch)
+        except BaseException:
+            runs.let_go()
+            raise
         finally:
             runs.window = None
 

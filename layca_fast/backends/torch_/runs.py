@@ -97,12 +97,19 @@ class Runs:
         if batch.taken is not None:
             for step in counted:
                 step += batch.taken
-        elif counted:
+        elif len(counted) > 1:
             torch._foreach_add_(counted, 1)
+        else:
+            for step in counted:
+                step += 1
         if can_look(batch):
             self._refresh_from_tables(batch, stepped, counted)
         else:
             self._refresh_on_device(batch, stepped)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Before a step, and after one that failed: of what may be out of date, or must not outlive a step."""
         for run in self._runs:
             run.begin()
 

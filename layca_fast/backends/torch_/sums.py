@@ -21,24 +21,15 @@ def row_sums(x: Tensor) -> Tensor:
     return x.sum(1)
 
 
-def _square_sums(x: Tensor) -> Tensor:
-    """The sum of squares of each row of ``x`` (rows, n) float64, in an order that depends on n alone: (rows,)."""
-    rows, n = x.shape
-    whole = n // ROW * ROW
-    # A norm reads once, where products would be written and read again.
-    if n <= ROW:
-        norms: Tensor = torch.linalg.vector_norm(x, dim=1)
-        return norms.square_()
-    norms = torch.linalg.vector_norm(x[:, :whole].view(rows, -1, ROW), dim=2)
-    if whole != n:
-        norms = torch.cat((norms, torch.linalg.vector_norm(x[:, whole:], dim=1, keepdim=True)), 1)
-    return row_sums(norms.square_())
-
-
 def dots(w: Value, u: Value) -> Tensor:
-    """n2, d and q of each row of ``w`` and ``u`` (rows, n): (rows, 3) float64."""
-    w64, u64 = w.to(torch.float64), u.to(torch.float64)
-    n2, q = _square_sums(w64.tensor), _square_sums(u64.tensor)
-    # In place, where that is the place of a copy.
-    products = (w * u).tensor if w64 is w else w64.tensor.mul_(u64.tensor)
-    return torch.stack((n2, row_sums(products), q), 1)
+    """n2, d and q of each row of ``w`` and ``u`` (rows, n): (rows, 3) float64.
+
+    All three are sums of products in one order: where ``u`` is ``w`` they are equal, and so the angle between is 0.
+    """
+    w, u = w.to(torch.float64), u.to(torch.float64)
+    sums = []
+    for x, y in ((w, w), (w, u), (u, u)):
+        # A value of its own: its memory is for others as soon as nothing holds it.
+        products = x * y
+        sums.append(row_sums(products.tensor))
+    return torch.stack(sums, 1)

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 from layca_fast import FusedLayca
-from layca_fast.backends.torch_ import TorchBackend, backend
+from layca_fast.backends.torch_ import TorchBackend, backend, sums
 from layca_fast.backends.torch_.arithmetic import Value, empty
 from layca_fast.backends.torch_.memory import Pool
 
@@ -93,11 +93,34 @@ def test_buffers_come_back_from_other_threads_and_after_errors() -> None:
     assert len(free(pool)) < 20
 
 
-def test_parameters_can_be_exchanged(seed: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sums_are_made_before_memory_is_for_others(
+    dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may take it, and write there, while torch sums up."""
+    params = [parameter(*shape, dtype=dtype) for shape in ((30, 20), (30, 20), (600, 500))]
+    optimizer = trained(params)
+    pool, seen = pool_of(optimizer), []
+
+    def row_sums(x: Tensor, real: Any = sums.row_sums) -> Tensor:
+        seen.append(x.untyped_storage().data_ptr() in {each.data_ptr() for each in free(pool)})
+        return real(x)
+
+    monkeypatch.setattr(sums, "row_sums", row_sums)
+    train(optimizer, random_gradients(params, 1))
+    assert seen
+    assert not any(seen)
+
+
+LEARNS = {"radius": "learned"}
+
+
+@pytest.mark.parametrize("options", [{}, LEARNS], ids=str)
+def test_parameters_can_be_exchanged(options: dict[str, Any], seed: int) -> None:
     """As ``module.to`` does it under set_swap_module_params_on_conversion; it wants no other references to them."""
     params = [parameter(4, 4), parameter(5), parameter(700, 500), *(parameter(3, 2) for _ in range(3))]
     grads = random_gradients(params, 2)
-    optimizer = FusedLayca(params, 0.01, momentum=0.9, backend="torch")
+    optimizer = FusedLayca(params, 0.01, momentum=0.9, backend="torch", **options)
     train(optimizer, grads[:1])
     optimizer.zero_grad()
     others = [Parameter(param.detach().clone()) for param in params]
@@ -109,10 +132,11 @@ def test_parameters_can_be_exchanged(seed: int) -> None:
     assert not any(same_bits(param.detach(), old) for param, old in zip(params, before, strict=True))
 
 
-def test_parameters_may_leave_their_memory(seed: int) -> None:
+@pytest.mark.parametrize("options", [{}, LEARNS], ids=str)
+def test_parameters_may_leave_their_memory(options: dict[str, Any], seed: int) -> None:
     """Between steps, as where weights are moved away for a while: nothing that is kept holds it."""
     params = [parameter(4, 4), parameter(5), parameter(700, 500), *(parameter(3, 2) for _ in range(3))]
-    optimizer = trained(params)
+    optimizer = trained(params, **options)
     left = [StorageWeakRef(param.untyped_storage()) for param in params]
     for param in params:
         param.data = torch.zeros(0)
@@ -146,6 +170,24 @@ def test_nothing_is_left_of_a_step_that_failed(verb: str, seed: int, monkeypatch
     for optimizer in (failing, twin):
         train(optimizer, grads[2:])
     assert same_bits(*(param.detach().clone() for param in params))
+
+
+def test_parameters_can_be_exchanged_after_a_step_that_failed(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [parameter(4, 4), parameter(700, 500)]
+    optimizer = trained(params)
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchBackend, "coefficients", fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            train(optimizer, random_gradients(params, 1))
+    optimizer.zero_grad()
+    for param in params:
+        other = Parameter(torch.zeros_like(param))
+        torch.utils.swap_tensors(param, other)
+        assert not param.any()
 
 
 def test_layers_without_a_gradient_are_not_measured_again(seed: int) -> None:

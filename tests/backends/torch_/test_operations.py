@@ -38,7 +38,8 @@ class Counting(TorchDispatchMode):
         elements = isinstance(result, Tensor) and result.dim() > 0 and result.dtype == torch.float32
         if elements and (name in FUSED or kwargs.get("alpha", 1) != 1):
             self.fused.add(name)
-        if not func.is_view:
+        # A copy of a tensor to itself only tells modes of a write, and is not there without them.
+        if not func.is_view and not (name == "copy_" and args[0] is args[1]):
             self.operations += 1
             writes = any(argument.alias_info is not None for argument in func._schema.arguments)
             if isinstance(result, Tensor) and not writes:
