@@ -65,7 +65,7 @@ class Run:
         return join(self.param.detach(), self.rest).double()
 
     def base_step(self, grad: Tensor) -> Tensor:
-        """What the optimizer's step on this gradient looks like from outside."""
+        """What the optimizer's step on this gradient looks like from outside: asked where ``step`` is the one below."""
         raise NotImplementedError
 
     @torch.no_grad()

@@ -55,10 +55,12 @@ def _ours(params: Sequence[Tensor], **options: Any) -> Step:
 
 
 def _imported(module: str, params: Sequence[Tensor], **options: Any) -> Step:
+    # By its name, as no checker knows what a module that is imported by name has.
     return getattr(import_module(module), "Muon")(params, lr=RATE, **options).step  # noqa: B009
 
 
 def _zoo(params: Sequence[Tensor]) -> Step:
+    # It takes groups, where the others take tensors.
     return _imported("pytorch_optimizer", [{"params": list(params), "use_muon": True}])  # type: ignore[list-item]
 
 

@@ -20,6 +20,7 @@ def read(path: Path, kind: type[Row]) -> list[Row]:
     """The rows of a CSV, each a ``kind`` (a dataclass); none where there is no file."""
     if not path.exists():
         return []
+    # Every row is a dataclass, which no type of Python's says of a class.
     types: dict[str, Any] = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
     with path.open(newline="") as file:
         return [
